@@ -1,0 +1,1 @@
+"""Moves tokens to their experts and the results back."""

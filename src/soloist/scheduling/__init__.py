@@ -1,0 +1,1 @@
+"""What runs next: requests, KV blocks, the scheduler. Policy without torch, shared by engine and simulator."""

@@ -1,0 +1,98 @@
+"""The records that scheduler, ranks and front end share. They travel between processes as msgpack."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from soloist.errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to continue a prompt. `temperature = 0` is greedy; `top_k = 0` and `top_p = 1` switch those filters off."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # the log probabilities of that many best tokens beside each chosen one
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+    def check(self) -> None:
+        """Raise RequestError naming the key, the value and the remedy."""
+        for key, good, remedy in (
+            ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "must be 0 (greedy) or a positive number"),
+            ("top_k", self.top_k >= 0, "must be 0 (off) or a positive number of tokens"),
+            ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "must be positive; 1 switches it off"),
+            ("stop", len(self.stop) <= MAX_STOPS and all(self.stop), f"give at most {MAX_STOPS} texts, none empty"),
+            ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOPS, f"give at most {MAX_STOPS} ids"),
+            ("n", 1 <= self.n <= 128, "must lie between 1 and 128"),
+        ):
+            if not good:
+                raise RequestError(f"{key} = {getattr(self, key)!r}: {remedy}")
+        for key in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise RequestError(f"{key} = {value}: must lie between 0 and {MAX_LOGPROBS}")
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """A run of one sequence's tokens to compute in a step. Filled by the scheduler, read by every rank of its group."""
+
+    sequence: int  # unique within the leader
+    tokens: tuple[int, ...]  # ids; the first has position `start`
+    start: int
+    blocks: tuple[int, ...]  # block table: position p lies in blocks[p // block_size]
+    samples: bool  # the last token's logits choose the next token
+    params: SamplingParams | None = None  # for the sampler; set where `samples` or prompt logprobs are wanted
+    history: tuple[int, ...] = ()  # all tokens so far, only where the repetition penalty needs them
+    following: int = -1  # the prompt's token after this chunk, where prompt log probabilities are wanted; -1: none
+
+    @property
+    def stop(self) -> int:
+        """Length of the sequence after this step."""
+        return self.start + len(self.tokens)
+
+
+class StepBatch(msgspec.Struct, frozen=True, array_like=True):
+    """One step of one attention group: what the leader sends its peers. Holds no scheduler state. May be empty."""
+
+    step: int
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probability of a token and of the best ones at its position, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True):
+    """What the sampler chose for a chunk. Filled by the last stage, read by the scheduler."""
+
+    sequence: int
+    token: int | None  # None: the chunk does not sample; it carries prompt log probabilities only
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the chunk's second token to its `following`
+    margin: float = float("inf")  # between the two best logits

@@ -1,0 +1,1 @@
+"""What the world is: models, layouts, clusters, workloads. Frozen, validated, without torch."""

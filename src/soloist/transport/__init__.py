@@ -1,0 +1,1 @@
+"""Moves rows between ranks. Knows no experts."""

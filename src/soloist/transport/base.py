@@ -1,0 +1,142 @@
+"""The seam between ranks: rows to every peer, reductions, point to point; every wait bounded.
+
+Shape legend: R rows, W elements of a row, N elements of any shape.
+
+One conformance suite (`tests/transport/test_conformance.py`) runs over every implementation. All collectives are called
+by all ranks of the transport in the same order. Where two implementations could round differently, the order is
+defined here: sums are taken in fp32 (fp64 for fp64 input) in order of rank and rounded once to the input's dtype.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result", covariant=True)
+
+
+class Pending(Protocol[Result]):
+    """Something under way. `wait` is called exactly once; until then the tensors given must not be written."""
+
+    def wait(self) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Done(Generic[Result]):
+    """A `Pending` that has already ended."""
+
+    result: Result
+
+    def wait(self) -> Result:
+        return self.result
+
+
+@dataclass
+class Traffic:
+    """What a transport moved: filled by the transport, read and reset by whoever reports.
+
+    `bytes_to[peer]` counts payload bytes by destination, its own rank left out. For reductions and gathers it counts
+    what the usual ring would send, whatever the implementation does: (n − 1)/n of the tensor for a reduce-scatter or an
+    all-gather, twice that for an all-reduce, all of it to the next rank.
+    """
+
+    bytes_to: list[int]
+    waited_s: float = 0.0  # in which this rank had nothing to do but wait for peers
+
+    def reset(self) -> None:
+        self.bytes_to[:] = [0] * len(self.bytes_to)
+        self.waited_s = 0.0
+
+    @contextmanager
+    def waiting(self):
+        """Adds the time inside to `waited_s`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - start
+
+
+@dataclass
+class Transport(ABC):
+    """A set of ranks that can exchange tensors. `ranks[i]` is the world rank of member i; `rank` is this one's index.
+
+    Every wait ends after `deadline_s` in a CommunicationError that names the world ranks of both sides and `where`,
+    a text that the caller passes: for instance "layer 3, dispatch". After such an error the transport is broken: only
+    `close` may be called. `close` never waits for a peer.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    deadline_s: float = 60.0
+    traffic: Traffic = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.traffic = Traffic([0] * self.size)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def start_rows(
+        self, rows_RW: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None, where: str = ""
+    ) -> Pending[tuple[Tensor, list[int]]]:
+        """Send `rows_RW[sum(send_counts[:p]) :][: send_counts[p]]` to every member p, this one included.
+
+        rows_RW: contiguous, any dtype, W equal on all ranks, R = sum(send_counts). `recv_counts`, where the caller
+        knows them, saves an exchange of counts on some transports. The result is the rows received, in order of
+        source, and their counts; the tensor belongs to the caller.
+        """
+
+    def all_to_all_rows(
+        self, rows_RW: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None, where: str = ""
+    ) -> tuple[Tensor, list[int]]:
+        """`start_rows`, awaited."""
+        return self.start_rows(rows_RW, send_counts, recv_counts, where).wait()
+
+    # -- collectives ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def all_reduce(self, x_N: Tensor, where: str = "") -> Tensor:
+        """The sum over all ranks, equal in every bit on all of them. Returns a new tensor or `x_N` itself, overwritten."""
+
+    @abstractmethod
+    def all_gather_rows(self, rows_RW: Tensor, counts: Sequence[int] | None = None, where: str = "") -> Tensor:
+        """Everybody's rows, in order of rank. R may differ between ranks; `counts` gives it for all where known."""
+
+    @abstractmethod
+    def reduce_scatter_rows(self, rows_RW: Tensor, counts: Sequence[int], where: str = "") -> Tensor:
+        """The sum over ranks of this rank's part: `counts[p]` rows go to p, R = sum(counts) on every rank."""
+
+    @abstractmethod
+    def barrier(self, where: str = "") -> None:
+        """Returns when all ranks have called it."""
+
+    # -- point to point ---------------------------------------------------------------------------------------------
+    @abstractmethod
+    def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
+        """Send to member `peer`. May return before it is received; `x_N` may be written again on return.
+
+        At least two messages to the same peer can be on their way before `send` waits for the receiver.
+        """
+
+    @abstractmethod
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, peer: int, where: str = "") -> Tensor:
+        """The next message of member `peer`; sender and receiver agree on shape and dtype."""
+
+    # -- sub-worlds -------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def subgroup(self, members: Sequence[int]) -> Transport:
+        """A transport of some members (indices into this one, ascending), called by exactly those, in the same order."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Idempotent; waits for nobody."""
