@@ -32,7 +32,7 @@ class SlotChoice:
 class ExpertBatch:
     """The rows that arrived and which local slots each of them chose.
 
-    The expanded rows are ordered by slot, then by row: those of slot s are `offsets_S[s - 1] … offsets_S[s]`. A row that
+    The expanded rows are ordered by slot, then by row: slot s has `offsets_S[s - 1] … offsets_S[s]`. A row that
     chose three local slots stands three times in `row_X`.
     """
 

@@ -106,7 +106,7 @@ class Transport(ABC):
     # -- collectives ------------------------------------------------------------------------------------------------
     @abstractmethod
     def all_reduce(self, x_N: Tensor, where: str = "") -> Tensor:
-        """The sum over all ranks, equal in every bit on all of them. Returns a new tensor or `x_N` itself, overwritten."""
+        """The sum over all ranks, equal in every bit on all of them. Returns a new tensor or `x_N`, overwritten."""
 
     @abstractmethod
     def all_gather_rows(self, rows_RW: Tensor, counts: Sequence[int] | None = None, where: str = "") -> Tensor:
@@ -135,7 +135,7 @@ class Transport(ABC):
     # -- sub-worlds -------------------------------------------------------------------------------------------------
     @abstractmethod
     def subgroup(self, members: Sequence[int]) -> Transport:
-        """A transport of some members (indices into this one, ascending), called by exactly those, in the same order."""
+        """A transport of some members (ascending indices into this one), called by exactly those, in the same order."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,0 +1,1 @@
+"""The decoder for all families, and the reading of its weights."""

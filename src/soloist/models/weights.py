@@ -1,0 +1,28 @@
+"""The seam between a decoder and whatever its weights come from.
+
+`models/checkpoint.py` reads safetensors, `models/random.py` makes weights up. Both give any rank exactly the share that
+it asks for, so that the same model results under every layout.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from soloist.specs.parameters import Param
+
+Span = tuple[int, int]  # start, stop
+
+
+class WeightSource(Protocol):
+    """Reads one weight, or a rectangle of it, in the engine's dtype on the engine's device.
+
+    `rows` and `columns` are spans of the full logical shape (`specs/parameters.py`; linear weights are `[out, in]`,
+    vectors have rows only), None for all. The result is contiguous and belongs to the caller. Raises CheckpointError for
+    a weight that is missing, of a wrong shape, truncated or not finite.
+    """
+
+    bytes_read: int
+
+    def read(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> Tensor: ...
