@@ -19,8 +19,8 @@ class WeightSource(Protocol):
     """Reads one weight, or a rectangle of it, in the engine's dtype on the engine's device.
 
     `rows` and `columns` are spans of the full logical shape (`specs/parameters.py`; linear weights are `[out, in]`,
-    vectors have rows only), None for all. The result is contiguous and belongs to the caller. Raises CheckpointError for
-    a weight that is missing, of a wrong shape, truncated or not finite.
+    vectors have rows only), None for all. The result is contiguous and belongs to the caller. Raises CheckpointError
+    for a weight that is missing, of a wrong shape, truncated or not finite.
     """
 
     bytes_read: int

@@ -1,0 +1,37 @@
+"""How a model is to be run: everything that is neither the model nor the layout. Torch-free, travels to every rank."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from soloist.errors import ConfigurationError
+from soloist.specs.model import Dtype, Spec
+
+
+class EngineOptions(Spec, frozen=True, kw_only=True):
+    """Options of an engine. Sizes in tokens unless the name says otherwise."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype | None = None  # None: the model's own on a GPU, float32 on a CPU
+    transport: Literal["auto", "local", "shared_memory", "gloo", "nccl"] = "auto"
+    gpus_per_node: int = 8  # ranks of a declared node
+    block_size: int = 16  # tokens of a KV block
+    kv_tokens: int | None = None  # KV cache of each attention group; None: what memory allows, on a CPU 32 k at most
+    gpu_memory_fraction: float = 0.9
+    max_batch_tokens: int = 2048  # tokens of a step and attention group
+    max_sequences: int = 256  # sequences of a step and attention group
+    max_positions: int | None = None  # None: the model's own limit
+    prefix_caching: bool = True
+    replicate_below: int = 64  # tokens of a step under which an attention group replicates instead of sharding them
+    micro_batches: int | None = None  # batches in flight in a pipeline; None: one for each stage
+    random_weights: int | None = None  # a seed: make weights up instead of reading them
+    deadline_s: float = 60.0  # bound of every wait for a peer
+    start_deadline_s: float = 300.0  # bound of the start, loading included
+
+    def __post_init__(self) -> None:
+        positive = ("gpus_per_node", "block_size", "max_batch_tokens", "max_sequences", "deadline_s", "start_deadline_s")
+        for key in positive:
+            if getattr(self, key) <= 0:
+                raise ConfigurationError.of(key, getattr(self, key), "must be positive")
+        if not 0 < self.gpu_memory_fraction <= 1:
+            raise ConfigurationError.of("gpu_memory_fraction", self.gpu_memory_fraction, "must lie in (0, 1]")
