@@ -29,8 +29,8 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     start_deadline_s: float = 300.0  # bound of the start, loading included
 
     def __post_init__(self) -> None:
-        positive = ("gpus_per_node", "block_size", "max_batch_tokens", "max_sequences", "deadline_s", "start_deadline_s")
-        for key in positive:
+        sizes = ("gpus_per_node", "block_size", "max_batch_tokens", "max_sequences")
+        for key in (*sizes, "deadline_s", "start_deadline_s"):
             if getattr(self, key) <= 0:
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive")
         if not 0 < self.gpu_memory_fraction <= 1:

@@ -74,6 +74,7 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     chunks: tuple[Chunk, ...] = ()
+    peak: int = 0  # the most tokens of any group in this step, agreed by the leaders: all groups take the same form
 
     @property
     def tokens(self) -> int:
