@@ -1,0 +1,57 @@
+"""The groups of ranks that one rank talks to, built once from its seat in the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from soloist.dispatch.base import Topology
+from soloist.specs.layout import Layout, Seat
+from soloist.transport.base import Transport
+
+
+@dataclass
+class World:
+    """One rank's transports. A group that would hold this rank alone is None, `experts` excepted.
+
+    On GPUs the data transports are NCCL and `control`, between the leaders of a replica, is gloo on the CPU.
+    """
+
+    seat: Seat
+    topology: Topology  # of this stage's expert groups over the declared nodes
+    root: Transport  # all ranks
+    experts: Transport  # seat.expert_peers: tokens travel here
+    tp: Transport | None  # seat.tp_peers: shares of the same experts
+    attention: Transport | None  # seat.attention_peers: shares of the same heads
+    pipeline: Transport | None  # seat.pipeline_peers: the same place in every stage
+    control: Transport | None  # seat.leaders; None on ranks that lead nobody
+
+    @classmethod
+    def build(cls, root: Transport, layout: Layout, gpus_per_node: int, control: Transport | None = None) -> World:
+        """Called by all ranks of `root`, which are all ranks of the layout. `control` overrides the CPU group.
+
+        Every rank builds the kinds in the same order, and the groups of a kind are disjoint, so that whoever waits
+        for a member waits for one that is still busy with an earlier kind: there is no circle to wait in.
+        """
+        assert root.size == layout.size, f"{root.size} ranks, but layout {layout} needs {layout.size}"
+        seat = layout.at(root.rank)
+        return cls(
+            seat=seat,
+            topology=Topology.of(layout.ep, layout.tp, gpus_per_node, seat.stage_start),
+            root=root,
+            experts=root if len(seat.expert_peers) == root.size else root.subgroup(seat.expert_peers),
+            tp=_group(root, seat.tp_peers),
+            attention=_group(root, seat.attention_peers),
+            pipeline=_group(root, seat.pipeline_peers),
+            control=control or (root.subgroup(seat.leaders) if seat.is_leader else None),
+        )
+
+    def close(self) -> None:
+        """Release every transport; waits for nobody."""
+        for transport in (self.control, self.pipeline, self.attention, self.tp, self.experts, self.root):
+            if transport is not None:
+                transport.close()
+
+
+def _group(root: Transport, members: Sequence[int]) -> Transport | None:
+    return root.subgroup(members) if len(members) > 1 else None
