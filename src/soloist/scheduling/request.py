@@ -61,7 +61,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     samples: bool  # the last token's logits choose the next token
     params: SamplingParams | None = None  # for the sampler; set where `samples` or prompt logprobs are wanted
     history: tuple[int, ...] = ()  # all tokens so far, only where the repetition penalty needs them
-    following: int = -1  # the prompt's token after this chunk, where prompt log probabilities are wanted; -1: none
+    scores_prompt: bool = False  # the logits of all its tokens are wanted, for prompt log probabilities
+    following: int = -1  # the prompt's token after such a chunk; -1: none
 
     @property
     def stop(self) -> int:

@@ -1,0 +1,1 @@
+"""Fast kernels, each with a plain reference beside it."""

@@ -1,0 +1,74 @@
+"""Attention over a paged KV cache, in plain PyTorch: the definition, and what the CPU runs.
+
+Shape legend: T tokens of the step, N sequences, H query heads, C KV heads, L tokens of a sequence's context,
+Q and V widths of keys and values, M blocks of the longest table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """Which tokens of a step belong to which sequence, and where their context lies."""
+
+    query_starts: list[int]  # N + 1: rows of the step's tokens
+    lengths: list[int]  # N: context including this step's tokens
+    tables_NM: Tensor  # int64: block ids, rows padded with 0
+    block_size: int
+
+    def slots(self, index: int) -> Tensor:
+        """Rows of the flat cache that hold a sequence's context, in order of position."""
+        blocks = -(-self.lengths[index] // self.block_size)
+        first = self.tables_NM[index, :blocks, None] * self.block_size
+        inside = torch.arange(self.block_size, device=first.device)
+        return (first + inside).flatten()[: self.lengths[index]]
+
+
+def paged_attention(
+    q_THQ: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    kv_head_H: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's new tokens over its whole context. Returns [T, H, V].
+
+    k_cache: [slots, C, Q], v_cache: [slots, C, V], this step's keys and values already written. `kv_head_H` names the
+    KV head of each query head. `window`: tokens that a position sees, itself included. `sinks_H`: a logit a head that
+    takes part in the softmax's denominator only.
+    """
+    out_THV = q_THQ.new_empty(*q_THQ.shape[:2], v_cache.shape[-1])
+    for i, length in enumerate(batch.lengths):
+        start, stop = batch.query_starts[i], batch.query_starts[i + 1]
+        slots = batch.slots(i)
+        k_HLQ = k_cache[slots][:, kv_head_H].transpose(0, 1)
+        v_HLV = v_cache[slots][:, kv_head_H].transpose(0, 1)
+        q_HTQ = q_THQ[start:stop].transpose(0, 1)
+        mask = _mask(stop - start, length, window, q_THQ)
+        if sinks_H is not None:
+            # A key of zeros whose logit is the sink: it takes weight and gives nothing.
+            k_HLQ, v_HLV = F.pad(k_HLQ, (0, 0, 0, 1)), F.pad(v_HLV, (0, 0, 0, 1))
+            sinks = sinks_H.to(mask.dtype)[:, None, None].expand(-1, stop - start, 1)
+            mask = torch.cat([mask.expand(len(sinks_H), -1, -1), sinks], dim=-1)
+        mixed = F.scaled_dot_product_attention(q_HTQ[None], k_HLQ[None], v_HLV[None], attn_mask=mask[None], scale=scale)
+        out_THV[start:stop] = mixed[0].transpose(0, 1)
+    return out_THV
+
+
+def _mask(queries: int, length: int, window: int | None, like: Tensor) -> Tensor:
+    """[1, queries, length], 0 where a query sees a key, −inf elsewhere; the queries are the last positions."""
+    query = torch.arange(length - queries, length, device=like.device)[:, None]
+    key = torch.arange(length, device=like.device)
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    return torch.zeros(1, queries, length, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))

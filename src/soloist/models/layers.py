@@ -1,0 +1,91 @@
+"""The small parts of a decoder: normalisation, dense feed-forward, and how a group of ranks shares a step's tokens.
+
+Shape legend: T all tokens of an attention group's step, t those of one rank, D model width, F this rank's share of a
+feed-forward width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from soloist.models.weights import WeightSource
+from soloist.specs.layout import share
+from soloist.specs.model import ModelSpec
+from soloist.specs.parameters import Param
+from soloist.transport.base import Transport
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last dimension; computed in fp32, rounded to x's dtype before the weight."""
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """How the residual stream of one step lies over an attention group.
+
+    Sharded: rank i holds the tokens `spans[i]`; attention gathers them and ends in a reduce-scatter, so each rank routes
+    and dispatches its own. Replicated: every rank holds all tokens and sums are all-reduces, which is faster below
+    some number of tokens. A group of one is both.
+    """
+
+    group: Transport | None
+    tokens: int
+    replicated: bool
+
+    @property
+    def size(self) -> int:
+        return self.group.size if self.group else 1
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each rank when sharded."""
+        spans = [share(self.tokens, self.size, index) for index in range(self.size)]
+        return [stop - start for start, stop in spans]
+
+    def gather(self, x_tD: Tensor, where: str = "") -> Tensor:
+        """All tokens of the group, from what each rank holds."""
+        if self.group is None or self.replicated:
+            return x_tD
+        return self.group.all_gather_rows(x_tD, self.counts, where)
+
+    def reduce(self, partial_TD: Tensor, where: str = "") -> Tensor:
+        """The sum over the group of what each rank computed for all tokens; every rank gets what it holds."""
+        if self.group is None:
+            return partial_TD
+        if self.replicated:
+            return self.group.all_reduce(partial_TD, where)
+        return self.group.reduce_scatter_rows(partial_TD, self.counts, where)
+
+
+class FeedForward:
+    """A dense feed-forward, or the shared experts, its width cut over the attention group. Returns partial sums."""
+
+    def __init__(self, spec: ModelSpec, source: WeightSource, layer: int, kind: str, part: tuple[int, int]) -> None:
+        """`kind` is "dense" or "shared"; `part` is (index, size) of this rank in its attention group."""
+        width = spec.dense_width if kind == "dense" else spec.shared_width
+        index, size = part
+        span = share(width, size, index)
+        self.activation = ACTIVATIONS[spec.expert.activation]
+        gated = spec.expert.kind != "mlp"
+        self.gate = source.read(Param(f"{kind}_gate", layer), rows=span) if gated else None
+        self.up = source.read(Param(f"{kind}_up", layer), rows=span)
+        self.down = source.read(Param(f"{kind}_down", layer), columns=span)
+        has_scale = kind == "shared" and spec.shared_gate
+        self.scale = source.read(Param("shared_expert_gate", layer)) if has_scale else None
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        up_TF = F.linear(x_TD, self.up)
+        hidden_TF = self.activation(up_TF) if self.gate is None else self.activation(F.linear(x_TD, self.gate)) * up_TF
+        out_TD = F.linear(hidden_TF, self.down)
+        if self.scale is None:
+            return out_TD
+        return torch.sigmoid(F.linear(x_TD, self.scale)) * out_TD
