@@ -47,6 +47,8 @@ def paged_attention(
     takes part in the softmax's denominator only.
     """
     out_THV = q_THQ.new_empty(*q_THQ.shape[:2], v_cache.shape[-1])
+    if out_THV.numel() == 0:  # a rank without heads
+        return out_THV
     for i, length in enumerate(batch.lengths):
         start, stop = batch.query_starts[i], batch.query_starts[i + 1]
         slots = batch.slots(i)

@@ -32,9 +32,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class TokenSplit:
     """How the residual stream of one step lies over an attention group.
 
-    Sharded: rank i holds the tokens `spans[i]`; attention gathers them and ends in a reduce-scatter, so each rank routes
-    and dispatches its own. Replicated: every rank holds all tokens and sums are all-reduces, which is faster below
-    some number of tokens. A group of one is both.
+    Sharded: rank i holds its share of the tokens; attention gathers them and ends in a reduce-scatter, so that each
+    rank routes and dispatches its own. Replicated: every rank holds all tokens and sums are all-reduces, which is
+    faster below some number of tokens. A group of one is sharded.
     """
 
     group: Transport | None
@@ -50,6 +50,10 @@ class TokenSplit:
         """Tokens of each rank when sharded."""
         spans = [share(self.tokens, self.size, index) for index in range(self.size)]
         return [stop - start for start, stop in spans]
+
+    def tokens_here(self, index: int) -> int:
+        """Tokens that rank `index` of the group holds."""
+        return self.tokens if self.group is None or self.replicated else self.counts[index]
 
     def gather(self, x_tD: Tensor, where: str = "") -> Tensor:
         """All tokens of the group, from what each rank holds."""

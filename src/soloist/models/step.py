@@ -41,10 +41,12 @@ class StepInput:
         chunks = batch.chunks
         positions_T = _concatenate([np.arange(c.start, c.stop) for c in chunks])
         blocks = [np.asarray(c.blocks, dtype=np.int64) for c in chunks]
-        slots_T = _concatenate([
-            table[np.arange(c.start, c.stop) // block_size] * block_size + np.arange(c.start, c.stop) % block_size
-            for c, table in zip(chunks, blocks, strict=True)
-        ])
+        slots_T = _concatenate(
+            [
+                table[np.arange(c.start, c.stop) // block_size] * block_size + np.arange(c.start, c.stop) % block_size
+                for c, table in zip(chunks, blocks, strict=True)
+            ]
+        )
         tables_NM = np.zeros((len(chunks), max((len(table) for table in blocks), default=0)), dtype=np.int64)
         for row, table in zip(tables_NM, blocks, strict=True):
             row[: len(table)] = table

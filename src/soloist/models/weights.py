@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from soloist.specs.parameters import Param
@@ -23,6 +24,8 @@ class WeightSource(Protocol):
     for a weight that is missing, of a wrong shape, truncated or not finite.
     """
 
+    dtype: torch.dtype
+    device: torch.device
     bytes_read: int
 
     def read(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> Tensor: ...

@@ -1,0 +1,41 @@
+"""The paged KV cache of one rank: how many blocks there are, and the tensors that hold them."""
+
+from __future__ import annotations
+
+import torch
+
+from soloist.engine.options import EngineOptions
+from soloist.errors import CapacityError
+from soloist.models.attention import Heads, LayerCache
+from soloist.specs.model import ModelSpec
+
+CPU_TOKENS = 32_768  # of a CPU rank where nothing else is asked for
+
+
+def blocks_that_fit(spec: ModelSpec, heads: list[Heads], options: EngineOptions, device: torch.device, itemsize: int) -> int:
+    """KV blocks of this rank's layers, one `Heads` each: as asked for, or what `gpu_memory_fraction` leaves.
+
+    Raises CapacityError where not even one block fits.
+    """
+    size = options.block_size
+    if options.kv_tokens is not None:
+        return max(1, -(-options.kv_tokens // size))
+    longest = options.max_positions or spec.max_positions
+    if device.type == "cpu":
+        return max(1, min(CPU_TOKENS, longest * options.max_sequences) // size)
+    per_block = sum(LayerCache.bytes_per_token(spec, h, itemsize) for h in heads) * size
+    free, total = torch.cuda.mem_get_info(device)
+    blocks = int(free - (1 - options.gpu_memory_fraction) * total) // max(per_block, 1)
+    if blocks < 1:
+        raise CapacityError(
+            f"KV cache: {free / 1e9:.1f} GB are free of {total / 1e9:.1f} GB after loading, and gpu_memory_fraction = "
+            f"{options.gpu_memory_fraction} leaves no block of {per_block / 1e6:.1f} MB: use more GPUs or a larger fraction"
+        )
+    return min(blocks, longest * options.max_sequences // size)
+
+
+def allocate(
+    spec: ModelSpec, heads: list[Heads], blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+) -> list[LayerCache]:
+    """One cache a layer, all of `blocks` blocks."""
+    return [LayerCache.allocate(spec, h, blocks * block_size, device, dtype) for h in heads]

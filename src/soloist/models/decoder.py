@@ -1,0 +1,137 @@
+"""One decoder for all families and layouts.
+
+Shape legend: T all tokens of an attention group's step, t those that this rank holds (models/layers.py, TokenSplit),
+D model width, C tokens whose logits are wanted, V vocabulary.
+
+    ids ─ embed ─┬─ norm ─ attention ─ + ─ norm ─ feed-forward (experts, shared experts or dense) ─ + ─┬─ norm ─ logits
+                 └──────────────────────────────── × layers of this stage ─────────────────────────────┘
+
+Every rank holds its share of the embedding and of the output head (rows of the vocabulary), of the heads, and of the
+dense and shared feed-forward, cut over its attention group; and the slots that the placement gives its expert group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from soloist.models.attention import ATTENTION, Heads, LayerCache
+from soloist.models.layers import FeedForward, TokenSplit, rms_norm
+from soloist.models.rope import Rope
+from soloist.models.step import StepInput
+from soloist.models.weights import WeightSource
+from soloist.moe.layer import MoELayer
+from soloist.specs.layout import Seat, share
+from soloist.specs.model import ModelSpec
+from soloist.specs.parameters import Param
+from soloist.timing import Stopwatch
+from soloist.transport.base import Transport
+
+
+class Block:
+    """One layer: attention and feed-forward, each with its norm and its residual."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layer: int,
+        seat: Seat,
+        source: WeightSource,
+        group: Transport | None,
+        rope: Rope,
+        moe: MoELayer | None,
+        watch: Stopwatch,
+    ) -> None:
+        """`group` is the attention group, `moe` this layer's experts, None in a dense layer."""
+        part = (seat.attention_index, seat.layout.attention_ranks)
+        self.eps, self.seat, self.moe, self.watch = spec.norm_eps, seat, moe, watch
+        self.where = f"layer {layer}"
+        self.heads = Heads.of(spec.attention.heads, spec.attention.kv_heads, *part)
+        self.attn_norm = source.read(Param("attn_norm", layer))
+        self.attention = ATTENTION[spec.attention.kind](spec, source, layer, self.heads, group, rope)
+        self.mlp_norm = source.read(Param("mlp_norm", layer))
+        self.dense = FeedForward(spec, source, layer, "dense", part) if moe is None else None
+        has_shared = moe is not None and spec.shared_width > 0
+        self.shared = FeedForward(spec, source, layer, "shared", part) if has_shared else None
+
+    def __call__(self, x_tD: Tensor, step: StepInput, split: TokenSplit, cache: LayerCache) -> Tensor:
+        with self.watch("attention"):
+            h_TD = split.gather(rms_norm(x_tD, self.attn_norm, self.eps), self.where)
+            x_tD = x_tD + split.reduce(self.attention(h_TD, step, cache), self.where)
+        h_tD = rms_norm(x_tD, self.mlp_norm, self.eps)
+        if self.moe is None:
+            with self.watch("experts"):
+                return x_tD + split.reduce(self.dense(split.gather(h_tD, self.where)), self.where)
+        return x_tD + (self._replicated(h_tD, split) if split.replicated else self._sharded(h_tD, split))
+
+    def _sharded(self, h_tD: Tensor, split: TokenSplit) -> Tensor:
+        """Each rank dispatches its own tokens; the shared experts run while they travel."""
+
+        def shared() -> Tensor:
+            return split.reduce(self.shared(split.gather(h_tD, self.where)), self.where)
+
+        return self.moe(h_tD, meanwhile=shared if self.shared else None)
+
+    def _replicated(self, h_TD: Tensor, split: TokenSplit) -> Tensor:
+        """Every rank has all tokens: the ranks of each `tp` dispatch a slice of them, one all-reduce sums it all."""
+        slices = split.size // self.seat.layout.tp
+        start, stop = share(split.tokens, slices, self.seat.attention_index // self.seat.layout.tp)
+        partial_TD = self.shared(h_TD) if self.shared else torch.zeros_like(h_TD)
+        partial_TD[start:stop] += self.moe(h_TD[start:stop], gather_in_group=False)
+        return split.reduce(partial_TD, self.where)
+
+
+class Decoder:
+    """The layers of one pipeline stage on one rank, with the embedding on the first and the output head on the last."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        seat: Seat,
+        source: WeightSource,
+        group: Transport | None,
+        moe: dict[int, MoELayer],
+        rope: Rope,
+        watch: Stopwatch,
+    ) -> None:
+        """`moe` holds the experts of this stage's MoE layers, by layer."""
+        self.spec, self.seat, self.group = spec, seat, group
+        self.layers = seat.layout.stage_layers(seat.stage, spec.layers)
+        self.vocab = share(spec.vocab, seat.layout.attention_ranks, seat.attention_index)
+        needs_embedding = seat.is_first_stage or (seat.is_last_stage and spec.tied)
+        self.embedding = source.read(Param("embed"), rows=self.vocab) if needs_embedding else None
+        self.blocks = [
+            Block(spec, layer, seat, source, group, rope, moe.get(layer), watch) for layer in self.layers
+        ]  # fmt: skip
+        if seat.is_last_stage:
+            self.final_norm = source.read(Param("final_norm"))
+            self.head = self.embedding if spec.tied else source.read(Param("lm_head"), rows=self.vocab)
+
+    def split(self, step: StepInput) -> TokenSplit:
+        """How this step's tokens lie over the attention group."""
+        return TokenSplit(self.group, step.tokens, step.replicated and self.group is not None)
+
+    def embed(self, step: StepInput, split: TokenSplit) -> Tensor:
+        """x_tD of the first stage: each rank looks up the ids of its share of the vocabulary."""
+        start, stop = self.vocab
+        local_T = step.ids_T - start
+        mine_T = (local_T >= 0) & (local_T < stop - start)
+        partial_TD = F.embedding(local_T.where(mine_T, 0), self.embedding) * mine_T[:, None]
+        return split.reduce(partial_TD, f"{step.name}, embedding")
+
+    def forward(self, x_tD: Tensor, step: StepInput, split: TokenSplit, caches: list[LayerCache]) -> Tensor:
+        """Through this stage's layers."""
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_tD = block(x_tD, step, split, cache)
+        return x_tD
+
+    def logits(self, x_tD: Tensor, step: StepInput, split: TokenSplit) -> Tensor:
+        """logits_CV (fp32) of the tokens in `step.logits_rows`, on every rank of the last stage's attention group."""
+        x_CD = split.gather(x_tD, f"{step.name}, output head")[step.logits_rows]
+        part_CV = F.linear(rms_norm(x_CD, self.final_norm, self.spec.norm_eps), self.head)
+        if self.group is None:
+            return part_CV.float()
+        shares = [share(self.spec.vocab, self.group.size, index) for index in range(self.group.size)]
+        counts = [stop - start for start, stop in shares]
+        return self.group.all_gather_rows(part_CV.T.contiguous(), counts, f"{step.name}, output head").T.float()
