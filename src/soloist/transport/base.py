@@ -4,7 +4,8 @@ Shape legend: R rows, W elements of a row, N elements of any shape.
 
 One conformance suite (`tests/transport/test_conformance.py`) runs over every implementation. All collectives are called
 by all ranks of the transport in the same order. Where two implementations could round differently, the order is
-defined here: sums are taken in fp32 (fp64 for fp64 input) in order of rank and rounded once to the input's dtype.
+defined here: sums are taken in fp32 (fp64 for fp64, integers in their own type) in order of rank and rounded once to
+the input's dtype. NCCL alone is excepted: its reductions have their own order, and agree within rounding.
 """
 
 from __future__ import annotations
@@ -49,6 +50,16 @@ class Traffic:
 
     bytes_to: list[int]
     waited_s: float = 0.0  # in which this rank had nothing to do but wait for peers
+
+    def count_rows(self, rank: int, counts: Sequence[int], row_bytes: int) -> None:
+        """Rows that `rank` sends: `counts[p]` to member p."""
+        for peer, count in enumerate(counts):
+            self.bytes_to[peer] += count * row_bytes * (peer != rank)
+
+    def count_ring(self, rank: int, total_bytes: int, passes: int = 1) -> None:
+        """A gather or reduction of `total_bytes` in which the ring goes round `passes` times."""
+        size = len(self.bytes_to)
+        self.bytes_to[(rank + 1) % size] += passes * total_bytes * (size - 1) // size
 
     def reset(self) -> None:
         self.bytes_to[:] = [0] * len(self.bytes_to)
