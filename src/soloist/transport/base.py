@@ -150,4 +150,4 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release everything. Idempotent; waits for nobody."""
+        """Release everything. Idempotent; waits for nobody, so what peers have not yet received may be lost."""

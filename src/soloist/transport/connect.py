@@ -1,0 +1,43 @@
+"""From a store where ranks meet to the transport that they asked for."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from torch.distributed import PrefixStore, Store
+
+from soloist.errors import ConfigurationError
+from soloist.transport.base import Transport
+from soloist.transport.gloo import GlooTransport
+from soloist.transport.local import LocalGroup, LocalTransport
+
+KINDS = ("gloo", "nccl", "shared_memory")
+
+
+def connect(
+    kind: str,
+    rank: int,
+    size: int,
+    store: Store,
+    device: torch.device | str = "cpu",
+    deadline_s: float = 60.0,
+) -> Transport:
+    """The world's transport, called by all its ranks; every one of them must arrive within the deadline.
+
+    `store`: a `FileStore` of ranks on one machine, a `TCPStore` otherwise; its keys are put below `kind`, so that one
+    store serves one transport of each kind. For another world (another epoch) pass a `PrefixStore` with its number.
+    Raises ConfigurationError for an unknown kind or a device that it cannot serve, CommunicationError if a peer does
+    not come.
+    """
+    ranks, device = range(size), torch.device(device)
+    store.set_timeout(timedelta(seconds=deadline_s))
+    if kind == "gloo":
+        return GlooTransport(PrefixStore(kind, store), ranks, rank, deadline_s)
+    raise ConfigurationError.of("transport", kind, f"choose one of {', '.join(KINDS)}")
+
+
+def local_world(size: int, deadline_s: float = 60.0) -> list[Transport]:
+    """Transports for `size` threads of this process."""
+    group = LocalGroup(range(size))
+    return [LocalTransport(group, rank, deadline_s) for rank in range(size)]

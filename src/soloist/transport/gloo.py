@@ -1,0 +1,168 @@
+"""Rows over torch.distributed's gloo: ranks on CPUs, over TCP between any machines.
+
+Shape legend: R rows, W elements of a row, N elements of any shape.
+
+Everything goes by gloo's point-to-point messages, one per pair and call, because its collectives cannot say which
+peer kept them waiting. The group is built on a given store and is never the default group, so that a broken one
+can be dropped and the next built beside it. Messages are moved by gloo's own thread: an exchange that was started goes
+on while this rank computes, except that rows whose counts are not known are received from `wait` onwards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+from soloist.errors import CommunicationError
+from soloist.transport.base import Transport
+from soloist.transport.exchange import ExchangeTransport, parts_of
+
+MESSAGE_TAG = 0  # of point-to-point messages; each exchange has two tags of its own, for counts and for rows
+TAGS = 1 << 30
+UNDER_WAY = 4  # messages to one peer before `send` waits
+
+
+@dataclass(frozen=True)
+class _Posted:
+    """A message under way. gloo reads or writes the tensor until it has ended."""
+
+    work: torch.distributed.Work
+    tensor: Tensor
+    peer: int
+
+
+class GlooTransport(ExchangeTransport):
+    """One member of a gloo group. `store` is the group's own: no two groups may share a prefix."""
+
+    def __init__(self, store: Store, ranks: Sequence[int], rank: int, deadline_s: float = 60.0) -> None:
+        super().__init__(tuple(ranks), rank, deadline_s)
+        self._store = store
+        self._group: ProcessGroupGloo | None = self._connect()
+        self._tag = MESSAGE_TAG
+        self._sent: defaultdict[int, deque[_Posted]] = defaultdict(deque)
+        self._subgroups: defaultdict[tuple[int, ...], int] = defaultdict(int)
+
+    def _connect(self) -> ProcessGroupGloo:
+        try:
+            return ProcessGroupGloo(self._store, self.rank, self.size, timedelta(seconds=self.deadline_s))
+        except RuntimeError as error:
+            raise self._failure(None, f"did not join the group: {error}", "connecting") from error
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+    def _start(
+        self, rows_RW: Tensor, send_counts: Sequence[int] | None, recv_counts: Sequence[int] | None, where: str
+    ) -> _Exchange:
+        self._tag = (self._tag + 2) % TAGS
+        parts = parts_of(rows_RW, send_counts, self.size)
+        return _Exchange(self, parts, recv_counts, self._tag, where)
+
+    # -- point to point ---------------------------------------------------------------------------------------------
+    def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
+        self.traffic.count_rows(self.rank, [0] * peer + [1], x_N.nbytes)
+        under_way = self._sent[peer]
+        while under_way and (len(under_way) >= UNDER_WAY or under_way[0].work.is_completed()):
+            self.finish([under_way.popleft()], where)
+        under_way.append(self.post_send(x_N.clone(memory_format=torch.contiguous_format), peer, MESSAGE_TAG, where))
+
+    def recv(self, shape: Sequence[int], dtype: torch.dtype, peer: int, where: str = "") -> Tensor:
+        message = torch.empty(*shape, dtype=dtype)
+        self.finish([self.post_recv(message, peer, MESSAGE_TAG, where)], where)
+        return message
+
+    # -- gloo -------------------------------------------------------------------------------------------------------
+    def post_send(self, tensor: Tensor, peer: int, tag: int, where: str) -> _Posted:
+        return self._post("send", tensor, peer, tag, where)
+
+    def post_recv(self, tensor: Tensor, peer: int, tag: int, where: str) -> _Posted:
+        return self._post("recv", tensor, peer, tag, where)
+
+    def _post(self, direction: str, tensor: Tensor, peer: int, tag: int, where: str) -> _Posted:
+        assert self._group is not None, "the transport is closed"
+        try:
+            return _Posted(getattr(self._group, direction)([tensor], peer, tag), tensor, peer)
+        except RuntimeError as error:
+            raise self._failure(peer, _reason(error, self.deadline_s), where) from error
+
+    def finish(self, posted: Sequence[_Posted], where: str) -> None:
+        """Wait until all have ended, for as long as one deadline in all."""
+        until = time.monotonic() + self.deadline_s
+        with self.traffic.waiting():
+            for message in posted:
+                left = timedelta(seconds=max(until - time.monotonic(), 0.001))  # gloo takes 0 for no limit
+                try:
+                    message.work.wait(left)
+                except RuntimeError as error:
+                    raise self._failure(message.peer, _reason(error, self.deadline_s), where) from error
+
+    def _failure(self, peer: int | None, reason: str, where: str) -> CommunicationError:
+        return CommunicationError(self.ranks[self.rank], None if peer is None else self.ranks[peer], where, reason)
+
+    # -- sub-worlds -------------------------------------------------------------------------------------------------
+    def subgroup(self, members: Sequence[int]) -> Transport:
+        chosen = tuple(members)
+        name = f"{'-'.join(map(str, chosen))}/{self._subgroups[chosen]}"
+        self._subgroups[chosen] += 1
+        ranks = [self.ranks[i] for i in chosen]
+        return GlooTransport(PrefixStore(name, self._store), ranks, chosen.index(self.rank), self.deadline_s)
+
+    def close(self) -> None:
+        self._sent.clear()
+        self._group = None
+
+
+class _Exchange:
+    """Rows to every member and from every member, under way."""
+
+    def __init__(
+        self, transport: GlooTransport, parts: Sequence[Tensor], counts: Sequence[int] | None, tag: int, where: str
+    ) -> None:
+        self.transport, self.where, self.tag, self.mine = transport, where, tag, parts[transport.rank]
+        # Starting with the next rank spreads the load: not everybody sends to member 0 first.
+        self.peers = [(transport.rank + i) % transport.size for i in range(1, transport.size)]
+        self.sends, self.recvs = [], []
+        self.counts = torch.tensor([len(part) for part in parts] if counts is None else counts)
+        if counts is None:
+            self._start_counts()
+        for peer in self.peers:
+            if len(parts[peer]):
+                self.sends.append(transport.post_send(parts[peer], peer, tag + 1, where))
+        if counts is not None:
+            self._start_rows()
+
+    def _start_counts(self) -> None:
+        sent, self.counts = self.counts, torch.full_like(self.counts, len(self.mine))
+        for peer in self.peers:
+            self.sends.append(self.transport.post_send(sent[peer : peer + 1], peer, self.tag, self.where))
+            self.recvs.append(self.transport.post_recv(self.counts[peer : peer + 1], peer, self.tag, self.where))
+
+    def _start_rows(self) -> None:
+        counts = self.counts.tolist()
+        self.rows = self.mine.new_empty(sum(counts), *self.mine.shape[1:])
+        parts = self.rows.split(counts)
+        parts[self.transport.rank].copy_(self.mine)
+        self.recvs = [
+            self.transport.post_recv(parts[peer], peer, self.tag + 1, self.where) for peer in self.peers if counts[peer]
+        ]
+        self.rows_posted = True
+
+    rows_posted = False
+
+    def wait(self) -> tuple[Tensor, list[int]]:
+        if not self.rows_posted:
+            self.transport.finish(self.recvs, self.where)
+            self._start_rows()
+        self.transport.finish(self.recvs + self.sends, self.where)
+        return self.rows, self.counts.tolist()
+
+
+def _reason(error: RuntimeError, deadline_s: float) -> str:
+    """gloo's message in our words; its text stays in the chain of exceptions."""
+    late = "timed out" in str(error).lower()
+    return f"no answer within {deadline_s:g} s" if late else "the connection broke"
