@@ -12,6 +12,8 @@ dense and shared feed-forward, cut over its attention group; and the slots that 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,22 +58,26 @@ class Block:
         self.shared = FeedForward(spec, source, layer, "shared", part) if has_shared else None
 
     def __call__(self, x_tD: Tensor, step: StepInput, split: TokenSplit, cache: LayerCache) -> Tensor:
+        h_TD = split.gather(rms_norm(x_tD, self.attn_norm, self.eps), self.where)
         with self.watch("attention"):
-            h_TD = split.gather(rms_norm(x_tD, self.attn_norm, self.eps), self.where)
-            x_tD = x_tD + split.reduce(self.attention(h_TD, step, cache), self.where)
+            partial_TD = self.attention(h_TD, step, cache)
+        x_tD = x_tD + split.reduce(partial_TD, self.where)
         h_tD = rms_norm(x_tD, self.mlp_norm, self.eps)
         if self.moe is None:
-            with self.watch("experts"):
-                return x_tD + split.reduce(self.dense(split.gather(h_tD, self.where)), self.where)
+            return x_tD + self._in_group(self.dense, h_tD, split)
         return x_tD + (self._replicated(h_tD, split) if split.replicated else self._sharded(h_tD, split))
 
     def _sharded(self, h_tD: Tensor, split: TokenSplit) -> Tensor:
         """Each rank dispatches its own tokens; the shared experts run while they travel."""
+        shared = None if self.shared is None else partial(self._in_group, self.shared, h_tD, split)
+        return self.moe(h_tD, meanwhile=shared)
 
-        def shared() -> Tensor:
-            return split.reduce(self.shared(split.gather(h_tD, self.where)), self.where)
-
-        return self.moe(h_tD, meanwhile=shared if self.shared else None)
+    def _in_group(self, network: FeedForward, h_tD: Tensor, split: TokenSplit) -> Tensor:
+        """A feed-forward whose width is cut over the attention group."""
+        h_TD = split.gather(h_tD, self.where)
+        with self.watch("experts"):
+            partial_TD = network(h_TD)
+        return split.reduce(partial_TD, self.where)
 
     def _replicated(self, h_TD: Tensor, split: TokenSplit) -> Tensor:
         """Every rank has all tokens: the ranks of each `tp` dispatch a slice of them, one all-reduce sums it all."""
@@ -96,7 +102,7 @@ class Decoder:
         watch: Stopwatch,
     ) -> None:
         """`moe` holds the experts of this stage's MoE layers, by layer."""
-        self.spec, self.seat, self.group = spec, seat, group
+        self.spec, self.seat, self.group, self.watch = spec, seat, group, watch
         self.layers = seat.layout.stage_layers(seat.stage, spec.layers)
         self.vocab = share(spec.vocab, seat.layout.attention_ranks, seat.attention_index)
         needs_embedding = seat.is_first_stage or (seat.is_last_stage and spec.tied)
@@ -110,7 +116,7 @@ class Decoder:
 
     def split(self, step: StepInput) -> TokenSplit:
         """How this step's tokens lie over the attention group."""
-        return TokenSplit(self.group, step.tokens, step.replicated and self.group is not None)
+        return TokenSplit(self.group, step.tokens, step.replicated and self.group is not None, self.watch)
 
     def embed(self, step: StepInput, split: TokenSplit) -> Tensor:
         """x_tD of the first stage: each rank looks up the ids of its share of the vocabulary."""

@@ -17,6 +17,7 @@ from soloist.models.weights import WeightSource
 from soloist.specs.layout import share
 from soloist.specs.model import ModelSpec
 from soloist.specs.parameters import Param
+from soloist.timing import Stopwatch
 from soloist.transport.base import Transport
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -40,6 +41,7 @@ class TokenSplit:
     group: Transport | None
     tokens: int
     replicated: bool
+    watch: Stopwatch
 
     @property
     def size(self) -> int:
@@ -59,15 +61,17 @@ class TokenSplit:
         """All tokens of the group, from what each rank holds."""
         if self.group is None or self.replicated:
             return x_tD
-        return self.group.all_gather_rows(x_tD, self.counts, where)
+        with self.watch("exchange"):
+            return self.group.all_gather_rows(x_tD, self.counts, where)
 
     def reduce(self, partial_TD: Tensor, where: str = "") -> Tensor:
         """The sum over the group of what each rank computed for all tokens; every rank gets what it holds."""
         if self.group is None:
             return partial_TD
-        if self.replicated:
-            return self.group.all_reduce(partial_TD, where)
-        return self.group.reduce_scatter_rows(partial_TD, self.counts, where)
+        with self.watch("exchange"):
+            if self.replicated:
+                return self.group.all_reduce(partial_TD, where)
+            return self.group.reduce_scatter_rows(partial_TD, self.counts, where)
 
 
 class FeedForward:
