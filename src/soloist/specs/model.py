@@ -61,6 +61,7 @@ class AttentionSpec(Spec, frozen=True, kw_only=True):
     q_rank: int | None = None  # MLA; None: no low-rank query
     kv_rank: int = 0  # MLA
     rope_dim: int = 0  # MLA
+    latent_norm_eps: float = 1e-6  # MLA: of the norms between its low-rank projections, whatever `norm_eps` is
 
     @property
     def nope_dim(self) -> int:

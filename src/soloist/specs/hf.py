@@ -1,0 +1,146 @@
+"""`ModelSpec` from the `config.json` of a Hugging Face checkpoint.
+
+The meaning of each key is that of transformers 5.23. Whatever a config says is honoured or refused: a key that some
+family reads and this one does not may only hold a neutral value. Older and newer spellings of a key are both read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from soloist.errors import CheckpointError, ConfigurationError
+from soloist.specs.hf_deepseek import DeepseekV2, DeepseekV3
+from soloist.specs.hf_families import GptOss, Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
+from soloist.specs.hf_family import Family
+from soloist.specs.model import ModelSpec
+from soloist.specs.rope import convert, read_rope
+
+FAMILIES: dict[str, type[Family]] = {
+    "mixtral": Mixtral,
+    "qwen2_moe": Qwen2Moe,
+    "qwen3_moe": Qwen3Moe,
+    "olmoe": Olmoe,
+    "deepseek_v2": DeepseekV2,
+    "deepseek_v3": DeepseekV3,
+    "gpt_oss": GptOss,
+}
+# other spelling → ours
+_SPELLINGS = {
+    "num_local_experts": "num_experts",
+    "n_routed_experts": "num_experts",
+    "torch_dtype": "dtype",
+    "experts_per_token": "num_experts_per_tok",
+}
+# keys that no family here may set
+_NEVER = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling", "embedding_multiplier")
+# names of ModelSpec's fields → keys of config.json, for messages
+_KEYS = {
+    "attention.kv_heads": "num_key_value_heads",
+    "router.top_k": "num_experts_per_tok",
+    "router.groups": "n_group",
+    "router.kept_groups": "topk_group",
+    "rope.width": "head_dim",
+}
+
+
+def read_config(source: Path | str | dict[str, Any], name: str | None = None) -> ModelSpec:
+    """The spec of a checkpoint folder, or of a config given as a dict.
+
+    End-of-sequence ids come from `generation_config.json` where it names them. Raises ConfigurationError for a config
+    that is inconsistent, unknown or unsupported, CheckpointError for a folder without a readable one.
+    """
+    if isinstance(source, dict):
+        return _spec(dict(source), name or str(source.get("_name_or_path") or source.get("model_type")), None)
+    folder = Path(source)
+    generation = folder / "generation_config.json"
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+    return _spec(read_json(folder / "config.json"), name or folder.resolve().name, eos)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError that names the file."""
+    try:
+        value = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): give the folder of a checkpoint") from None
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _spec(raw: dict[str, Any], name: str, eos: object) -> ModelSpec:
+    kind = _family(raw.get("model_type"))
+    raw = _one_spelling(raw)
+    _refuse_unread(raw, kind)
+    _check_architecture(raw)
+    _check_quantisation(raw)
+    config: Family = convert(raw, kind)
+    rope = read_rope(raw | config.implied_rope(raw), kind.default_theta)
+    try:
+        return config.spec(name, rope, _eos_ids(raw.get("eos_token_id") if eos is None else eos))
+    except ConfigurationError as error:
+        ours, _, rest = str(error).partition(" = ")
+        raise ConfigurationError(f"{_KEYS.get(ours, ours)} = {rest}") from None
+
+
+def _family(model_type: object) -> type[Family]:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigurationError.of("model_type", model_type, f"is not supported: {', '.join(FAMILIES)} are")
+    return FAMILIES[model_type]
+
+
+def _one_spelling(raw: dict[str, Any]) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    for key, value in raw.items():
+        ours = _SPELLINGS.get(key, key)
+        if value is None:
+            continue
+        if known.setdefault(ours, value) != value:
+            raise ConfigurationError.of(key, value, f"contradicts another spelling of it, {known[ours]!r}: keep one")
+    return known
+
+
+def _refuse_unread(raw: dict[str, Any], kind: type[Family]) -> None:
+    """Refuse keys that change the computation elsewhere, and that this family does not know."""
+    elsewhere = {name for other in FAMILIES.values() for name in other.__struct_fields__}
+    for key in (elsewhere - set(kind.__struct_fields__)).union(_NEVER) & raw.keys():
+        value = raw[key]
+        neutral = not value or (key == "layer_types" and set(value) == {"full_attention"})
+        if not neutral:
+            raise ConfigurationError.of(key, value, f"is not supported for model_type {raw['model_type']}: remove it")
+
+
+def _check_architecture(raw: dict[str, Any]) -> None:
+    for architecture in raw.get("architectures") or ():
+        if not str(architecture).endswith("ForCausalLM"):
+            raise ConfigurationError.of("architectures", architecture, "only causal language models are supported")
+
+
+def _check_quantisation(raw: dict[str, Any]) -> None:
+    """Released forms that the checkpoint reader dequantises: 128×128-block fp8, and gpt-oss's MXFP4."""
+    given = raw.get("quantization_config")
+    if given is None:
+        return
+    supported = {
+        "fp8": {"weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"},
+        "mxfp4": {},
+    }
+    method = given.get("quant_method") if isinstance(given, dict) else given
+    if method not in supported or (method == "mxfp4") != (raw["model_type"] == "gpt_oss"):
+        remedy = "is not supported here: fp8 with 128×128 blocks is, mxfp4 for gpt_oss is; or use the bf16 weights"
+        raise ConfigurationError.of("quantization_config.quant_method", method, remedy)
+    for key, value in supported[method].items():
+        if given.get(key, value if key != "weight_block_size" else None) != value:
+            raise ConfigurationError.of(f"quantization_config.{key}", given.get(key), f"only {value!r} is supported")
+
+
+def _eos_ids(value: object) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise ConfigurationError.of("eos_token_id", value, "must be a token id or a list of them")
+    return tuple(ids)
