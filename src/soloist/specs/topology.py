@@ -1,0 +1,101 @@
+"""A node as the machine itself describes it: `nvidia-smi topo -m` and NCCL's topology XML → `ClusterSpec`.
+
+Both name the links between the GPUs of one node. Rates follow from the number of NVLinks and the rate of one link;
+GPUs without NVLink between them talk over PCIe or the socket link, whose rates below are what such paths usually give.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+
+import msgspec
+
+from soloist.errors import ConfigurationError
+from soloist.specs.cluster import ClusterSpec, preset_gpus
+
+LINKS_OF = {"A100-80GB": 12, "H100-80GB": 18, "H800": 8, "H200": 18, "H20": 18, "B200": 18, "GB200": 18}
+PATH_GBPS = {"PIX": 25.0, "PXB": 24.0, "PHB": 20.0, "NODE": 18.0, "SYS": 12.0}
+
+
+def from_nvidia_smi(text: str, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
+    """`nvidia-smi topo -m` of one node. `gpu` names a preset GPU; the text does not say the NICs' rate.
+
+    Raises ConfigurationError where the text holds no GPU matrix or an unknown kind of path.
+    """
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in text.splitlines()]
+    header = next((line for line in lines if line[:1] == ["GPU0"] and "X" not in line), None)
+    rows = [line for line in lines if line and re.fullmatch(r"GPU\d+", line[0]) and "X" in line]
+    if header is None or not rows:
+        raise ConfigurationError.of("topology", text[:40], "holds no GPU matrix; give the output of nvidia-smi topo -m")
+    gpus = [name for name in header if re.fullmatch(r"GPU\d+", name)]
+    nics = [name for name in header if re.fullmatch(r"(NIC\d+|mlx\d+_\d+)", name)]
+    if len(rows) != len(gpus) or any(len(row) < 1 + len(gpus) for row in rows):
+        raise ConfigurationError.of(
+            "topology", f"{len(rows)} rows", f"the header names {len(gpus)} GPUs; is it cut off?"
+        )
+    links = tuple(tuple(_rate(cell, gpu) for cell in row[1 : 1 + len(gpus)]) for row in rows)
+    return _node(gpu, links, nics=len(nics), nic_GBps=nic_GBps * min(1.0, len(nics) / len(gpus)), source="nvidia-smi")
+
+
+def from_nccl_xml(text: str, gpu: str) -> ClusterSpec:
+    """The file that NCCL writes to `NCCL_TOPO_DUMP_FILE`. `gpu` names a preset GPU.
+
+    NVLinks to a switch join every GPU to every other; links that name another GPU's bus id join only these two.
+    """
+    try:
+        system = ET.fromstring(text)
+    except ET.ParseError as error:
+        raise ConfigurationError.of("NCCL topology", text[:40], f"is not XML: {error}") from error
+    buses = {pci.get("busid", ""): pci for pci in system.iter("pci") if pci.find("gpu") is not None}
+    if system.tag != "system" or not buses:
+        raise ConfigurationError.of("NCCL topology", system.tag, "holds no GPU; give a dump of NCCL_TOPO_DUMP_FILE")
+    links = tuple(tuple(_xml_rate(buses, one, other, gpu) for other in buses) for one in buses)
+    speeds = [float(net.get("speed", "0")) for net in system.iter("net") if net.get("dev") is not None]
+    per_gpu = sum(speeds) / 8e3 / len(buses)  # Mb/s → GB/s
+    return _node(gpu, links, nics=len(speeds), nic_GBps=per_gpu, source="NCCL topology")
+
+
+def _xml_rate(buses: dict[str, ET.Element], one: str, other: str, gpu: str) -> float:
+    if one == other:
+        return 0.0
+    device = buses[one].find("gpu")
+    assert device is not None
+    direct = switched = 0
+    for link in device.findall("nvlink"):
+        count = int(link.get("count", "1"))
+        direct += count * (link.get("target") == other)
+        switched += count * (link.get("tclass", "").startswith("0x0680"))  # PCI class of an NVSwitch bridge
+    return _nvlinks(direct or switched, gpu) or PATH_GBPS["PHB"]
+
+
+def _rate(cell: str, gpu: str) -> float:
+    if cell == "X":
+        return 0.0
+    if match := re.fullmatch(r"NV(\d+)", cell):
+        return _nvlinks(int(match[1]), gpu)
+    if cell not in PATH_GBPS:
+        raise ConfigurationError.of("topology path", cell, f"unknown; known are NV#, {', '.join(PATH_GBPS)}")
+    return PATH_GBPS[cell]
+
+
+def _nvlinks(count: int, gpu: str) -> float:
+    if gpu not in preset_gpus():
+        raise ConfigurationError.of("gpu", gpu, f"unknown; known are {', '.join(preset_gpus())}")
+    if count and gpu not in LINKS_OF:
+        raise ConfigurationError.of("gpu", gpu, f"has no known NVLink rate; known are {', '.join(LINKS_OF)}")
+    return count * preset_gpus()[gpu].nvlink_GBps / LINKS_OF[gpu] if count else 0.0
+
+
+def _node(gpu: str, links: tuple[tuple[float, ...], ...], nics: int, nic_GBps: float, source: str) -> ClusterSpec:
+    rates = {rate for i, row in enumerate(links) for j, rate in enumerate(row) if i != j}
+    known = preset_gpus()
+    if gpu not in known:
+        raise ConfigurationError.of("gpu", gpu, f"unknown; known are {', '.join(known)}")
+    node = ClusterSpec(
+        name=f"{len(links)}x{gpu}", gpu=known[gpu], gpus_per_node=len(links), nic_GBps=nic_GBps, nics_per_node=nics,
+        source=source,
+    )  # fmt: skip
+    if len(rates) > 1:
+        return msgspec.structs.replace(node, links_GBps=links)
+    return msgspec.structs.replace(node, nvlink_GBps=rates.pop() if rates else 0.0)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from soloist.errors import ConfigurationError
+from soloist.specs.cluster import ClusterSpec, cluster, load_clusters, preset_clusters, preset_gpus
+from soloist.specs.nccl_tests import parse_nccl_tests
+from soloist.specs.topology import from_nccl_xml, from_nvidia_smi
+
+TOPO = """
+\x1b[4mGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tNIC1\tCPU Affinity\tNUMA Affinity\x1b[0m
+GPU0\t X \tNV12\tNV12\tSYS\tPXB\tSYS\t0-31\t0
+GPU1\tNV12\t X \tNV12\tSYS\tPXB\tSYS\t0-31\t0
+GPU2\tNV12\tNV12\t X \tSYS\tSYS\tPXB\t32-63\t1
+GPU3\tSYS\tSYS\tSYS\t X \tSYS\tPXB\t32-63\t1
+NIC0\tPXB\tPXB\tSYS\tSYS\t X \tSYS
+NIC1\tSYS\tSYS\tPXB\tPXB\tSYS\t X
+
+Legend:
+  X    = Self
+"""
+
+XML = """<system version="1">
+  <cpu numaid="0" arch="x86_64" vendor="GenuineIntel">
+    <pci busid="0000:19:00.0" class="0x030200"><gpu dev="0" sm="90" rank="0" gdr="1">
+      <nvlink target="0000:07:00.0" count="5" tclass="0x068000"/>
+      <nvlink target="0000:08:00.0" count="4" tclass="0x068000"/>
+      <nvlink target="0000:09:00.0" count="9" tclass="0x068000"/></gpu></pci>
+    <pci busid="0000:3b:00.0" class="0x030200"><gpu dev="1" sm="90" rank="1" gdr="1">
+      <nvlink target="0000:07:00.0" count="18" tclass="0x068000"/></gpu></pci>
+    <nic><net name="mlx5_0" dev="0" speed="400000" port="1" guid="0x1" gdr="1"/></nic>
+    <nic><net name="mlx5_1" dev="1" speed="400000" port="1" guid="0x2" gdr="1"/></nic>
+  </cpu>
+</system>"""
+
+LOG = """# Collective test starting: alltoall_perf
+# nThread 1 nGpus 2 minBytes 1048576
+#  Rank  0 Group  0 Pid  11 on host device  0 [0000:19:00] NVIDIA H100 80GB HBM3
+#  Rank  1 Group  0 Pid  11 on host device  1 [0000:3b:00] NVIDIA H100 80GB HBM3
+NCCL version 2.28.9+cuda13.0
+#       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong
+     1048576        131072     float    none      -1    21.10   49.69   24.85      0    20.30   51.65   25.83    N/A
+    67108864       8388608     float    none      -1    144.2  465.39  232.69      0    145.0  462.82  231.41    N/A
+# Avg bus bandwidth    : 130
+"""
+
+
+def test_every_preset_has_a_source_and_a_size() -> None:
+    for spec in preset_clusters().values():
+        assert spec.source
+        assert spec.gpu.source
+        assert spec.gpus_per_node >= 1
+    for wanted in ("dgx-h100", "hgx-h100", "hgx-h200", "hgx-b200", "gb200-nvl72", "dgx-a100", "hgx-h20", "card-400tf"):
+        assert wanted in preset_clusters()
+    assert preset_gpus()["card-400tf"].mfu == 0.60
+
+
+def test_matrices_follow_nodes_and_rails() -> None:
+    spec = cluster("dgx-h100")
+    bandwidth, latency = spec.bandwidth_matrix(16), spec.latency_matrix(16)
+    assert bandwidth[0, 7] == 450e9
+    assert bandwidth[0, 8] == 50e9
+    assert np.isinf(bandwidth[3, 3])
+    assert latency[0, 7] < latency[0, 8] < latency[0, 9]  # same node, same rail, another rail
+    assert (latency == latency.T).all()
+    assert spec.rails(16).tolist() == [*range(8), *range(8)]
+
+
+def test_fewer_nics_than_gpus_share_rails() -> None:
+    spec = ClusterSpec(gpu=preset_gpus()["H100-80GB"], gpus_per_node=8, nic_GBps=25, nics_per_node=4)
+    assert spec.rails(8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_own_file_overrides_and_refers_to_presets(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("clusters: {mine: {gpu: H200, gpus_per_node: 4, nvlink_GBps: 200, nic_GBps: 25}}")
+    spec = cluster(str(path))
+    assert (spec.name, spec.gpu.name, spec.nvlink, spec.nic) == ("mine", "H200", 200e9, 25e9)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("clusters: {a: {gpu: H100-80GB, gpus_per_node: 8, nic_GBps: -1}}", "nic_GBps"),
+        ("clusters: {a: {gpu: H100-80GB, gpus_per_node: 8, nik_GBps: 1}}", "nik_GBps"),
+        ("clusters: {a: {gpu: H1000, gpus_per_node: 8}}", "H1000"),
+        ("clusters: {a: {gpu: H100-80GB, gpus_per_node: 0}}", "gpus_per_node"),
+        ("clusters: {a: {gpu: H100-80GB, gpus_per_node: many}}", "gpus_per_node"),
+        ("clusters: {a: {gpu: H100-80GB, gpus_per_node: 2, links_GBps: [[0, 1]]}}", "links_GBps"),
+        ("gpus: {g: {tflops: {fp8: 1}, memory_GB: 1, memory_TBps: 1}}", "tflops"),
+        ("gpus: {g: {tflops: {bf16: 1}, memory_GB: 1, memory_TBps: 1, mfu: 2}}", "mfu"),
+        ("machines: {}", "machines"),
+        ("clusters: [", "YAML"),
+    ],
+)
+def test_nonsense_is_named(tmp_path: Path, text: str, names: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=names):
+        load_clusters(path)
+
+
+def test_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(ConfigurationError, match="dgx-h100"):
+        cluster("no-such-cluster")
+
+
+def test_more_gpus_than_there_are() -> None:
+    with pytest.raises(ConfigurationError, match="gpus"):
+        cluster("2xh100").nodes(4)
+
+
+def test_nvidia_smi_matrix_with_unequal_links() -> None:
+    spec = from_nvidia_smi(TOPO, "A100-80GB", nic_GBps=25)
+    assert (spec.gpus_per_node, spec.nics_per_node, spec.nic_GBps) == (4, 2, 12.5)
+    assert spec.bandwidth_matrix(4)[0, 1] == 300e9
+    assert spec.bandwidth_matrix(4)[0, 3] == 12e9
+
+
+def test_nvidia_smi_refuses_other_text() -> None:
+    with pytest.raises(ConfigurationError, match="GPU matrix"):
+        from_nvidia_smi("no GPUs here", "H100-80GB")
+    with pytest.raises(ConfigurationError, match="QPI"):
+        from_nvidia_smi(TOPO.replace("PXB", "QPI").replace("SYS", "QPI"), "H100-80GB")
+
+
+def test_nccl_xml_over_a_switch() -> None:
+    spec = from_nccl_xml(XML, "H100-80GB")
+    assert (spec.gpus_per_node, spec.nics_per_node, spec.nic_GBps) == (2, 2, 50.0)
+    assert spec.nvlink == 450e9
+
+
+def test_nccl_xml_refuses_other_files() -> None:
+    with pytest.raises(ConfigurationError, match="not XML"):
+        from_nccl_xml("<system", "H100-80GB")
+    with pytest.raises(ConfigurationError, match="no GPU"):
+        from_nccl_xml("<graphs/>", "H100-80GB")
+
+
+def test_nccl_tests_log() -> None:
+    rows = parse_nccl_tests(LOG, "2xH100-NVLink")
+    assert [(r["collective"], r["gpus"], r["bytes"], r["us"]) for r in rows] == [
+        ("all_to_all", 2, 1048576, 20.3),
+        ("all_to_all", 2, 67108864, 144.2),
+    ]
+    assert rows[0]["library"] == "nccl-2.28.9"
+
+
+def test_nccl_tests_log_without_or_with_wrong_results() -> None:
+    with pytest.raises(ConfigurationError, match="no results"):
+        parse_nccl_tests("all_reduce_perf", "x")
+    with pytest.raises(ConfigurationError, match="wrong results"):
+        parse_nccl_tests(LOG.replace("24.85      0", "24.85      7"), "x")
