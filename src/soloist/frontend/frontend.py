@@ -1,0 +1,177 @@
+"""The front end: takes requests, hands them to leaders, gathers what they send back. One thread, no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from soloist import errors
+from soloist.errors import ClusterError, SoloistError
+from soloist.frontend.requests import Request, Requests
+from soloist.frontend.sockets import Hub
+from soloist.frontend.wire import Abort, Loading, RankError, Ready, Shutdown, ToFrontEnd, Tokens, Wake, WakeMe
+from soloist.scheduling.request import SamplingParams
+from soloist.specs.layout import Layout
+
+POLL_S = 0.1  # between looks at the ranks' health
+GRACE_S = 0.5  # for the rank that caused an error to say so, after others have said that they suffered from it
+
+
+@dataclass
+class RankReport:
+    """What a rank has told about itself."""
+
+    bytes_read: int = 0
+    kv_tokens: int | None = None  # None: not ready
+    stats: dict[str, float] = field(default_factory=dict)
+    heard_s: float = field(default_factory=time.monotonic)  # when; or when it was last given work after a rest
+
+
+class FrontEnd:
+    """Serves requests on the ranks of a layout.
+
+    `ended_ranks` tells which processes have ended, and how. When a rank is lost, every waiting request ends with the
+    cause, and every later call raises it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        vocab: int,
+        hub: Hub[ToFrontEnd],
+        deadline_s: float,
+        ended_ranks: Callable[[], dict[int, str]],
+    ) -> None:
+        self.layout, self.hub, self.deadline_s, self._ended_ranks = layout, hub, deadline_s, ended_ranks
+        self.ranks = {rank: RankReport() for rank in range(layout.size)}
+        self.leaders = tuple(rank for rank in self.ranks if layout.at(rank).is_leader)
+        self.requests = Requests(self.leaders, vocab)
+        self.failure: SoloistError | None = None
+        self.epoch = 0
+        self._errors: dict[int, RankError] = {}
+        self._next_look_s = 0.0
+        self._woken: dict[tuple[int, ...], int] = {}  # leaders that step together → the last sleep they were woken from
+
+    # -- start and end ----------------------------------------------------------------------------------------------
+    def wait_ready(self, deadline_s: float, progress: Callable[[dict[int, RankReport]], None]) -> None:
+        """Until every rank has loaded. Raises what a rank failed with, or ClusterError after `deadline_s`."""
+        end = time.monotonic() + deadline_s
+        while missing := [rank for rank, report in self.ranks.items() if report.kv_tokens is None]:
+            self.pump(POLL_S)
+            self.raise_failure()
+            if time.monotonic() > end:
+                raise ClusterError(f"ranks {missing} were not ready after start_deadline_s = {deadline_s:g}")
+            progress(self.ranks)
+
+    def close(self) -> None:
+        """Ask all ranks to end; does not wait for them. Waiting requests end with an error."""
+        if self.hub.closed:
+            return
+        self.hub.send(self.leaders, Shutdown())
+        self.failure = self.failure or ClusterError("the engine was closed")
+        self.requests.fail_all(str(self.failure))
+        self.hub.close()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """Hand a request to the ranks. Raises RequestError for one that cannot be served."""
+        self.raise_failure()
+        busy = self.requests.waiting_for()
+        request = self.requests.accept(prompt, params)
+        for sequence in request.sequences:
+            if sequence.leader not in busy:
+                self.ranks[sequence.leader].heard_s = time.monotonic()
+            self.hub.send([sequence.leader], sequence.submit)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """End a request with what it has. Nothing happens to one that has ended."""
+        for sequence in self.requests.abort(request):
+            self.hub.send([sequence.leader], Abort(sequence.submit.sequence))
+
+    def pump(self, timeout_s: float = POLL_S) -> list[Request]:
+        """Take in what the ranks have sent, waiting for the first message. Returns the requests that gained something.
+
+        A failure of the ranks is kept in `failure`, not raised here.
+        """
+        touched: list[Request] = []
+        received = self.hub.receive(timeout_s)
+        while received is not None:
+            touched += self._take(*received)
+            received = self.hub.receive(0)
+        if self.failure is None and (trouble := self._trouble()):
+            self.failure = self._cause(trouble)
+            touched += self.requests.fail_all(str(self.failure))
+        return touched
+
+    def raise_failure(self) -> None:
+        """Raise what the ranks failed with, if they did."""
+        if self.failure:
+            raise self.failure
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+    def _take(self, rank: int, message: ToFrontEnd) -> list[Request]:
+        report = self.ranks[rank]
+        report.heard_s = time.monotonic()
+        match message:
+            case Tokens():
+                report.stats = message.stats
+                return [request for delta in message.deltas if (request := self.requests.apply(delta))]
+            case WakeMe():
+                self._wake(rank, message.generation)
+            case Loading():
+                report.bytes_read = message.bytes_read
+            case Ready():
+                report.kv_tokens = message.kv_tokens
+            case RankError():
+                self._errors[rank] = message
+        return []
+
+    def _wake(self, rank: int, generation: int) -> None:
+        """Once for each sleep, however many leaders ask."""
+        leaders = self.layout.at(rank).leaders
+        if generation > self._woken.get(leaders, 0):
+            self._woken[leaders] = generation
+            self.hub.send(leaders, Wake(self.epoch, generation))
+
+    # -- failures ---------------------------------------------------------------------------------------------------
+    def _trouble(self) -> str | None:
+        """A first sign that a rank is lost. Silence is the last resort: stuck peers are found within the deadline."""
+        if self._errors:
+            return next(iter(self._errors.values())).text
+        now = time.monotonic()
+        if now < self._next_look_s:
+            return None
+        self._next_look_s = now + POLL_S
+        if ended := self._ended_ranks():
+            return "; ".join(f"rank {rank} {how}" for rank, how in ended.items())
+        limit = 2 * self.deadline_s
+        silent = sorted(r for r in self.requests.waiting_for() if self.ranks[r].heard_s < now - limit)
+        return f"ranks {silent} have work and said nothing for {limit:g} s" if silent else None
+
+    def _cause(self, trouble: str) -> SoloistError:
+        """Ranks that suffer may speak before the one that fails: listen a little longer, then choose."""
+        end = time.monotonic() + GRACE_S
+        while time.monotonic() < end and all(error.is_collateral for error in self._errors.values()):
+            if received := self.hub.receive(POLL_S):
+                self._take(*received)
+        for rank, error in self._errors.items():
+            if not error.is_collateral:
+                return _rebuilt(rank, error)
+        for rank, how in self._ended_ranks().items():
+            if rank not in self._errors:
+                return ClusterError(f"rank {rank} {how}")
+        for rank, error in self._errors.items():
+            return _rebuilt(rank, error)
+        return ClusterError(trouble)
+
+
+def _rebuilt(rank: int, error: RankError) -> SoloistError:
+    """The exception of a rank, of its own class where a user can help it, with its traceback as a note."""
+    kinds = {"ConfigurationError", "CheckpointError", "CapacityError"}
+    kind = getattr(errors, error.kind) if error.kind in kinds else ClusterError
+    name = "" if hasattr(errors, error.kind) else f"{error.kind}: "
+    rebuilt = kind(f"rank {rank}: {name}{error.text}")
+    rebuilt.add_note(error.trace)
+    return rebuilt

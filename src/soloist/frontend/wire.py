@@ -1,0 +1,125 @@
+"""The messages between processes: front end ↔ ranks, leader ↔ the ranks of its sequences. msgpack over ZeroMQ.
+
+front end ──Submit, Abort, Wake, Shutdown──► leader ──Allocate, Step, Shutdown──► peers
+front end ◄──Tokens, WakeMe── leader ◄──Hello, Result── peers
+front end ◄──Loading, Ready, RankError── every rank
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from soloist.scheduling.request import FinishReason, Sampled, SamplingParams, StepBatch, TokenLogprob
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages; the first element of the array names the kind."""
+
+
+# -- front end → leader ---------------------------------------------------------------------------------------------
+class Submit(Message):
+    """Continue a prompt. `sequence` is unique within the front end."""
+
+    sequence: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+
+class Abort(Message):
+    """Forget a sequence; nothing is reported for it any more."""
+
+    sequence: int
+
+
+class Wake(Message):
+    """Leave sleep number `generation` of world `epoch`, or do not begin it."""
+
+    epoch: int
+    generation: int
+
+
+class Shutdown(Message):
+    """Leave the step loop. Sent to every leader, and by each of them to its peers."""
+
+
+# -- rank → front end -----------------------------------------------------------------------------------------------
+class Loading(Message):
+    """Bytes of weights that this rank has read so far."""
+
+    bytes_read: int
+
+
+class Ready(Message):
+    """The rank serves. `kv_tokens` is the KV cache of its attention group."""
+
+    kv_tokens: int
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one sequence gained. Text may lag behind the tokens; it is complete when `finish_reason` is set."""
+
+    sequence: int
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    margin: float = float("inf")
+    error: str | None = None  # with finish_reason "error"
+
+
+class Tokens(Message):
+    """One step of one leader, or refused requests. `stats` are the scheduler's figures after it."""
+
+    step: int
+    deltas: tuple[Delta, ...]
+    stats: dict[str, float] = {}
+
+
+class WakeMe(Message):
+    """A leader in sleep number `generation` has got work."""
+
+    generation: int
+
+
+class RankError(Message):
+    """The rank is lost. `kind` is the exception's class, `trace` where it was raised."""
+
+    kind: str
+    text: str
+    trace: str
+
+    @property
+    def is_collateral(self) -> bool:
+        """The cause probably lies on another rank."""
+        return self.kind == "CommunicationError"
+
+
+# -- leader ↔ peers -------------------------------------------------------------------------------------------------
+class Allocate(Message):
+    """Make the KV cache: blocks that every rank of the sequences can hold."""
+
+    blocks: int
+
+
+class Step(Message):
+    batch: StepBatch
+
+
+class Hello(Message):
+    """A peer has loaded; `kv_blocks` fit on it."""
+
+    kv_blocks: int
+
+
+class Result(Message):
+    """What the sampler chose in a step."""
+
+    step: int
+    sampled: tuple[Sampled, ...]
+
+
+ToLeader = Submit | Abort | Wake | Shutdown
+ToFrontEnd = Loading | Ready | Tokens | WakeMe | RankError
+ToPeer = Allocate | Step | Shutdown
+FromPeer = Hello | Result
