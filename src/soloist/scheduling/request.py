@@ -94,7 +94,18 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     """What the sampler chose for a chunk. Filled by the last stage, read by the scheduler."""
 
     sequence: int
-    token: int | None  # None: the chunk does not sample; it carries prompt log probabilities only
+    token: int | None  # None: the chunk does not sample, or its logits are not finite
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the chunk's second token to its `following`
-    margin: float = float("inf")  # between the two best logits
+    margin: float = float("inf")  # between the two best logits; of a drawn token, with temperature and noise applied
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """What a step gave one sequence. Filled by the scheduler, read by the front end."""
+
+    sequence: int
+    tokens: tuple[int, ...]  # the new ones; a token that ends the sequence is among them
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each new token, where asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt's tokens after the first; with the first new token
+    finish_reason: FinishReason | None = None  # the scheduler knows the sequence no longer
+    margin: float = float("inf")  # of the new token, see `Sampled`

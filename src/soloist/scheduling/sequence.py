@@ -1,0 +1,99 @@
+"""What a scheduler knows of one sequence: its tokens, how far its KV cache reaches, and the blocks that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from soloist.scheduling.blocks import ROOT, chain
+from soloist.scheduling.request import Chunk, FinishReason, SamplingParams, TokenLogprob
+
+
+class SequenceState:
+    """A prompt and its continuation so far. `tokens[:computed]` have KV in `blocks`; the others are `pending`.
+
+    Decoding is the case of one pending token. A sequence that lost its blocks is one whose tokens are all pending
+    again, so a continuation resumes as a longer prompt does.
+    """
+
+    __slots__ = (
+        "id",
+        "arrival",
+        "params",
+        "tokens",
+        "prompt_length",
+        "computed",
+        "blocks",
+        "cached",
+        "digests",
+        "prompt_logprobs",
+        "finish_reason",
+        "_without_prompt",
+    )
+
+    def __init__(self, id: int, arrival: int, prompt: Sequence[int], params: SamplingParams) -> None:
+        self.id = id
+        self.arrival = arrival
+        self.params = params
+        self.tokens = list(prompt)
+        self.prompt_length = len(prompt)
+        self.computed = 0
+        self.blocks: tuple[int, ...] = ()
+        self.cached = 0  # leading blocks that the pool knows by their content
+        self.digests: list[bytes] = []
+        self.prompt_logprobs: list[TokenLogprob] = []  # of the prompt's tokens 1, 2, …
+        self.finish_reason: FinishReason | None = None
+        self._without_prompt = params
+        if params.prompt_logprobs is not None:
+            self._without_prompt = msgspec.structs.replace(params, prompt_logprobs=None)
+
+    def __lt__(self, other: SequenceState) -> bool:
+        return self.arrival < other.arrival
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be computed before the next one can be chosen."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Logits of prompt positions are still wanted, so none of them may come from the cache."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length - 1
+
+    def full_digests(self, block_size: int, count: int) -> list[bytes]:
+        """Digests of the first `count` blocks, all full. Each is computed once."""
+        for index in range(len(self.digests), count):
+            parent = self.digests[-1] if self.digests else ROOT
+            self.digests.append(chain(parent, self.tokens[index * block_size : (index + 1) * block_size]))
+        return self.digests[:count]
+
+    def chunk(self, count: int) -> Chunk:
+        """The next `count` pending tokens as the ranks see them."""
+        stop = self.computed + count
+        samples = stop == len(self.tokens)
+        asks_prompt = self.lacks_prompt_logprobs and stop > len(self.prompt_logprobs)
+        params = self.params if asks_prompt else self._without_prompt if samples else None
+        return Chunk(
+            sequence=self.id,
+            tokens=tuple(self.tokens[self.computed : stop]),
+            start=self.computed,
+            blocks=self.blocks,
+            samples=samples,
+            params=params,
+            history=tuple(self.tokens) if samples and self.params.repetition_penalty != 1 else (),
+            following=self.tokens[stop] if asks_prompt and stop < self.prompt_length else -1,
+        )
+
+    def take_prompt_logprobs(self, start: int, logprobs: Sequence[TokenLogprob]) -> None:
+        """Keep what is new in the answer to a chunk from `start`: after a preemption, parts are computed again."""
+        self.prompt_logprobs += logprobs[len(self.prompt_logprobs) - start : self.prompt_length - 1 - start]
+
+    def stop_reason(self, eos_ids: frozenset[int], max_positions: int) -> FinishReason | None:
+        """Why the last token ends the sequence, if it does."""
+        token = self.tokens[-1]
+        if token in self.params.stop_token_ids or (token in eos_ids and not self.params.ignore_eos):
+            return "stop"
+        if len(self.tokens) >= min(self.prompt_length + self.params.max_tokens, max_positions):
+            return "length"
+        return None
