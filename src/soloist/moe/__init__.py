@@ -1,0 +1,1 @@
+"""Router, experts, and the layer that joins them over a dispatcher."""

@@ -1,0 +1,113 @@
+"""Which experts a token goes to, with which weights, and which replica of each.
+
+Shape legend: T tokens, D model width, E experts, K top-k, G router groups, M most replicas of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from soloist.dispatch.base import SlotChoice
+from soloist.moe.reader import Reader
+from soloist.placement.placement import Placement
+from soloist.specs.model import ModelSpec, RouterSpec
+from soloist.specs.parameters import Param
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A token's experts, all different, and the weights of their outputs."""
+
+    expert_ids_TK: Tensor  # int64: logical experts
+    weights_TK: Tensor  # fp32
+
+
+class Router:
+    """Scores every expert for every token and keeps the best `top_k`.
+
+    Logits, scores and weights are fp32 for every family: the inputs are taken as they are, nothing is rounded in
+    between. (DeepSeek asks for that; where other families round logits to the model's dtype, this is closer to their
+    fp32 form.)
+    """
+
+    def __init__(
+        self, spec: RouterSpec, weight_ED: Tensor, bias_E: Tensor | None = None, correction_E: Tensor | None = None
+    ) -> None:
+        """`correction_E` is added to the scores for the choice only (DeepSeek-V3)."""
+        self.spec = spec
+        self.weight_ED = weight_ED if _is_cuda_half(weight_ED) else weight_ED.float()
+        self.bias_E = None if bias_E is None else bias_E.float()
+        self.correction_E = None if correction_E is None else correction_E.float()
+
+    @classmethod
+    def load(cls, spec: ModelSpec, source: Reader, layer: int) -> Router:
+        """`layer` counts all layers of the model."""
+        bias_E = source.read(Param("router_bias", layer)) if spec.router.bias else None
+        correction_E = source.read(Param("correction_bias", layer)) if spec.router.correction_bias else None
+        return cls(spec.router, source.read(Param("router", layer)), bias_E, correction_E)
+
+    def route(self, x_TD: Tensor) -> Routing:
+        """Score, choose, weigh, renormalise, scale."""
+        logits_TE = self._logits(x_TD)
+        if self.spec.scoring == "softmax_of_chosen":
+            chosen_TK, expert_ids_TK = logits_TE.topk(self.spec.top_k, dim=-1)
+            return Routing(expert_ids_TK, chosen_TK.softmax(-1) * self.spec.scaling)
+        scores_TE = logits_TE.sigmoid() if self.spec.scoring == "sigmoid" else logits_TE.softmax(-1)
+        expert_ids_TK = self._candidates(scores_TE).topk(self.spec.top_k, dim=-1).indices
+        weights_TK = scores_TE.gather(1, expert_ids_TK)
+        if self.spec.renormalise:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(expert_ids_TK, weights_TK * self.spec.scaling)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        if _is_cuda_half(x_TD):
+            logits_TE = torch.mm(x_TD, self.weight_ED.T, out_dtype=torch.float32)
+            return logits_TE if self.bias_E is None else logits_TE + self.bias_E
+        return F.linear(x_TD.float(), self.weight_ED, self.bias_E)
+
+    def _candidates(self, scores_TE: Tensor) -> Tensor:
+        """The scores to choose by: corrected, and −inf outside the kept groups."""
+        if self.correction_E is not None:
+            scores_TE = scores_TE + self.correction_E
+        if self.spec.groups == 1:
+            return scores_TE
+        scores_TGM = scores_TE.unflatten(1, (self.spec.groups, -1))
+        best = 1 if self.spec.group_score == "max" else min(2, scores_TGM.shape[2])
+        group_TG = scores_TGM.topk(best, dim=-1).values.sum(-1)
+        kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
+        kept_TG.scatter_(1, group_TG.topk(self.spec.kept_groups, dim=-1).indices, True)
+        return scores_TGM.where(kept_TG[..., None], -torch.inf).flatten(1)
+
+
+def _is_cuda_half(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
+class SlotTable:
+    """One layer's placement as seen by one group: turns experts into slots and chooses among replicas."""
+
+    def __init__(self, placement: Placement, layer: int, group: int, device: torch.device | None = None) -> None:
+        """`layer` counts the MoE layers; `group` is the group of the rank whose tokens are routed."""
+        tables = placement.replica_tables(layer)
+        self.group_EM, self.slot_EM, self.count_E = (torch.from_numpy(table).to(device) for table in tables)
+        self.group = group
+        is_own_EM = self.group_EM == group
+        self.own_E = is_own_EM.int().argmax(1).where(is_own_EM.any(1), -1)
+
+    def choose(self, routing: Routing) -> SlotChoice:
+        replica_TK = self._replica(routing.expert_ids_TK)
+        ids_TK = routing.expert_ids_TK
+        return SlotChoice(self.group_EM[ids_TK, replica_TK], self.slot_EM[ids_TK, replica_TK], routing.weights_TK)
+
+    def _replica(self, ids_TK: Tensor) -> Tensor:
+        """The policy: the replica of the own group, else replicas in turn, by group and token."""
+        if self.group_EM.shape[1] == 1:
+            return torch.zeros_like(ids_TK)
+        token_T = torch.arange(len(ids_TK), device=ids_TK.device)
+        in_turn_TK = (self.group + token_T)[:, None] % self.count_E[ids_TK]
+        own_TK = self.own_E[ids_TK]
+        return own_TK.where(own_TK >= 0, in_turn_TK)
