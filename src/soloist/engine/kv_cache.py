@@ -12,7 +12,9 @@ from soloist.specs.model import ModelSpec
 CPU_TOKENS = 32_768  # of a CPU rank where nothing else is asked for
 
 
-def blocks_that_fit(spec: ModelSpec, heads: list[Heads], options: EngineOptions, device: torch.device, itemsize: int) -> int:
+def blocks_that_fit(
+    spec: ModelSpec, heads: list[Heads], options: EngineOptions, device: torch.device, itemsize: int
+) -> int:
     """KV blocks of this rank's layers, one `Heads` each: as asked for, or what `gpu_memory_fraction` leaves.
 
     Raises CapacityError where not even one block fits.
@@ -28,8 +30,8 @@ def blocks_that_fit(spec: ModelSpec, heads: list[Heads], options: EngineOptions,
     blocks = int(free - (1 - options.gpu_memory_fraction) * total) // max(per_block, 1)
     if blocks < 1:
         raise CapacityError(
-            f"KV cache: {free / 1e9:.1f} GB are free of {total / 1e9:.1f} GB after loading, and gpu_memory_fraction = "
-            f"{options.gpu_memory_fraction} leaves no block of {per_block / 1e6:.1f} MB: use more GPUs or a larger fraction"
+            f"gpu_memory_fraction = {options.gpu_memory_fraction}: {free / 1e9:.1f} GB are free of {total / 1e9:.1f} GB "
+            f"after loading, which leaves no KV block of {per_block / 1e6:.1f} MB: use more GPUs or a larger fraction"
         )
     return min(blocks, longest * options.max_sequences // size)
 

@@ -15,6 +15,7 @@ from soloist.engine.kv_cache import allocate, blocks_that_fit
 from soloist.engine.options import EngineOptions
 from soloist.engine.sampler import prompt_logprobs, sample
 from soloist.engine.world import World
+from soloist.frontend.wire import Figures
 from soloist.models.decoder import Decoder
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput
@@ -46,16 +47,16 @@ class Runner:
         placement.check(spec, layout)
         self.spec, self.world, self.options = spec, world, options
         self.device, self.dtype = source.device, source.dtype
-        self.watch, self.stats = Stopwatch(), LoadStats(spec.experts)
+        self.watch, self.stats = Stopwatch(self.device, options.measure), LoadStats(spec.experts)
+        self.steps = 0
         self.rope = Rope(spec.rope, self.device)
         moe = dict(self._moe_layers(layout, placement, source))
         self.decoder = Decoder(spec, world.seat, source, world.attention, moe, self.rope, self.watch)
         self.heads = [block.heads for block in self.decoder.blocks]
+        self.weight_bytes = source.bytes_read
         self.kv_blocks = blocks_that_fit(spec, self.heads, options, self.device, self.dtype.itemsize)
 
-    def _moe_layers(
-        self, layout: Layout, placement: Placement, source: WeightSource
-    ) -> Iterator[tuple[int, MoELayer]]:
+    def _moe_layers(self, layout: Layout, placement: Placement, source: WeightSource) -> Iterator[tuple[int, MoELayer]]:
         """The experts of this stage's MoE layers, in the slots that the placement gives this rank's group."""
         seat = self.world.seat
         for layer in layout.stage_layers(seat.stage, self.spec.layers):
@@ -67,15 +68,18 @@ class Runner:
             sharded, replicated = (
                 RaggedDispatcher(self.world.experts, self.world.topology, len(held), tp) for tp in (self.world.tp, None)
             )
-            yield layer, MoELayer(
-                router=Router.load(self.spec, source, layer),
-                table=SlotTable(placement, index, seat.group, self.device),
-                dispatcher=sharded,
-                replicated=replicated,
-                experts=experts,
-                layer=layer,
-                stats=self.stats,
-                watch=self.watch,
+            yield (
+                layer,
+                MoELayer(
+                    router=Router.load(self.spec, source, layer),
+                    table=SlotTable(placement, index, seat.group, self.device),
+                    dispatcher=sharded,
+                    replicated=replicated,
+                    experts=experts,
+                    layer=layer,
+                    stats=self.stats,
+                    watch=self.watch,
+                ),
             )
 
     def allocate(self, blocks: int) -> None:
@@ -90,6 +94,7 @@ class Runner:
         In a pipeline it waits for the previous stage and passes on to the next one.
         """
         logits_CV = self.logits(batch)
+        self.steps += 1
         if logits_CV is None or self.world.seat.attention_index != 0:
             return None
         with self.watch("sampling"):
@@ -101,13 +106,24 @@ class Runner:
         seat, replicated = self.world.seat, max(batch.peak, batch.tokens) < self.options.replicate_below
         step = StepInput.of(batch, self.options.block_size, self.rope, replicated, self.device, self.dtype)
         split = self.decoder.split(step)
-        x_tD = self.decoder.embed(step, split) if seat.is_first_stage else self._receive(step, split.tokens_here(seat.attention_index))
+        x_tD = (
+            self.decoder.embed(step, split)
+            if seat.is_first_stage
+            else self._receive(step, split.tokens_here(seat.attention_index))
+        )
         x_tD = self.decoder.forward(x_tD, step, split, self.caches)
         if seat.is_last_stage:
             with self.watch("logits"):
                 return self.decoder.logits(x_tD, step, split)
         self.world.pipeline.send(x_tD, seat.stage + 1, f"{step.name}, to stage {seat.stage + 1}")
         return None
+
+    def figures(self) -> Figures:
+        """What this rank did since the last call."""
+        bytes_to, waited_s = self.world.take_traffic()
+        seconds, steps, self.steps = self.watch.take(), self.steps, 0
+        kv_bytes = sum(cache.nbytes for cache in self.caches)
+        return Figures(self.world.seat.rank, seconds, waited_s, bytes_to, self.weight_bytes, kv_bytes, steps)
 
     def _receive(self, step: StepInput, tokens: int) -> Tensor:
         stage = self.world.seat.stage - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,9 +47,24 @@ class World:
             control=control or (root.subgroup(seat.leaders) if seat.is_leader else None),
         )
 
+    @property
+    def data_transports(self) -> list[Transport]:
+        """Those that a step's tensors travel over."""
+        return [t for t in (self.experts, self.tp, self.attention, self.pipeline) if t is not None]
+
+    def take_traffic(self) -> tuple[dict[int, int], float]:
+        """Bytes sent to each rank, and seconds waited for peers, since the last call; `control` does not count."""
+        bytes_to: Counter[int] = Counter()
+        waited_s = 0.0
+        for transport in self.data_transports:
+            bytes_to.update(dict(zip(transport.ranks, transport.traffic.bytes_to, strict=True)))
+            waited_s += transport.traffic.waited_s
+            transport.traffic.reset()
+        return {rank: sent for rank, sent in bytes_to.items() if sent}, waited_s
+
     def close(self) -> None:
         """Release every transport; waits for nobody."""
-        for transport in (self.control, self.pipeline, self.attention, self.tp, self.experts, self.root):
+        for transport in (self.control, *self.data_transports, self.root):
             if transport is not None:
                 transport.close()
 

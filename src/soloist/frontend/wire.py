@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import msgspec
 
+from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.request import FinishReason, Sampled, SamplingParams, StepBatch, TokenLogprob
+from soloist.scheduling.scheduler import SchedulerStats
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -50,9 +52,9 @@ class Loading(Message):
 
 
 class Ready(Message):
-    """The rank serves. `kv_tokens` is the KV cache of its attention group."""
+    """The rank serves. A leader says what it schedules onto."""
 
-    kv_tokens: int
+    sizes: SchedulerConfig | None = None
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
@@ -69,11 +71,23 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tokens(Message):
-    """One step of one leader, or refused requests. `stats` are the scheduler's figures after it."""
+    """What one step of one leader brought, or a refusal between steps. `stats` are the scheduler's figures after it."""
 
     step: int
     deltas: tuple[Delta, ...]
-    stats: dict[str, float] = {}
+    stats: SchedulerStats
+
+
+class Figures(Message):
+    """What a rank did since it was last asked: seconds of each phase, bytes to each rank, memory."""
+
+    rank: int
+    seconds: dict[str, float]  # by phase; with options.measure only
+    waited_s: float  # for peers, inside the phase "exchange"
+    bytes_to: dict[int, int]
+    weight_bytes: int
+    kv_bytes: int
+    steps: int
 
 
 class WakeMe(Message):

@@ -72,6 +72,12 @@ class LayerCache:
         keys = torch.zeros(slots, held, a.head_dim, device=device, dtype=dtype)
         return cls(keys, torch.zeros(slots, held, a.v_head_dim, device=device, dtype=dtype))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        shared = self.values.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
+        return self.keys.nbytes + (0 if shared else self.values.nbytes)
+
     @staticmethod
     def bytes_per_token(spec: ModelSpec, heads: Heads, itemsize: int) -> int:
         """Bytes that one token takes in one layer."""

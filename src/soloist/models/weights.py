@@ -1,22 +1,19 @@
 """The seam between a decoder and whatever its weights come from.
 
-`models/checkpoint.py` reads safetensors, `models/random.py` makes weights up. Both give any rank exactly the share that
-it asks for, so that the same model results under every layout.
+`models/checkpoint.py` reads safetensors, `models/random_weights.py` makes weights up. Both give any rank exactly the
+share that it asks for, so that the same model results under every layout.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import torch
-from torch import Tensor
+from soloist.moe.reader import Reader, Span
 
-from soloist.specs.parameters import Param
-
-Span = tuple[int, int]  # start, stop
+__all__ = ["Span", "WeightSource"]
 
 
-class WeightSource(Protocol):
+class WeightSource(Reader, Protocol):
     """Reads one weight, or a rectangle of it, in the engine's dtype on the engine's device.
 
     `rows` and `columns` are spans of the full logical shape (`specs/parameters.py`; linear weights are `[out, in]`,
@@ -24,8 +21,4 @@ class WeightSource(Protocol):
     for a weight that is missing, of a wrong shape, truncated or not finite.
     """
 
-    dtype: torch.dtype
-    device: torch.device
     bytes_read: int
-
-    def read(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> Tensor: ...
