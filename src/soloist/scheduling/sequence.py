@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from soloist.scheduling.blocks import ROOT, chain
 from soloist.scheduling.request import Chunk, FinishReason, SamplingParams, TokenLogprob
 
@@ -29,7 +27,6 @@ class SequenceState:
         "digests",
         "prompt_logprobs",
         "finish_reason",
-        "_without_prompt",
     )
 
     def __init__(self, id: int, arrival: int, prompt: Sequence[int], params: SamplingParams) -> None:
@@ -44,9 +41,6 @@ class SequenceState:
         self.digests: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprob] = []  # of the prompt's tokens 1, 2, …
         self.finish_reason: FinishReason | None = None
-        self._without_prompt = params
-        if params.prompt_logprobs is not None:
-            self._without_prompt = msgspec.structs.replace(params, prompt_logprobs=None)
 
     def __lt__(self, other: SequenceState) -> bool:
         return self.arrival < other.arrival
@@ -72,17 +66,17 @@ class SequenceState:
         """The next `count` pending tokens as the ranks see them."""
         stop = self.computed + count
         samples = stop == len(self.tokens)
-        asks_prompt = self.lacks_prompt_logprobs and stop > len(self.prompt_logprobs)
-        params = self.params if asks_prompt else self._without_prompt if samples else None
+        scores_prompt = self.lacks_prompt_logprobs and stop > len(self.prompt_logprobs)
         return Chunk(
             sequence=self.id,
             tokens=tuple(self.tokens[self.computed : stop]),
             start=self.computed,
             blocks=self.blocks,
             samples=samples,
-            params=params,
+            params=self.params if samples or scores_prompt else None,
             history=tuple(self.tokens) if samples and self.params.repetition_penalty != 1 else (),
-            following=self.tokens[stop] if asks_prompt and stop < self.prompt_length else -1,
+            scores_prompt=scores_prompt,
+            following=self.tokens[stop] if scores_prompt and stop < self.prompt_length else -1,
         )
 
     def take_prompt_logprobs(self, start: int, logprobs: Sequence[TokenLogprob]) -> None:

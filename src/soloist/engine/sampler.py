@@ -1,0 +1,214 @@
+"""From logits to tokens: penalties, temperature, filters, a reproducible draw, log probabilities.
+
+Everything that chooses a token is brought into one matrix of scores, of which the greatest wins, the lowest id among
+equals. For a greedy row the scores are the logits. For a drawn one they are logits / temperature, cut off below a
+threshold by the filters, plus Gumbel noise: the greatest of them is distributed as softmax (Gumbel-max). The noise is a
+function of (seed, position, token id), so a draw depends on nothing but these and the logits: not on the rest of
+the batch, the layout, the rank or the device.
+
+Filters come in the order of transformers' processors: top-k, then top-p over what is left, then min-p. All of them
+keep the tokens at or above some score; equals of the last token kept are kept too, so that ties cannot depend on a
+sorting order.
+
+Shape legend: C chunks that sample (a row of logits each), V vocabulary, R drawn rows, L rows with log probabilities,
+W best scores of a row, P pairs (row, token), B best tokens, N positions of a prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import struct
+from collections.abc import Sequence
+from functools import cache
+from math import isnan
+
+import torch
+from torch import Tensor
+
+from soloist.scheduling.request import Chunk, Sampled, SamplingParams, TokenLogprob
+
+ROWS_AT_ONCE = 256  # of prompt positions: bounds the memory for log probabilities
+
+
+def sample(logits_CV: Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
+    """Choose the token after each chunk. Row i of `logits_CV` (fp32, left unchanged) belongs to `chunks[i]`.
+
+    Log probabilities are those of the model: of the logits as they are, before penalty, temperature and filters.
+    `margin` is the lead of the chosen score; it is exact for greedy rows, too. A row that is not finite gives no
+    token. Copies from the device once.
+    """
+    if not chunks:
+        return []
+    scores_CV = _draw_scores(_penalised(logits_CV, chunks), chunks)
+    token_C1 = scores_CV.argmax(-1, keepdim=True)
+    best_C2 = scores_CV.topk(2).values.double()
+    margin_C1 = torch.where(best_C2[:, :1].isfinite(), best_C2[:, :1] - best_C2[:, 1:], torch.nan)
+
+    wanted = [row for row, chunk in enumerate(chunks) if _params(chunk).logprobs is not None]
+    parts = [token_C1.double(), margin_C1]
+    if wanted:
+        rows_L = torch.tensor(wanted, device=logits_CV.device)
+        count = max(_params(chunks[row]).logprobs or 0 for row in wanted)
+        parts.append(_logprobs(logits_CV[rows_L], token_C1[rows_L], count))
+    tokens, margins, *rows = _to_host(parts)
+    logprobs = dict(zip(wanted, rows[0], strict=True)) if wanted else {}
+    return [
+        _sampled(chunk, token, margin, logprobs.get(row))
+        for row, (chunk, (token,), (margin,)) in enumerate(zip(chunks, tokens, margins, strict=True))
+    ]
+
+
+def prompt_logprobs(logits_NV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:
+    """Log probabilities of `chunk.tokens[1:]` and of `chunk.following`, if any, by the logits (fp32) before each.
+
+    `logits_NV` holds the logits of all of the chunk's tokens. Copies from the device once.
+    """
+    targets = [*chunk.tokens[1:], *([chunk.following] if chunk.following >= 0 else [])]
+    count = _params(chunk).prompt_logprobs or 0
+    target_N1 = torch.tensor(targets, device=logits_NV.device, dtype=torch.int64)[:, None]
+    pieces = zip(logits_NV[: len(targets)].split(ROWS_AT_ONCE), target_N1.split(ROWS_AT_ONCE), strict=True)
+    rows = torch.cat([_logprobs(logits, target, count) for logits, target in pieces]).tolist() if targets else []
+    return tuple(_token_logprob(target, row, count) for target, row in zip(targets, rows, strict=True))
+
+
+def _to_host(parts: Sequence[Tensor]) -> list[list[list[float]]]:
+    """Rows of several matrices, in one copy."""
+    host = torch.cat([part.flatten() for part in parts]).cpu()
+    pieces = host.split([part.numel() for part in parts])
+    return [piece.view(part.shape).tolist() for piece, part in zip(pieces, parts, strict=True)]
+
+
+def _params(chunk: Chunk) -> SamplingParams:
+    assert chunk.params is not None
+    return chunk.params
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def _penalised(logits_CV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+    """Repetition penalty (Keskar et al. 2019, as in transformers): seen tokens' logits are divided by it, or
+    multiplied where negative. A new tensor where anything changes."""
+    pairs = [
+        (row, token, _params(chunk).repetition_penalty)
+        for row, chunk in enumerate(chunks)
+        if _params(chunk).repetition_penalty != 1
+        for token in set(chunk.history)
+    ]
+    if not pairs:
+        return logits_CV
+    rows, tokens, penalties = zip(*pairs, strict=True)
+    where = (torch.tensor(rows, device=logits_CV.device), torch.tensor(tokens, device=logits_CV.device))
+    penalty_P = torch.tensor(penalties, device=logits_CV.device)
+    seen_P = logits_CV[where]
+    return logits_CV.index_put(where, torch.where(seen_P < 0, seen_P * penalty_P, seen_P / penalty_P))
+
+
+def _draw_scores(logits_CV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+    """Scores of all rows: the logits themselves where the temperature is 0."""
+    drawn = [row for row, chunk in enumerate(chunks) if _params(chunk).temperature > 0]
+    if not drawn:
+        return logits_CV
+    device, vocab = logits_CV.device, logits_CV.shape[1]
+    params = [_params(chunks[row]) for row in drawn]
+    settings_R4 = torch.tensor([(p.temperature, p.top_p, p.min_p, p.top_k or vocab) for p in params], device=device)
+    temperature_R1, top_p_R1, min_p_R1, top_k_R1 = settings_R4.split(1, dim=1)
+    keys_R2 = torch.tensor([_key(chunks[row]) for row in drawn], device=device, dtype=torch.int32)
+
+    rows_R = torch.tensor(drawn, device=device)
+    scores_RV = logits_CV[rows_R]
+    scores_RV = (scores_RV - scores_RV.amax(-1, keepdim=True)) / temperature_R1.clamp(min=1e-30)
+    threshold_R1 = min_p_R1.log()  # the best score is 0
+    ranked = [p.top_k or vocab for p in params if p.top_k or p.top_p < 1]
+    if ranked:
+        ranked_R1 = _ranked_threshold(scores_RV, min(max(ranked), vocab), top_k_R1, top_p_R1)
+        threshold_R1 = threshold_R1.maximum(ranked_R1)
+    scores_RV = scores_RV.masked_fill(scores_RV < threshold_R1, -torch.inf) + _gumbel(keys_R2, vocab)
+    return logits_CV.index_copy(0, rows_R, scores_RV)
+
+
+def _ranked_threshold(scores_RV: Tensor, width: int, top_k_R1: Tensor, top_p_R1: Tensor) -> Tensor:
+    """Score of the last token that top-k and then top-p keep; -inf for rows with neither.
+
+    `width` is the greatest top-k. Sums are taken in double precision: they do not depend on it then.
+    """
+    best_RW = scores_RV.topk(width).values
+    in_top_k_RW = torch.arange(width, device=scores_RV.device) < top_k_R1
+    weight_RW = best_RW.double().exp() * in_top_k_RW
+    sum_RW = weight_RW.cumsum(-1)
+    in_top_p_RW = (sum_RW - weight_RW < top_p_R1 * sum_RW[:, -1:]) | (top_p_R1 >= 1)
+    last_R1 = (in_top_k_RW & in_top_p_RW).sum(-1, keepdim=True).clamp(min=1) - 1
+    is_off_R1 = (top_k_R1 >= scores_RV.shape[1]) & (top_p_R1 >= 1)
+    return best_RW.gather(1, last_R1).masked_fill(is_off_R1, -torch.inf)
+
+
+# ------------------------------------------------------------------------------------------------------------- noise
+
+
+@cache
+def _process_seed() -> str:
+    return secrets.token_hex(16)
+
+
+def _key(chunk: Chunk) -> tuple[int, int]:
+    """64 bits that stand for a request's seed and the position of the token to be drawn.
+
+    A request without a seed has one that lasts as long as the process.
+    """
+    seed = _params(chunk).seed
+    source = f"{_process_seed()} {chunk.sequence}" if seed is None else str(seed)
+    return struct.unpack("<2i", hashlib.blake2b(f"{source} {chunk.stop}".encode(), digest_size=8).digest())
+
+
+def _gumbel(keys_R2: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise for every token id, -log(-log u), a function of a row's key and the id alone."""
+    ids_V = torch.arange(vocab, device=keys_R2.device, dtype=torch.int32)
+    bits_RV = _mix((_mix(ids_V) ^ keys_R2[:, :1]) + keys_R2[:, 1:]) & 0x7FFFFFFF
+    # Where u is 1 - tiny the noise is greatest: count from that end, at which floating point is finest.
+    complement_RV = ((bits_RV.float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
+    return -(-torch.log1p(-complement_RV)).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers whose output bits depend on all input bits (constants: C. Wellons, lowbias32)."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+# ------------------------------------------------------------------------------------------------- log probabilities
+
+
+def _logprobs(logits_LV: Tensor, chosen_L1: Tensor, count: int) -> Tensor:
+    """For each row, in doubles: the chosen token's log probability, then the best tokens' ids, then theirs."""
+    best_LB = _best_ids(logits_LV, count)
+    norm_L1 = logits_LV.logsumexp(-1, keepdim=True)
+    chosen, best = (logits_LV.gather(1, ids) - norm_L1 for ids in (chosen_L1, best_LB))
+    return torch.cat((chosen.double(), best_LB.double(), best.double()), dim=1)
+
+
+def _best_ids(logits_LV: Tensor, count: int) -> Tensor:
+    """Ids of the `count` best logits, best first, the lowest id first among equals (which topk leaves open).
+
+    Both go into one integer: a float's bits in an order-preserving form above, the reversed id below.
+    """
+    vocab = logits_LV.shape[1]
+    bits_LV = (logits_LV + 0.0).view(torch.int32).long()  # + 0.0 makes one zero of two
+    ordered_LV = bits_LV ^ ((bits_LV >> 31) & 0x7FFFFFFF)
+    reversed_V = torch.arange(vocab - 1, -1, -1, device=logits_LV.device)
+    return ((ordered_LV << 32) | reversed_V).topk(min(count, vocab)).indices
+
+
+def _token_logprob(token: int, row: list[float], count: int) -> TokenLogprob:
+    """From a row of `_logprobs`, with the first `count` of its best tokens."""
+    width = len(row) // 2
+    best = zip(row[1 : 1 + count], row[1 + width : 1 + width + count], strict=True)
+    return TokenLogprob(token, row[0], tuple((int(id), logprob) for id, logprob in best))
+
+
+def _sampled(chunk: Chunk, token: float, margin: float, row: list[float] | None) -> Sampled:
+    if isnan(margin):
+        return Sampled(chunk.sequence, None)
+    logprob = _token_logprob(int(token), row, _params(chunk).logprobs or 0) if row else None
+    return Sampled(chunk.sequence, int(token), logprob, margin=margin)
