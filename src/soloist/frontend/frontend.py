@@ -11,7 +11,9 @@ from soloist.errors import ClusterError, SoloistError
 from soloist.frontend.requests import Request, Requests
 from soloist.frontend.sockets import Hub
 from soloist.frontend.wire import Abort, Loading, RankError, Ready, Shutdown, ToFrontEnd, Tokens, Wake, WakeMe
+from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.request import SamplingParams
+from soloist.scheduling.scheduler import SchedulerStats
 from soloist.specs.layout import Layout
 
 POLL_S = 0.1  # between looks at the ranks' health
@@ -23,8 +25,9 @@ class RankReport:
     """What a rank has told about itself."""
 
     bytes_read: int = 0
-    kv_tokens: int | None = None  # None: not ready
-    stats: dict[str, float] = field(default_factory=dict)
+    ready: bool = False
+    sizes: SchedulerConfig | None = None  # of leaders
+    stats: SchedulerStats | None = None  # of leaders, after their last step
     heard_s: float = field(default_factory=time.monotonic)  # when; or when it was last given work after a rest
 
 
@@ -57,7 +60,7 @@ class FrontEnd:
     def wait_ready(self, deadline_s: float, progress: Callable[[dict[int, RankReport]], None]) -> None:
         """Until every rank has loaded. Raises what a rank failed with, or ClusterError after `deadline_s`."""
         end = time.monotonic() + deadline_s
-        while missing := [rank for rank, report in self.ranks.items() if report.kv_tokens is None]:
+        while missing := [rank for rank, report in self.ranks.items() if not report.ready]:
             self.pump(POLL_S)
             self.raise_failure()
             if time.monotonic() > end:
@@ -77,6 +80,7 @@ class FrontEnd:
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
         """Hand a request to the ranks. Raises RequestError for one that cannot be served."""
         self.raise_failure()
+        self._check_fits(len(prompt), params.max_tokens)
         busy = self.requests.waiting_for()
         request = self.requests.accept(prompt, params)
         for sequence in request.sequences:
@@ -110,6 +114,11 @@ class FrontEnd:
         if self.failure:
             raise self.failure
 
+    def _check_fits(self, prompt: int, max_tokens: int) -> None:
+        """Refuse at the door what some leader could never finish."""
+        for sizes in {report.sizes for report in self.ranks.values() if report.sizes}:
+            sizes.check_lengths(prompt, max_tokens)
+
     # -- messages ---------------------------------------------------------------------------------------------------
     def _take(self, rank: int, message: ToFrontEnd) -> list[Request]:
         report = self.ranks[rank]
@@ -123,7 +132,7 @@ class FrontEnd:
             case Loading():
                 report.bytes_read = message.bytes_read
             case Ready():
-                report.kv_tokens = message.kv_tokens
+                report.ready, report.sizes = True, message.sizes
             case RankError():
                 self._errors[rank] = message
         return []

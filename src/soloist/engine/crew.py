@@ -1,0 +1,102 @@
+"""The ranks that work on one attention group's sequences: their leader sends them the steps, the sampler answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from soloist.engine.meeting import Meeting
+from soloist.errors import CommunicationError
+from soloist.frontend.sockets import Hub, Spoke
+from soloist.frontend.wire import Allocate, FromPeer, Hello, Result, Shutdown, Step, ToPeer
+from soloist.scheduling.request import Sampled, StepBatch
+from soloist.specs.layout import Seat
+
+
+class Executor(Protocol):
+    """What a rank does in a step (engine/runner.py, or a fake in tests)."""
+
+    kv_blocks: int
+
+    def allocate(self, blocks: int) -> None: ...
+
+    def run(self, batch: StepBatch) -> list[Sampled] | None: ...
+
+
+class Crew:
+    """The leader's side. Without peers it does nothing."""
+
+    def __init__(self, seat: Seat, meeting: Meeting, deadline_s: float) -> None:
+        self.seat, self.deadline_s = seat, deadline_s
+        self.peers = tuple(rank for rank in seat.sequence_peers if rank != seat.rank)
+        self._hub: Hub[FromPeer] | None = None
+        if self.peers:
+            self._hub = Hub(meeting.address(_name(seat.rank)), FromPeer)
+            meeting.announce(_name(seat.rank), self._hub.address)
+
+    def agree_on_blocks(self, own: int, start_deadline_s: float) -> int:
+        """The KV blocks that fit on every rank of the crew, which all of them then allocate."""
+        found, end = {self.seat.rank: own}, time.monotonic() + start_deadline_s
+        while missing := [peer for peer in self.peers if peer not in found]:
+            rank, hello = self._receive(end - time.monotonic(), missing[0], "loading")
+            assert isinstance(hello, Hello)
+            found[rank] = hello.kv_blocks
+        blocks = min(found.values())
+        self._send(Allocate(blocks))
+        return blocks
+
+    def start(self, batch: StepBatch) -> None:
+        """Send everybody the next step."""
+        self._send(Step(batch))
+
+    def result(self, step: int) -> list[Sampled]:
+        """What the sampler chose in a step; steps are answered in order."""
+        _, result = self._receive(self.deadline_s, self.seat.sampler, f"step {step}")
+        assert isinstance(result, Result)
+        assert result.step == step
+        return list(result.sampled)
+
+    def dismiss(self) -> None:
+        """Everybody may go."""
+        self._send(Shutdown())
+
+    def close(self) -> None:
+        if self._hub:
+            self._hub.close()
+
+    def _send(self, message: ToPeer) -> None:
+        if self._hub:
+            self._hub.send(self.peers, message)
+
+    def _receive(self, timeout_s: float, missed: int, where: str) -> tuple[int, FromPeer]:
+        assert self._hub is not None
+        received = self._hub.receive(max(timeout_s, 0))
+        if received is None:
+            raise CommunicationError(self.seat.rank, missed, where, f"did not answer within {timeout_s:.0f} s")
+        return received
+
+
+def follow(runner: Executor, seat: Seat, meeting: Meeting, ready: Callable[[int], None]) -> None:
+    """The peers' side: run each step that the leader sends, until it sends none any more.
+
+    Waiting for the next step is not bounded: the leader may be asleep. Whoever started this process ends it when the
+    leader is lost.
+    """
+    leader: Spoke[ToPeer] = Spoke(meeting.find(_name(seat.leader)), seat.rank, ToPeer)
+    try:
+        leader.send(Hello(runner.kv_blocks))
+        while not isinstance(message := leader.receive(None), Shutdown):
+            if isinstance(message, Allocate):
+                runner.allocate(message.blocks)
+                ready(message.blocks)
+            elif isinstance(message, Step):
+                sampled = runner.run(message.batch)
+                if sampled is not None:
+                    leader.send(Result(message.batch.step, tuple(sampled)))
+    finally:
+        leader.close()
+
+
+def _name(leader: int) -> str:
+    return f"leader {leader}"

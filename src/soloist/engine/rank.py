@@ -1,0 +1,179 @@
+"""One rank's life: meet the others, load, then serve steps until the front end ends it."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.distributed import PrefixStore
+
+from soloist.engine.crew import Crew, Executor, follow
+from soloist.engine.leader import Leader
+from soloist.engine.meeting import FRONT_END, Job, Meeting
+from soloist.engine.world import World
+from soloist.errors import ClusterError, ConfigurationError
+from soloist.frontend.sockets import Spoke
+from soloist.frontend.wire import Loading, RankError, Ready, ToLeader
+from soloist.models.weights import Span, WeightSource
+from soloist.scheduling.config import SchedulerConfig
+from soloist.scheduling.scheduler import Scheduler
+from soloist.specs.parameters import Param
+from soloist.transport.base import Transport
+from soloist.transport.connect import connect, local_world
+
+PROGRESS_S = 0.2  # between reports of a rank that loads
+MakeExecutor = Callable[[Job, World, torch.device, Callable[[int], None]], Executor]
+MakeWorld = Callable[[Job, Meeting, torch.device], World]
+
+
+def run_rank(
+    job: Job, meeting: Meeting, make_executor: MakeExecutor | None = None, make_world: MakeWorld | None = None
+) -> None:
+    """Everything that a rank does. Raises what ends it, after telling the front end."""
+    inbox: Spoke[ToLeader] = Spoke(meeting.find(FRONT_END), meeting.place.rank, ToLeader)
+    try:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // meeting.place.local_size))
+        device = device_of(job, meeting)
+        with closing((make_world or build_world)(job, meeting, device)) as world:
+            serve(job, world, meeting, inbox, device, make_executor or load_runner)
+    except Exception as error:
+        inbox.send(RankError(type(error).__name__, str(error), traceback.format_exc()))
+        raise
+    finally:
+        inbox.close()
+
+
+def serve(
+    job: Job, world: World, meeting: Meeting, inbox: Spoke[ToLeader], device: torch.device, make_executor: MakeExecutor
+) -> None:
+    """Load, then lead or follow."""
+    runner = make_executor(job, world, device, lambda total: inbox.send(Loading(total)))
+    if not world.seat.is_leader:
+        follow(runner, world.seat, meeting, lambda blocks: inbox.send(Ready()))
+        return
+    with closing(Crew(world.seat, meeting, job.options.deadline_s)) as crew:
+        blocks = crew.agree_on_blocks(runner.kv_blocks, job.options.start_deadline_s)
+        runner.allocate(blocks)
+        sizes = scheduler_sizes(job, blocks)
+        tokenizer = Tokenizer.from_file(str(job.tokenizer)) if job.tokenizer else None
+        inbox.send(Ready(sizes))
+        Leader(Scheduler(sizes, job.spec.eos_ids), runner, crew, inbox, world.control, tokenizer).serve()
+
+
+def scheduler_sizes(job: Job, blocks: int) -> SchedulerConfig:
+    """What a leader schedules onto."""
+    options = job.options
+    return SchedulerConfig(
+        blocks=blocks,
+        block_size=options.block_size,
+        max_batch_tokens=options.max_batch_tokens,
+        max_sequences=options.max_sequences,
+        max_positions=min(options.max_positions or job.spec.max_positions, job.spec.max_positions),
+        prefix_caching=options.prefix_caching,
+        in_flight=options.micro_batches or job.layout.pp,
+    )
+
+
+# -- the parts of a rank --------------------------------------------------------------------------------------------
+def device_of(job: Job, meeting: Meeting) -> torch.device:
+    """The GPU with this rank's index on its host, or the CPU. Raises ConfigurationError where there is no such GPU."""
+    wanted, gpus, index = job.options.device, torch.cuda.device_count(), meeting.place.local_rank
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return torch.device("cpu")
+    if index >= gpus:
+        remedy = (
+            f"rank {meeting.place.rank} needs GPU {index} of a host that has {gpus}; use device = cpu or fewer ranks"
+        )
+        raise ConfigurationError.of("layout", str(job.layout), remedy)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def build_world(job: Job, meeting: Meeting, device: torch.device) -> World:
+    """This rank's transports. On GPUs the leaders agree over a CPU group of their own."""
+    place, options = meeting.place, job.options
+    if place.size == 1:
+        return World.build(local_world(1, options.deadline_s)[0], job.layout, options.gpus_per_node)
+    root = connect(
+        transport_kind(job, meeting, device), place.rank, place.size, meeting.store, device, options.deadline_s
+    )
+    control = leaders_only(job, meeting) if device.type == "cuda" else None
+    return World.build(root, job.layout, options.gpus_per_node, control)
+
+
+def transport_kind(job: Job, meeting: Meeting, device: torch.device) -> str:
+    """As asked for; by default NCCL on GPUs, shared memory on one machine's CPUs, gloo on several."""
+    kind = job.options.transport
+    if kind == "local":
+        raise ConfigurationError.of("transport", kind, "serves one process only; use shared_memory, gloo or nccl")
+    if kind != "auto":
+        return kind
+    if device.type == "cuda":
+        return "nccl"
+    return "shared_memory" if meeting.place.one_host else "gloo"
+
+
+def leaders_only(job: Job, meeting: Meeting) -> Transport | None:
+    """A gloo transport among the leaders of this rank's replica, None on other ranks or where there is one leader."""
+    seat = job.layout.at(meeting.place.rank)
+    if not seat.is_leader or len(seat.leaders) == 1:
+        return None
+    store = PrefixStore(f"leaders {seat.replica}", meeting.store)
+    return connect("gloo", seat.leaders.index(seat.rank), len(seat.leaders), store, "cpu", job.options.deadline_s)
+
+
+def load_runner(job: Job, world: World, device: torch.device, report: Callable[[int], None]) -> Executor:
+    """The decoder with this rank's weights."""
+    from soloist.engine.runner import Runner
+
+    source = ReportedSource(weight_source(job, device), report)
+    return Runner(job.spec, job.layout, job.placement, world, source, job.options)
+
+
+def weight_source(job: Job, device: torch.device) -> WeightSource:
+    """The checkpoint, or weights made up from a seed."""
+    from soloist.models.checkpoint import Checkpoint
+    from soloist.models.random_weights import RandomWeights
+
+    name = job.options.dtype or (job.spec.dtype if device.type == "cuda" else "float32")
+    dtype = getattr(torch, name)
+    if job.options.random_weights is not None:
+        return RandomWeights(job.spec, job.options.random_weights, dtype, device)
+    if job.folder is None:
+        raise ClusterError(f"{job.spec.name} has no weights: give random_weights a seed")
+    return Checkpoint(job.folder, job.spec, dtype, device)
+
+
+@dataclass
+class ReportedSource:
+    """A weight source that tells how many bytes have been read, now and then."""
+
+    source: WeightSource
+    report: Callable[[int], None]
+    _next_s: float = field(default=0.0, init=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def bytes_read(self) -> int:
+        return self.source.bytes_read
+
+    def read(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> Tensor:
+        weight = self.source.read(param, rows, columns)
+        if time.monotonic() > self._next_s:
+            self._next_s = time.monotonic() + PROGRESS_S
+            self.report(self.bytes_read)
+        return weight

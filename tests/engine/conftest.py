@@ -1,0 +1,8 @@
+"""Fakes beside the tests can be imported, by forked ranks too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
