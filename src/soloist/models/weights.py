@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from soloist.moe.reader import Reader, Span
+import torch
 
-__all__ = ["Span", "WeightSource"]
+from soloist.moe.reader import Reader, Span
+from soloist.specs.parameters import Param
+
+__all__ = ["Span", "WeightSource", "dtype_of"]
 
 
 class WeightSource(Reader, Protocol):
@@ -18,7 +21,13 @@ class WeightSource(Reader, Protocol):
 
     `rows` and `columns` are spans of the full logical shape (`specs/parameters.py`; linear weights are `[out, in]`,
     vectors have rows only), None for all. The result is contiguous and belongs to the caller. Raises CheckpointError
-    for a weight that is missing, of a wrong shape, truncated or not finite.
+    for a weight that is missing, of a wrong shape, truncated or not finite. `correction_bias` is float32 whatever the
+    dtype: it is added to scores that differ by less than bfloat16 resolves.
     """
 
     bytes_read: int
+
+
+def dtype_of(param: Param, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a source of `dtype` gives this weight."""
+    return torch.float32 if param.name == "correction_bias" else dtype
