@@ -49,7 +49,7 @@ class Case:
         return x_TD, SlotTable(placement, 0, group).choose(Routing(ids_TK, weights_TK.softmax(-1)))
 
     def answers(self, group: int, rows: int) -> Tensor:
-        """y_RD that the experts of a group are said to give, of very different sizes so that the order of sums shows."""
+        """y_RD that a group is said to give, of very different sizes so that the order of sums shows."""
         generator = torch.Generator().manual_seed(77 * self.seed + group)
         y_RD = torch.randn(rows, self.d_model, generator=generator)
         return (y_RD * 10.0 ** torch.randint(-3, 4, y_RD.shape, generator=generator)).to(self.dtype)
