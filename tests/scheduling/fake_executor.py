@@ -1,0 +1,86 @@
+"""An executor whose KV cache remembers what was written: any lost, doubled or altered token shows in the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from zlib import crc32
+
+from soloist.scheduling.request import Chunk, Sampled, SamplingParams, StepBatch, TokenLogprob
+
+VOCAB = 50
+EOS = 0
+
+
+def digest(tokens: Sequence[int]) -> int:
+    return crc32(repr(tuple(tokens)).encode())
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The "model": a function of all tokens before."""
+    return digest(tokens) % VOCAB
+
+
+def alone(prompt: Sequence[int], params: SamplingParams, max_positions: int) -> tuple[list[int], str]:
+    """What a request gets when nothing else is there, and why it ends."""
+    tokens = list(prompt)
+    while True:
+        tokens.append(next_token(tokens))
+        output = tokens[len(prompt) :]
+        if (tokens[-1] == EOS and not params.ignore_eos) or tokens[-1] in params.stop_token_ids:
+            return output, "stop"
+        if len(output) == params.max_tokens or len(tokens) == max_positions:
+            return output, "length"
+
+
+class FakeExecutor:
+    """Writes (position, token, digest of all tokens before) into KV slots, and answers from what it reads back."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.kv: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(blocks)]
+
+    def run(self, batch: StepBatch) -> list[Sampled]:
+        written = [slot for chunk in batch.chunks for slot in self.slots(chunk)[chunk.start :]]
+        assert len(set(written)) == len(written), "two sequences write to one slot"
+        answers: list[Sampled] = []
+        for chunk in batch.chunks:
+            if answer := self._run(chunk):
+                answers.append(answer)
+        return answers
+
+    def slots(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """Block and offset of each position up to the chunk's end."""
+        assert len(chunk.blocks) >= -(-chunk.stop // self.block_size)
+        return [(chunk.blocks[p // self.block_size], p % self.block_size) for p in range(chunk.stop)]
+
+    def _run(self, chunk: Chunk) -> Sampled | None:
+        slots = self.slots(chunk)
+        tokens = self._read(slots[: chunk.start])
+        for token, (block, offset) in zip(chunk.tokens, slots[chunk.start :], strict=True):
+            self.kv[block][offset] = (token, digest(tokens))
+            tokens.append(token)
+        assert bool(chunk.params) == (chunk.samples or chunk.scores_prompt)
+        assert chunk.history in ((), tuple(tokens))
+        if not chunk.params:
+            return None
+        targets = [*tokens[chunk.start + 1 :], *([chunk.following] if chunk.following >= 0 else [])]
+        return Sampled(
+            chunk.sequence,
+            next_token(tokens) if chunk.samples else None,
+            prompt_logprobs=tuple(
+                TokenLogprob(token, -float(digest(tokens[: chunk.start + 1 + i]))) for i, token in enumerate(targets)
+            )
+            if chunk.scores_prompt
+            else (),
+        )
+
+    def _read(self, slots: Sequence[tuple[int, int]]) -> list[int]:
+        """The tokens in these slots, each of which must have been written after exactly these tokens."""
+        tokens: list[int] = []
+        for block, offset in slots:
+            held = self.kv[block][offset]
+            assert held is not None, "KV read before it was written"
+            token, before = held
+            assert before == digest(tokens), "KV of another sequence"
+            tokens.append(token)
+        return tokens
