@@ -18,7 +18,7 @@ from soloist.errors import SoloistError
 from soloist.frontend.frontend import FrontEnd
 from soloist.frontend.requests import Request
 from soloist.frontend.sockets import Hub
-from soloist.frontend.wire import ToFrontEnd
+from soloist.frontend.wire import Figures, ToFrontEnd
 from soloist.placement.placement import Placement
 from soloist.scheduling.request import Sampled, SamplingParams, StepBatch, TokenLogprob
 from soloist.specs.layout import Layout
@@ -78,6 +78,10 @@ class FakeExecutor:
             pipeline.send(form, seat.stage + 1, f"step {batch.step}")
         answers = [self.answer(chunk) for chunk in batch.chunks]
         return [a for a in answers if a] if seat.sampler == seat.rank else None
+
+    def figures(self) -> Figures:
+        bytes_to, waited_s = self.world.take_traffic()
+        return Figures(self.world.seat.rank, {}, waited_s, bytes_to, 1000, 0, 0)
 
     def answer(self, chunk) -> Sampled | None:
         rows = np.array([chunk.blocks[p // self.block_size] * self.block_size + p % self.block_size

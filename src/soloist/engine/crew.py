@@ -9,7 +9,7 @@ from typing import Protocol
 from soloist.engine.meeting import Meeting
 from soloist.errors import CommunicationError
 from soloist.frontend.sockets import Hub, Spoke
-from soloist.frontend.wire import Allocate, FromPeer, Hello, Result, Shutdown, Step, ToPeer
+from soloist.frontend.wire import Allocate, Figures, FromPeer, Hello, Ready, Result, Shutdown, Step, Tell, ToPeer
 from soloist.scheduling.request import Sampled, StepBatch
 from soloist.specs.layout import Seat
 
@@ -22,6 +22,8 @@ class Executor(Protocol):
     def allocate(self, blocks: int) -> None: ...
 
     def run(self, batch: StepBatch) -> list[Sampled] | None: ...
+
+    def figures(self) -> Figures: ...
 
 
 class Crew:
@@ -57,6 +59,10 @@ class Crew:
         assert result.step == step
         return list(result.sampled)
 
+    def tell(self) -> None:
+        """Everybody sends the front end its figures."""
+        self._send(Tell())
+
     def dismiss(self) -> None:
         """Everybody may go."""
         self._send(Shutdown())
@@ -77,8 +83,8 @@ class Crew:
         return received
 
 
-def follow(runner: Executor, seat: Seat, meeting: Meeting, ready: Callable[[int], None]) -> None:
-    """The peers' side: run each step that the leader sends, until it sends none any more.
+def follow(runner: Executor, seat: Seat, meeting: Meeting, say: Callable[[Ready | Figures], None]) -> None:
+    """The peers' side: run each step that the leader sends, until it sends none any more. `say` reaches the front end.
 
     Waiting for the next step is not bounded: the leader may be asleep. Whoever started this process ends it when the
     leader is lost.
@@ -86,14 +92,19 @@ def follow(runner: Executor, seat: Seat, meeting: Meeting, ready: Callable[[int]
     leader: Spoke[ToPeer] = Spoke(meeting.find(_name(seat.leader)), seat.rank, ToPeer)
     try:
         leader.send(Hello(runner.kv_blocks))
-        while not isinstance(message := leader.receive(None), Shutdown):
-            if isinstance(message, Allocate):
-                runner.allocate(message.blocks)
-                ready(message.blocks)
-            elif isinstance(message, Step):
-                sampled = runner.run(message.batch)
-                if sampled is not None:
-                    leader.send(Result(message.batch.step, tuple(sampled)))
+        while True:
+            match leader.receive(None):
+                case Step(batch):
+                    sampled = runner.run(batch)
+                    if sampled is not None:
+                        leader.send(Result(batch.step, tuple(sampled)))
+                case Allocate(blocks):
+                    runner.allocate(blocks)
+                    say(Ready())
+                case Tell():
+                    say(runner.figures())
+                case Shutdown():
+                    return
     finally:
         leader.close()
 

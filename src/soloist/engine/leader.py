@@ -20,7 +20,7 @@ from soloist.engine.crew import Crew, Executor
 from soloist.engine.detokenise import TextStream
 from soloist.errors import RequestError
 from soloist.frontend.sockets import Spoke
-from soloist.frontend.wire import Abort, Delta, Shutdown, Submit, Tokens, ToLeader, Wake, WakeMe
+from soloist.frontend.wire import Abort, Delta, Shutdown, Submit, Tell, Tokens, ToLeader, Wake, WakeMe
 from soloist.scheduling.request import Output, Sampled, StepBatch
 from soloist.scheduling.scheduler import Scheduler
 from soloist.transport.base import Transport
@@ -151,6 +151,9 @@ class Leader:
                 self.texts.pop(sequence, None)
             case Wake(_, generation):
                 self.woken = max(self.woken, generation)
+            case Tell():
+                self.crew.tell()
+                self.inbox.send(self.runner.figures())
             case Shutdown():
                 self.stopping = True
 

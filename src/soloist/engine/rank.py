@@ -7,24 +7,22 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from torch.distributed import PrefixStore
 
 from soloist.engine.crew import Crew, Executor, follow
 from soloist.engine.leader import Leader
 from soloist.engine.meeting import FRONT_END, Job, Meeting
 from soloist.engine.world import World
-from soloist.errors import ClusterError, ConfigurationError
+from soloist.errors import ConfigurationError
 from soloist.frontend.sockets import Spoke
 from soloist.frontend.wire import Loading, RankError, Ready, ToLeader
-from soloist.models.weights import Span, WeightSource
+from soloist.models.weights import WeightSource
 from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.scheduler import Scheduler
-from soloist.specs.parameters import Param
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect, local_world
 
@@ -35,8 +33,8 @@ MakeWorld = Callable[[Job, Meeting, torch.device], World]
 
 def run_rank(
     job: Job, meeting: Meeting, make_executor: MakeExecutor | None = None, make_world: MakeWorld | None = None
-) -> None:
-    """Everything that a rank does. Raises what ends it, after telling the front end."""
+) -> Exception | None:
+    """Everything that a rank does. Returns what ended it, after telling the front end; None if that was asked for."""
     inbox: Spoke[ToLeader] = Spoke(meeting.find(FRONT_END), meeting.place.rank, ToLeader)
     try:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // meeting.place.local_size))
@@ -45,7 +43,9 @@ def run_rank(
             serve(job, world, meeting, inbox, device, make_executor or load_runner)
     except Exception as error:
         inbox.send(RankError(type(error).__name__, str(error), traceback.format_exc()))
-        raise
+        return error
+    else:
+        return None
     finally:
         inbox.close()
 
@@ -56,7 +56,7 @@ def serve(
     """Load, then lead or follow."""
     runner = make_executor(job, world, device, lambda total: inbox.send(Loading(total)))
     if not world.seat.is_leader:
-        follow(runner, world.seat, meeting, lambda blocks: inbox.send(Ready()))
+        follow(runner, world.seat, meeting, inbox.send)
         return
     with closing(Crew(world.seat, meeting, job.options.deadline_s)) as crew:
         blocks = crew.agree_on_blocks(runner.kv_blocks, job.options.start_deadline_s)
@@ -133,47 +133,32 @@ def load_runner(job: Job, world: World, device: torch.device, report: Callable[[
     """The decoder with this rank's weights."""
     from soloist.engine.runner import Runner
 
-    source = ReportedSource(weight_source(job, device), report)
+    source = weight_source(job, device, Progress(report))
     return Runner(job.spec, job.layout, job.placement, world, source, job.options)
 
 
-def weight_source(job: Job, device: torch.device) -> WeightSource:
+def weight_source(job: Job, device: torch.device, progress: Callable[[int], None]) -> WeightSource:
     """The checkpoint, or weights made up from a seed."""
     from soloist.models.checkpoint import Checkpoint
     from soloist.models.random_weights import RandomWeights
 
-    name = job.options.dtype or (job.spec.dtype if device.type == "cuda" else "float32")
-    dtype = getattr(torch, name)
+    dtype = getattr(torch, job.options.dtype or (job.spec.dtype if device.type == "cuda" else "float32"))
     if job.options.random_weights is not None:
         return RandomWeights(job.spec, job.options.random_weights, dtype, device)
-    if job.folder is None:
-        raise ClusterError(f"{job.spec.name} has no weights: give random_weights a seed")
-    return Checkpoint(job.folder, job.spec, dtype, device)
+    assert job.folder is not None, "a job has a folder or random weights"
+    return Checkpoint(job.folder, job.spec, dtype, device, progress)
 
 
 @dataclass
-class ReportedSource:
-    """A weight source that tells how many bytes have been read, now and then."""
+class Progress:
+    """Adds up bytes read and reports the sum now and then."""
 
-    source: WeightSource
     report: Callable[[int], None]
-    _next_s: float = field(default=0.0, init=False)
+    _total: int = 0
+    _next_s: float = 0.0
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    @property
-    def bytes_read(self) -> int:
-        return self.source.bytes_read
-
-    def read(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        weight = self.source.read(param, rows, columns)
+    def __call__(self, increment: int) -> None:
+        self._total += increment
         if time.monotonic() > self._next_s:
             self._next_s = time.monotonic() + PROGRESS_S
-            self.report(self.bytes_read)
-        return weight
+            self.report(self._total)

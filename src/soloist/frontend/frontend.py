@@ -10,7 +10,19 @@ from soloist import errors
 from soloist.errors import ClusterError, SoloistError
 from soloist.frontend.requests import Request, Requests
 from soloist.frontend.sockets import Hub
-from soloist.frontend.wire import Abort, Loading, RankError, Ready, Shutdown, ToFrontEnd, Tokens, Wake, WakeMe
+from soloist.frontend.wire import (
+    Abort,
+    Figures,
+    Loading,
+    RankError,
+    Ready,
+    Shutdown,
+    Tell,
+    ToFrontEnd,
+    Tokens,
+    Wake,
+    WakeMe,
+)
 from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.request import SamplingParams
 from soloist.scheduling.scheduler import SchedulerStats
@@ -28,6 +40,7 @@ class RankReport:
     ready: bool = False
     sizes: SchedulerConfig | None = None  # of leaders
     stats: SchedulerStats | None = None  # of leaders, after their last step
+    figures: Figures | None = None  # those that it was asked for last
     heard_s: float = field(default_factory=time.monotonic)  # when; or when it was last given work after a rest
 
 
@@ -75,6 +88,19 @@ class FrontEnd:
         self.failure = self.failure or ClusterError("the engine was closed")
         self.requests.fail_all(str(self.failure))
         self.hub.close()
+
+    def figures(self) -> dict[int, Figures]:
+        """What every rank did since it was last asked. Raises ClusterError if one does not answer in time."""
+        for report in self.ranks.values():
+            report.figures = None
+        self.hub.send(self.leaders, Tell())
+        end = time.monotonic() + self.deadline_s
+        while missing := [rank for rank, report in self.ranks.items() if report.figures is None]:
+            self.pump(POLL_S)
+            self.raise_failure()
+            if time.monotonic() > end:
+                raise ClusterError(f"ranks {missing} did not send their figures within {self.deadline_s:g} s")
+        return {rank: report.figures for rank, report in self.ranks.items() if report.figures}
 
     # -- requests ---------------------------------------------------------------------------------------------------
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
@@ -133,6 +159,8 @@ class FrontEnd:
                 report.bytes_read = message.bytes_read
             case Ready():
                 report.ready, report.sizes = True, message.sizes
+            case Figures():
+                report.figures = message
             case RankError():
                 self._errors[rank] = message
         return []

@@ -1,8 +1,8 @@
 """The messages between processes: front end ↔ ranks, leader ↔ the ranks of its sequences. msgpack over ZeroMQ.
 
-front end ──Submit, Abort, Wake, Shutdown──► leader ──Allocate, Step, Shutdown──► peers
+front end ──Submit, Abort, Wake, Tell, Shutdown──► leader ──Allocate, Step, Tell, Shutdown──► peers
 front end ◄──Tokens, WakeMe── leader ◄──Hello, Result── peers
-front end ◄──Loading, Ready, RankError── every rank
+front end ◄──Loading, Ready, Figures, RankError── every rank
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ class Wake(Message):
 
     epoch: int
     generation: int
+
+
+class Tell(Message):
+    """Send the front end your figures. Sent to every leader, and by each of them to its peers."""
 
 
 class Shutdown(Message):
@@ -133,7 +137,7 @@ class Result(Message):
     sampled: tuple[Sampled, ...]
 
 
-ToLeader = Submit | Abort | Wake | Shutdown
-ToFrontEnd = Loading | Ready | Tokens | WakeMe | RankError
-ToPeer = Allocate | Step | Shutdown
+ToLeader = Submit | Abort | Wake | Tell | Shutdown
+ToFrontEnd = Loading | Ready | Tokens | Figures | WakeMe | RankError
+ToPeer = Allocate | Step | Tell | Shutdown
 FromPeer = Hello | Result

@@ -1,0 +1,71 @@
+"""Chat templates: messages to the text that a model was trained to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from soloist.errors import CheckpointError, RequestError
+
+Message = Mapping[str, Any]  # at least role and content
+
+
+class ChatTemplate:
+    """A checkpoint's Jinja template, run in a sandbox: it is somebody else's program."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(f"chat template, line {error.lineno}: {error.message}") from error
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTemplate | None:
+        """From `chat_template.jinja` or `tokenizer_config.json`; None if the checkpoint has none."""
+        config = _read(folder / "tokenizer_config.json")
+        file = folder / "chat_template.jinja"
+        source = file.read_text() if file.exists() else config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+        if source is None:
+            return None
+        tokens = {key: value for key, value in config.items() if key.endswith("_token") and value}
+        return cls(
+            source, {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
+        )
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The text up to where the model answers. Raises RequestError for messages that the template refuses."""
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=True, tools=None, **self._special_tokens
+            )
+        except jinja2.TemplateError as error:
+            raise RequestError(f"messages: the chat template refuses them: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error})") from error
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
