@@ -30,7 +30,7 @@ def blocks_that_fit(
     blocks = int(free - (1 - options.gpu_memory_fraction) * total) // max(per_block, 1)
     if blocks < 1:
         raise CapacityError(
-            f"gpu_memory_fraction = {options.gpu_memory_fraction}: {free / 1e9:.1f} GB are free of {total / 1e9:.1f} GB "
+            f"gpu_memory_fraction = {options.gpu_memory_fraction}: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free "
             f"after loading, which leaves no KV block of {per_block / 1e6:.1f} MB: use more GPUs or a larger fraction"
         )
     return min(blocks, longest * options.max_sequences // size)

@@ -53,7 +53,7 @@ class Runner:
         moe = dict(self._moe_layers(layout, placement, source))
         self.decoder = Decoder(spec, world.seat, source, world.attention, moe, self.rope, self.watch)
         self.heads = [block.heads for block in self.decoder.blocks]
-        self.weight_bytes = source.bytes_read
+        self.weight_bytes = self.decoder.weight_bytes
         self.kv_blocks = blocks_that_fit(spec, self.heads, options, self.device, self.dtype.itemsize)
 
     def _moe_layers(self, layout: Layout, placement: Placement, source: WeightSource) -> Iterator[tuple[int, MoELayer]]:

@@ -119,10 +119,10 @@ class GroupedQueryAttention:
         """Partial sums [T, D] over this rank's heads; writes this step's keys and values into the cache."""
         a = self.spec
         q, k, v = F.linear(h_TD, self.qkv, self.bias).split(self.widths, dim=-1)
-        if a.clip is not None:
-            q, k, v = (x.clamp(-a.clip, a.clip) for x in (q, k, v))
         if a.qk_norm == "full":
             q, k = self._norm_over_group(q, k)
+        if a.clip is not None:
+            q, k, v = (x.clamp(-a.clip, a.clip) for x in (q, k, v))
         q_THQ, k_TCQ, v_TCV = (
             x.unflatten(-1, (-1, w)) for x, w in ((q, a.head_dim), (k, a.head_dim), (v, a.v_head_dim))
         )

@@ -114,6 +114,16 @@ class Decoder:
             self.final_norm = source.read(Param("final_norm"))
             self.head = self.embedding if spec.tied else source.read(Param("lm_head"), rows=self.vocab)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights that this rank holds, a shared storage counted once."""
+        parts = [self, *self.blocks]
+        for block in self.blocks:
+            parts += [block.attention, block.dense, block.shared]
+            parts += [block.moe.router, block.moe.experts] if block.moe else []
+        tensors = [value for part in parts if part for value in vars(part).values() if isinstance(value, Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
     def split(self, step: StepInput) -> TokenSplit:
         """How this step's tokens lie over the attention group."""
         return TokenSplit(self.group, step.tokens, step.replicated and self.group is not None, self.watch)

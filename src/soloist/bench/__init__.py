@@ -1,0 +1,1 @@
+"""Measurements: what runs side by side in one run, with the physical ceiling beside it."""

@@ -1,0 +1,37 @@
+"""The comparison as a table in the terminal: one column a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from soloist.bench.figures import PHASES, Series
+
+ROWS: tuple[tuple[str, str, float, str], ...] = (
+    ("ranks", "ranks", 1, "d"),
+    ("output tokens a second", "tps", 1, ".1f"),
+    ("… per rank", "tps_per_rank", 1, ".2f"),
+    ("TTFT p50, ms", "ttft_p50_s", 1e3, ".1f"),
+    ("TTFT p99, ms", "ttft_p99_s", 1e3, ".1f"),
+    ("TPOT p50, ms", "tpot_p50_s", 1e3, ".1f"),
+    ("TPOT p99, ms", "tpot_p99_s", 1e3, ".1f"),
+    *((f"time in {phase}, %", f"{phase}_share", 1e2, ".1f") for phase in PHASES),
+    ("bytes a token inside nodes, kB", "bytes_inside_per_token", 1e-3, ".1f"),
+    ("bytes a token across nodes, kB", "bytes_across_per_token", 1e-3, ".1f"),
+    ("weights per rank, MB", "weight_bytes_per_rank", 1e-6, ".2f"),
+    ("KV cache per rank, MB", "kv_bytes_per_rank", 1e-6, ".2f"),
+)
+
+
+def comparison(series: Sequence[Series], title: str) -> Table:
+    """Medians over each layout's runs."""
+    records = [one.record() for one in series]
+    table = Table("", *(str(record["layout"]) for record in records), title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, key, factor, form in ROWS:
+        table.add_row(
+            label, *(format(record[key] * factor if factor != 1 else record[key], form) for record in records)
+        )
+    return table
