@@ -14,7 +14,7 @@ import msgspec
 from soloist.errors import CheckpointError, ConfigurationError
 from soloist.specs.hf_deepseek import DeepseekV2, DeepseekV3
 from soloist.specs.hf_families import GptOss, Mixtral, Olmoe, Qwen2Moe, Qwen3Moe
-from soloist.specs.hf_family import Family
+from soloist.specs.hf_family import Family, Natural
 from soloist.specs.model import ModelSpec
 from soloist.specs.rope import convert, read_rope
 
@@ -46,6 +46,17 @@ _KEYS = {
 }
 
 
+class _Quantisation(msgspec.Struct):
+    quant_method: str
+    weight_block_size: list[int] | None = None
+    fmt: str = "e4m3"
+    activation_scheme: str = "dynamic"
+
+
+class _Quantised(msgspec.Struct):
+    quantization_config: _Quantisation
+
+
 def read_config(source: Path | str | dict[str, Any], name: str | None = None) -> ModelSpec:
     """The spec of a checkpoint folder, or of a config given as a dict.
 
@@ -63,14 +74,11 @@ def read_config(source: Path | str | dict[str, Any], name: str | None = None) ->
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError that names the file."""
     try:
-        value = msgspec.json.decode(path.read_bytes())
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): give the folder of a checkpoint") from None
     except msgspec.DecodeError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+        raise CheckpointError(f"{path}: is not a JSON object ({error})") from None
 
 
 def _spec(raw: dict[str, Any], name: str, eos: object) -> ModelSpec:
@@ -122,25 +130,23 @@ def _check_architecture(raw: dict[str, Any]) -> None:
 
 
 def _check_quantisation(raw: dict[str, Any]) -> None:
-    """Released forms that the checkpoint reader dequantises: 128×128-block fp8, and gpt-oss's MXFP4."""
-    given = raw.get("quantization_config")
-    if given is None:
+    """Only the released forms that the checkpoint reader dequantises: 128×128-block fp8, and gpt-oss's MXFP4."""
+    if "quantization_config" not in raw:
         return
-    supported = {
-        "fp8": {"weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"},
-        "mxfp4": {},
-    }
-    method = given.get("quant_method") if isinstance(given, dict) else given
-    if method not in supported or (method == "mxfp4") != (raw["model_type"] == "gpt_oss"):
-        remedy = "is not supported here: fp8 with 128×128 blocks is, mxfp4 for gpt_oss is; or use the bf16 weights"
-        raise ConfigurationError.of("quantization_config.quant_method", method, remedy)
-    for key, value in supported[method].items():
-        if given.get(key, value if key != "weight_block_size" else None) != value:
-            raise ConfigurationError.of(f"quantization_config.{key}", given.get(key), f"only {value!r} is supported")
+    given = convert({"quantization_config": raw["quantization_config"]}, _Quantised).quantization_config
+    if given.quant_method != ("mxfp4" if raw["model_type"] == "gpt_oss" else "fp8"):
+        remedy = "is not supported: fp8 in blocks of 128×128 is, and mxfp4 for gpt_oss; or take the bfloat16 weights"
+        raise ConfigurationError.of("quantization_config.quant_method", given.quant_method, remedy)
+    if given.quant_method == "fp8":
+        for key, value in {"weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}.items():
+            if getattr(given, key) != value:
+                remedy = f"only {value!r} is supported: take the bfloat16 weights"
+                raise ConfigurationError.of(f"quantization_config.{key}", getattr(given, key), remedy)
 
 
 def _eos_ids(value: object) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ConfigurationError.of("eos_token_id", value, "must be a token id or a list of them")
-    return tuple(ids)
+    try:
+        ids = msgspec.convert(value, Natural | list[Natural] | None)
+    except msgspec.ValidationError:
+        raise ConfigurationError.of("eos_token_id", value, "must be a token id or a list of them") from None
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)

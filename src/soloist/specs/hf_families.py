@@ -134,7 +134,6 @@ class GptOss(Family, kw_only=True):
 
     default_theta: ClassVar[float] = 150_000.0
 
-    head_dim: Positive
     attention_bias: bool = True
     sliding_window: Positive | None = None
     layer_types: list[str] | None = None
@@ -148,6 +147,8 @@ class GptOss(Family, kw_only=True):
         return {"rope_parameters": yarn}
 
     def spec(self, name: str, rope: RopeParameters, eos_ids: tuple[int, ...]) -> ModelSpec:
+        if self.head_dim is None:
+            raise ConfigurationError("head_dim is missing: add it to config.json")
         if self.hidden_act != "silu":
             raise ConfigurationError.of("hidden_act", self.hidden_act, "must be silu for gpt_oss")
         expert = ExpertSpec(

@@ -20,7 +20,7 @@ def locate(model: Path | str, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # type: ignore[reportUnknownVariableType]
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise ConfigurationError.of(

@@ -7,9 +7,10 @@ multiplies the softmax scale. Defaults are those of transformers 5.23 (`modeling
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from soloist.errors import ConfigurationError
 from soloist.specs.model import RopeSpec
@@ -23,10 +24,13 @@ _KEYS: dict[str, set[str]] = {
 }
 
 
+Read = TypeVar("Read")
+
+
 class RopeParameters(msgspec.Struct, kw_only=True):
     """The keys of `rope_parameters`, or of `rope_scaling` in older configs."""
 
-    rope_type: str = "default"
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
     rope_theta: float | None = None
     partial_rotary_factor: float | None = None
     factor: float | None = None
@@ -42,25 +46,26 @@ class RopeParameters(msgspec.Struct, kw_only=True):
 
     def spec(self, width: int, interleaved: bool = False) -> RopeSpec:
         """The rotation of heads with `width` rotated elements."""
-        kind, factor, trained = self.rope_type, self.factor or 1.0, self.original_max_position_embeddings or 0
-        common = {"theta": self.rope_theta, "width": width, "interleaved": interleaved}
-        if kind == "linear":
-            return RopeSpec(kind="linear", factor=factor, **common)
-        if kind == "llama3":
-            bands = {"low_freq_factor": self.low_freq_factor, "high_freq_factor": self.high_freq_factor}
-            return RopeSpec(kind="llama3", factor=factor, original_max_positions=trained, **bands, **common)
-        if kind == "yarn":
-            return RopeSpec(
-                kind="yarn",
-                factor=factor,
-                original_max_positions=trained,
-                beta_fast=self.beta_fast or 32.0,
-                beta_slow=self.beta_slow or 1.0,
+        assert self.rope_theta is not None
+        spec = RopeSpec(
+            kind=self.rope_type,
+            theta=self.rope_theta,
+            width=width,
+            interleaved=interleaved,
+            factor=self.factor or 1.0,
+            original_max_positions=self.original_max_position_embeddings or 0,
+        )
+        if self.rope_type == "llama3":
+            return replace(spec, low_freq_factor=self.low_freq_factor, high_freq_factor=self.high_freq_factor)
+        if self.rope_type == "yarn":
+            return replace(
+                spec,
+                beta_fast=self.beta_fast or spec.beta_fast,
+                beta_slow=self.beta_slow or spec.beta_slow,
                 truncate=self.truncate is not False,
-                attention_factor=self._attention_factor(factor),
-                **common,
+                attention_factor=self._attention_factor(spec.factor),
             )
-        return RopeSpec(**common)
+        return spec
 
     def softmax_factor(self) -> float:
         """What DeepSeek multiplies the softmax scale by: the square of mscale_all_dim's mscale."""
@@ -89,7 +94,7 @@ def read_rope(config: dict[str, Any], default_theta: float) -> RopeParameters:
     return _checked(key, convert(given, RopeParameters, key + "."), config)
 
 
-def convert(values: dict[str, Any], kind: type[Any], prefix: str = "") -> Any:
+def convert(values: dict[str, Any], kind: type[Read], prefix: str = "") -> Read:
     """`values` as a struct of type `kind`; a wrong type or a missing key becomes a ConfigurationError that names it."""
     try:
         return msgspec.convert(values, kind)
@@ -98,17 +103,19 @@ def convert(values: dict[str, Any], kind: type[Any], prefix: str = "") -> Any:
         if not path:
             raise ConfigurationError(f"{prefix}{reason.split('`')[1]} is missing: add it to config.json") from None
         key = path.rstrip("`").split("[")[0]
-        raise ConfigurationError.of(prefix + key, values[key], reason[0].lower() + reason[1:]) from None
+        raise ConfigurationError.of(prefix + key, values[key.split(".")[0]], reason[0].lower() + reason[1:]) from None
 
 
 def _given(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
         raise ConfigurationError.of("rope_scaling", old, f"contradicts rope_parameters = {new!r}: keep one of them")
-    key, value = ("rope_parameters", new) if new else ("rope_scaling", old)
-    if value is not None and not isinstance(value, dict):
-        raise ConfigurationError.of(key, value, "must be an object")
-    return key, {name: item for name, item in (value or {}).items() if item is not None}
+    key = "rope_parameters" if new else "rope_scaling"
+    try:
+        value = msgspec.convert(new or old or {}, dict[str, Any])
+    except msgspec.ValidationError:
+        raise ConfigurationError.of(key, new or old, "must be an object") from None
+    return key, {name: item for name, item in value.items() if item is not None}
 
 
 def _check_keys(key: str, given: dict[str, Any]) -> None:
