@@ -1,0 +1,292 @@
+"""Dispatch and combine by kernels that write and read the peers' memory: no host synchronisation, capturable.
+
+Shape legend: T tokens of this rank, D model width, K top-k, R rows, X expanded rows.
+
+    form       dispatch                                       combine
+    latency    one kernel: choices and rows, flag             weighted rows straight home, flag; sum
+    push       choices, flag; rows by kernel beside the       rows stay, flag; the sum reads them from the peers
+               index, flag
+    copy       the same, whole blocks by copy engine          whole blocks home by copy engine, flag; sum
+
+`rows_RD` has a row for every token that any rank could send (kernels/push.py): those that came are named by `row_X`,
+the others hold anything. The copy form sends tokens to groups that they did not choose as well, without using an SM: it
+pays where most tokens go to most groups.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from soloist.dispatch.base import ExpertBatch, SlotChoice
+from soloist.dispatch.lane import ExchangeShape, Lane
+from soloist.kernels.flags import await_kernel, signal_kernel
+from soloist.kernels.home import home_kernel, weigh_kernel
+from soloist.kernels.index import index_kernel
+from soloist.kernels.push import push_kernel
+from soloist.transport.symmetric import Watch
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a call is carried out. `programs` limits the SMs that it takes; `block` is the chunk of a row."""
+
+    name: str  # latency, push, copy
+    programs: int = 528
+    block: int = 8192
+    pull: bool = True  # push and copy forms: the sum reads from the peers instead of having blocks copied home
+
+    def chunks(self, d_model: int, whole: bool = False) -> tuple[int, int, int]:
+        """BLOCK, CHUNKS and warps for rows of `d_model`; `whole` rows in one piece."""
+        block = 1 << (d_model - 1).bit_length()
+        block = block if whole else min(block, self.block)
+        return block, -(-d_model // block), max(1, min(16, block // 1024))
+
+
+LATENCY = Form("latency", block=2048)
+PUSH = Form("push")
+COPY = Form("copy")
+
+
+def choose_form(shape: ExchangeShape, latency_tokens: int = 512) -> Form:
+    """By size, and by the share of groups that a token goes to under uniform routing."""
+    if shape.capacity <= latency_tokens:
+        return LATENCY
+    visited = 1 - (1 - 1 / shape.groups) ** shape.top_k
+    return COPY if visited > 0.7 else PUSH
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What combine has to know of a dispatch."""
+
+    lane: Lane
+    shape: ExchangeShape
+    choice: SlotChoice
+    number: int  # of the place in the program, for the watch
+
+    @property
+    def tokens(self) -> int:
+        return len(self.choice.group_TK)
+
+
+class SideStream:
+    """Work beside the current stream; on the CPU it is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fork(self) -> AbstractContextManager[object]:
+        if self.stream is None:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.stream)
+
+    def join(self) -> None:
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
+@dataclass(frozen=True)
+class OneSidedDispatcher:
+    """Dispatcher over the windows of one NVLink domain; the groups lie on one node.
+
+    Consecutive calls take the lanes in turn, so as many dispatches as there are lanes may be open at once. All ranks
+    use the same shape and form. `fit` gives the same dispatcher for smaller calls.
+    """
+
+    shape: ExchangeShape
+    lanes: tuple[Lane, ...]
+    watch: Watch
+    form: Form
+    side: SideStream
+    turn: cycle[int] = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, shape: ExchangeShape, lanes: tuple[Lane, ...], watch: Watch, form: Form | None = None):
+        side = SideStream(lanes[0].window.device)
+        return cls(shape, lanes, watch, form or choose_form(shape), side, cycle(range(len(lanes))))
+
+    def fit(self, tokens: int, form: Form | None = None) -> OneSidedDispatcher:
+        """For calls of at most `tokens` tokens a rank; agreed by all ranks."""
+        shape = self.shape.fit(tokens)
+        return replace(self, shape=shape, form=form or choose_form(shape))
+
+    @property
+    def rank(self) -> int:
+        return self.watch.rank
+
+    # -- dispatch -----------------------------------------------------------------------------------------------
+    def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
+        self.watch.check()
+        lane = self.lanes[next(self.turn)]
+        assert not lane.busy, "combine an earlier dispatch first, or give the dispatcher more lanes"
+        lane.busy = True
+        ticket = Ticket(lane, self.shape.fit(max(self.shape.capacity, len(x_TD))), choice, self.watch.number(where))
+        x_TD = x_TD.contiguous()
+        if self.form.name == "latency":
+            self._push(ticket, x_TD, "all", choices=True)
+            return Arriving(self, ticket)
+        self._push(ticket, x_TD, "none", choices=True)
+        with self.side.fork():
+            self._send_rows(ticket, x_TD)
+        return Arriving(self, ticket)
+
+    def _send_rows(self, ticket: Ticket, x_TD: Tensor) -> None:
+        if self.form.name == "push":
+            self._push(ticket, x_TD, "all", choices=False)
+            return
+        self._push(ticket, x_TD, "own", choices=False)
+        lane, shape = ticket.lane, ticket.shape
+        first = shape.order(self.rank) * shape.capacity
+        block = slice(first, first + len(x_TD))
+        for step in range(1, shape.ranks):
+            peer = (self.rank + step) % shape.ranks
+            lane.rows_RD(shape, peer)[block].copy_(lane.rows_RD(shape)[block] if shape.fp8 else x_TD)
+            if shape.fp8:
+                lane.scale_R(shape, peer)[block].copy_(lane.scale_R(shape)[block])
+        self._signal(lane, "rows")
+
+    def _push(self, ticket: Ticket, x_TD: Tensor, rows: str, choices: bool) -> None:
+        lane, shape, choice = ticket.lane, ticket.shape, ticket.choice
+        block, chunks, warps = self.form.chunks(shape.d_model, whole=shape.fp8)
+        chunks = 1 if rows == "none" else chunks
+        at = lane.at
+        push_kernel[(max(1, min(self.form.programs, shape.capacity * chunks)),)](
+            x_TD, choice.group_TK, choice.slot_TK, choice.weight_TK, lane.window.bases, lane.calls,
+            len(x_TD), shape.capacity, shape.order(self.rank) * shape.capacity, self.rank, shape.tp,
+            at.rows, at.scales, at.slots, at.weights, at.flags("choices" if choices else "rows"),
+            D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks,
+            CHOICES=choices, ROWS=rows, QUANTISE=shape.fp8, SIGNAL=rows != "own",
+            num_warps=1 if rows == "none" else warps,
+        )  # fmt: skip
+
+    def _receive(self, ticket: Ticket) -> ExpertBatch:
+        lane, shape = ticket.lane, ticket.shape
+        block = min(1024, max(16, _power(shape.rows)))
+        index_kernel[(max(shape.slots, 1),)](
+            lane.slots_RK, lane.weights_RK, lane.flags("choices"), lane.calls, *self._watching(ticket),
+            lane.row_X, lane.weight_X, lane.place_RK, lane.offsets_S, shape.rows,
+            K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=8 if block > 256 else 4,
+        )  # fmt: skip
+        if self.form.name != "latency":
+            self.side.join()
+            self._await(ticket, "rows")
+        expanded = shape.rows * shape.most
+        return ExpertBatch(
+            lane.rows_RD(shape), lane.row_X[:expanded], lane.weight_X[:expanded], lane.offsets_S[: shape.slots], ticket
+        )
+
+    # -- combine ------------------------------------------------------------------------------------------------
+    def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
+        """`y_RD` may lie in `room(batch)`; otherwise it is copied there, or sent from where it is."""
+        return self._start_combine(y_RD.contiguous(), batch, expanded=False)
+
+    def start_combine_expanded(self, y_XD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
+        """The same from the experts' results: their weighted sum, in fp32 and in order of slot, is done on the way."""
+        return self._start_combine(y_XD.contiguous(), batch, expanded=True)
+
+    def room(self, batch: ExpertBatch) -> Tensor:
+        """y_RD: where the experts may write their rows to spare a copy."""
+        return batch.ticket.lane.y_RD(batch.ticket.shape)
+
+    def _start_combine(self, y: Tensor, batch: ExpertBatch, expanded: bool) -> Returning:
+        ticket = batch.ticket
+        assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
+        if self.form.name == "latency":
+            self._weigh(ticket, y, weigh=expanded, push=True)
+            return Returning(self, ticket, pulled=False)
+        room = self.room(batch)
+        if expanded:
+            self._weigh(ticket, y, weigh=True, push=False)
+        elif y.data_ptr() != room.data_ptr():
+            room.copy_(y)
+        with self.side.fork():
+            if not self.form.pull:
+                self._copy_home(ticket, room)
+            self._signal(ticket.lane, "home")
+        return Returning(self, ticket, self.form.pull)
+
+    def _weigh(self, ticket: Ticket, y: Tensor, weigh: bool, push: bool) -> None:
+        lane, shape = ticket.lane, ticket.shape
+        block, chunks, warps = Form("", block=2048).chunks(shape.d_model)
+        weigh_kernel[(max(1, min(self.form.programs, shape.rows * chunks)),)](
+            y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.y_RD(shape),
+            shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags("home"),
+            D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), MOST=shape.most, RANKS=shape.ranks, BLOCK=block,
+            CHUNKS=chunks, WEIGH=weigh, PUSH=push, SIGNAL=push, num_warps=warps,
+        )  # fmt: skip
+
+    def _copy_home(self, ticket: Ticket, y_RD: Tensor) -> None:
+        lane, shape = ticket.lane, ticket.shape
+        here = slice(self.rank * shape.capacity, (self.rank + 1) * shape.capacity)
+        for step in range(shape.ranks):
+            peer = (self.rank + 1 + step) % shape.ranks
+            first = shape.order(peer) * shape.capacity
+            lane.home_RD(shape, peer)[here].copy_(y_RD[first : first + shape.capacity])
+
+    def _sum(self, ticket: Ticket, pulled: bool) -> Tensor:
+        lane, shape = ticket.lane, ticket.shape
+        out_TD = torch.empty(ticket.tokens, shape.d_model, dtype=shape.dtype, device=lane.window.device)
+        block, chunks, warps = self.form.chunks(shape.d_model)
+        self.side.join()
+        home_kernel[(max(1, min(self.form.programs, ticket.tokens * chunks)),)](
+            out_TD, ticket.choice.group_TK, lane.window.bases, lane.flags("home"), lane.calls, *self._watching(ticket),
+            ticket.tokens, shape.capacity, shape.order(self.rank) * shape.capacity, self.rank,
+            lane.at.y if pulled else lane.at.home,
+            D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), GROUPS=shape.groups, TP=shape.tp,
+            RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks, PULL=pulled, num_warps=warps,
+        )  # fmt: skip
+        lane.busy = False
+        return out_TD
+
+    # -- flags --------------------------------------------------------------------------------------------------
+    def _watching(self, ticket: Ticket) -> tuple[Tensor, Tensor, int, int]:
+        return self.watch.failed, self.watch.report, ticket.number, self.watch.timeout_ns
+
+    def _signal(self, lane: Lane, phase: str) -> None:
+        signal_kernel[(1,)](lane.window.bases, lane.at.flags(phase), self.rank, RANKS=self.shape.ranks, num_warps=1)
+
+    def _await(self, ticket: Ticket, phase: str) -> None:
+        lane = ticket.lane
+        await_kernel[(1,)](
+            lane.flags(phase), lane.calls, *self._watching(ticket), RANKS=self.shape.ranks, num_warps=1
+        )  # fmt: skip
+
+    def dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> ExpertBatch:
+        return self.start_dispatch(x_TD, choice, where).wait()
+
+    def combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Tensor:
+        return self.start_combine(y_RD, batch, where).wait()
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """A dispatch under way."""
+
+    dispatcher: OneSidedDispatcher
+    ticket: Ticket
+
+    def wait(self) -> ExpertBatch:
+        return self.dispatcher._receive(self.ticket)
+
+
+@dataclass(frozen=True)
+class Returning:
+    """A combine under way."""
+
+    dispatcher: OneSidedDispatcher
+    ticket: Ticket
+    pulled: bool
+
+    def wait(self) -> Tensor:
+        return self.dispatcher._sum(self.ticket, self.pulled)
+
+
+def _power(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()

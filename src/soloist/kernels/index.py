@@ -1,0 +1,63 @@
+"""Receiving half of the one-sided dispatch: the index over the rows that arrived, and their expansion.
+
+Shape legend: R rows, K top-k, X expanded rows, S slots, D width. `KP` and `BLOCK` are powers of two.
+"""
+
+from __future__ import annotations
+
+from soloist.kernels.flags import await_all
+from soloist.kernels.language import tl, triton
+
+
+@triton.jit
+def index_kernel(
+    slots_RK, weights_RK, flags, calls, failed, report, code, timeout_ns,
+    row_X, weight_X, place_RK, offsets_S, rows,
+    K: tl.constexpr, KP: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a slot, which needs nothing from the others: it counts all choices of lower slots by itself.
+
+    Writes the slot's part of `row_X` and `weight_X`, the end of that part, and to `place_RK` where the row's j-th
+    choice in order of slot lies among the expanded rows.
+    """
+    slot = tl.program_id(0)
+    await_all(flags, calls, failed, report, code, timeout_ns, RANKS)
+    k = tl.arange(0, KP)
+    lower = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        seen = (row < rows)[:, None] & (k < K)[None, :]
+        slots = tl.load(slots_RK + row[:, None] * K + k[None, :], mask=seen, other=-1)
+        lower += tl.sum(((slots >= 0) & (slots < slot)).to(tl.int32), 1)
+    place = tl.sum(lower, 0)
+    for first in range(0, rows, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        seen = (row < rows)[:, None] & (k < K)[None, :]
+        slots = tl.load(slots_RK + row[:, None] * K + k[None, :], mask=seen, other=-1)
+        weights = tl.load(weights_RK + row[:, None] * K + k[None, :], mask=seen, other=0.0)
+        chosen = tl.max((slots == slot).to(tl.int32), 1)
+        at = place + tl.cumsum(chosen, 0) - chosen
+        nth = tl.sum(((slots >= 0) & (slots < slot)).to(tl.int32), 1)
+        tl.store(row_X + at, row.to(tl.int64), mask=chosen > 0)
+        tl.store(weight_X + at, tl.sum(tl.where(slots == slot, weights, 0.0), 1), mask=chosen > 0)
+        tl.store(place_RK + row * K + nth, at, mask=chosen > 0)
+        place += tl.sum(chosen, 0)
+    tl.store(offsets_S + slot, place)
+
+
+@triton.jit
+def expand_kernel(
+    rows_RD, scale_R, row_X, offsets_S, x_XD, SLOTS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """x_XD: each row once for every local slot that it chose; SCALED: times its row's scale."""
+    used = tl.load(offsets_S + SLOTS - 1)
+    width = tl.full((), D, tl.int64)
+    for unit in range(tl.program_id(0), used * CHUNKS, tl.num_programs(0)):
+        x, chunk = unit // CHUNKS, unit % CHUNKS
+        column = chunk * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(row_X + x)
+        value = tl.load(rows_RD + row * D + column, mask=column < D)
+        if SCALED:
+            value = (value.to(tl.float32) * tl.load(scale_R + row)).to(x_XD.dtype.element_ty)
+        tl.store(x_XD + x * width + column, value, mask=column < D)

@@ -1,0 +1,32 @@
+"""Triton where it is installed. Without it the kernels can be imported, not launched."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from soloist.errors import ConfigurationError
+
+# Kernels run in Triton's interpreter, on CPU tensors. Triton reads the same variable when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _Missing:
+    """Stands for a kernel where Triton is missing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.name = kernel.__name__
+
+    def __getitem__(self, grid: object) -> NoReturn:
+        raise ConfigurationError.of("kernel", self.name, "install Triton, which comes with PyTorch for CUDA")
+
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:
+    triton: Any = SimpleNamespace(jit=_Missing)
+    tl: Any = SimpleNamespace(constexpr=lambda value: value)
+
+AVAILABLE = hasattr(triton, "cdiv")
