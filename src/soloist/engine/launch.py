@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class LocalRanks:
 
     def __init__(self, job: Job, make_executor: Callable[..., Any] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="soloist-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.processes: list[Any] = []
         try:
             self.hub: Hub[ToFrontEnd] = Hub(f"ipc://{self.folder}/front-end", ToFrontEnd)
@@ -110,16 +112,18 @@ class _Mission:
 def _local_rank(mission: _Mission) -> None:
     """The life of a forked rank. Ctrl-C is for the parent, which ends its ranks in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(mission.folder,), daemon=True).start()
     meeting = Meeting.in_folder(mission.folder, mission.place)
     meeting.announce(FRONT_END, mission.front_end)
     sys.exit(1 if _run_rank(mission.job, meeting, mission.make_executor) else 0)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(folder: Path) -> None:
+    """A rank has nobody to serve once the front end's process is gone, however it went."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

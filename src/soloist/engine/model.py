@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from soloist.engine.options import EngineOptions
 from soloist.errors import ConfigurationError
 from soloist.specs.hf import read_config
 from soloist.specs.hub import locate
 from soloist.specs.model import ModelSpec
-from soloist.specs.presets import PRESETS, preset
+from soloist.specs.presets import preset
 
 
 @dataclass(frozen=True)
@@ -21,18 +20,18 @@ class Model:
     folder: Path | None
 
     @classmethod
-    def find(cls, name: str | Path, options: EngineOptions) -> Model:
-        """A folder, a hub id (`owner/name`, downloaded), or the name of a preset, which runs with random weights.
+    def find(cls, name: Path | str, random_weights: bool) -> Model:
+        """A folder, a hub id (`owner/name`, downloaded), or the name of a preset, which runs with random weights only.
 
-        Raises ConfigurationError for a name that is nothing of these, CheckpointError where it cannot be fetched.
+        Raises ConfigurationError for a name that is none of these, CheckpointError where a model cannot be fetched.
         """
-        if str(name) in PRESETS:
-            if options.random_weights is None:
-                remedy = "a preset has no weights: give random_weights a seed"
-                raise ConfigurationError.of("model", str(name), remedy)
-            return cls(preset(str(name)), None)
-        folder = locate(name, weights=options.random_weights is None)
-        return cls(read_config(folder), folder)
+        if Path(name).expanduser().is_dir() or "/" in str(name):
+            folder = locate(name, weights=not random_weights)
+            return cls(read_config(folder), folder)
+        spec = preset(str(name))
+        if not random_weights:
+            raise ConfigurationError.of("model", str(name), "a preset has no weights: give random_weights a seed")
+        return cls(spec, None)
 
     @property
     def tokenizer(self) -> Path | None:
