@@ -20,9 +20,12 @@ from soloist.kernels.reference import (
 
 
 def random_slots(rows: int, top_k: int, slots: int, seed: int) -> torch.Tensor:
-    """slot_RK: different slots in a row, about half of the choices belonging to other groups."""
+    """slot_RK: different slots in a row, at least one, about half of the choices belonging to other groups."""
     generator = torch.Generator().manual_seed(seed)
-    slot_RK = torch.rand(rows, 2 * max(slots, top_k), generator=generator).topk(top_k).indices
+    liked_R2S = torch.rand(rows, 2 * max(slots, top_k), generator=generator)
+    if slots:
+        liked_R2S[torch.arange(rows), torch.randint(slots, (rows,), generator=generator)] += 1
+    slot_RK = liked_R2S.topk(top_k).indices
     return slot_RK.where(slot_RK < slots, -1).int()
 
 
@@ -85,7 +88,7 @@ def test_grouped_linear_without_rows(form: GroupedLinear) -> None:
 def test_member_table() -> None:
     """Entries in ascending order; those of sum 3, which is none of the three, are left out."""
     member_PJ = member_table(torch.tensor([2, 0, 3, 2, 3, 2]), 3, 3)
-    assert member_PJ.tolist() == [[1, -1, -1], [-1, -1, -1], [0, 3, 5]]
+    assert member_PJ.tolist() == [[1, 6, 6], [6, 6, 6], [0, 3, 5]]
 
 
 def test_the_order_of_a_sum_is_kept() -> None:

@@ -101,6 +101,23 @@ def test_no_slots_and_no_rows() -> None:
         assert y_RD.shape == (0, spec.d_model)
 
 
+@pytest.mark.parametrize("has_tail", [False, True])
+@pytest.mark.parametrize("width", [24, 23])
+def test_a_single_slot_reads_the_rows_where_they_lie(width: int, has_tail: bool) -> None:
+    """Rows as a dispatcher leaves them, part of a wider message; unused entries behind the last offset."""
+    spec = make_spec(ExpertSpec(width=width), RouterSpec(top_k=3))
+    source = RandomSource(spec)
+    rows_RD, _, weights_RK = random_rows(spec.experts, spec.d_model + 4)
+    rows_RD, slot_RK = rows_RD[:, : spec.d_model], torch.full(weights_RK.shape, -1, dtype=torch.int32)
+    slot_RK[torch.arange(len(rows_RD)), torch.arange(len(rows_RD)) % 3] = 0
+    row_X, weight_X, offsets_S = expert_major(slot_RK, weights_RK, 1)
+    used = len(row_X) if has_tail else len(rows_RD)
+    batch = ExpertBatch(rows_RD, row_X[:used], weight_X[:used], offsets_S, None)
+    y_RD = Experts.load(spec, source, 0, (4,)).forward(batch)
+    expected = dense_layer(spec, source, rows_RD, torch.full_like(slot_RK, 4), weights_RK * (slot_RK == 0))
+    torch.testing.assert_close(y_RD.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_slots_that_nobody_chose() -> None:
     spec = make_spec(ExpertSpec(width=24), RouterSpec(top_k=1))
     source = RandomSource(spec)

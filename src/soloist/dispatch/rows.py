@@ -7,6 +7,7 @@ P pairs of a token and a node.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -114,17 +115,23 @@ def sum_at_home(y_RD: Tensor, leaving: Departures, topology: Topology) -> Tensor
 
     y_RD: in the order in which the rows left.
     """
-    nodes = {node: index for index, node in enumerate(sorted(set(topology.node_of_group)))}
-    node_of_group = [nodes[node] for node in topology.node_of_group]
-    groups_of_node = max(node_of_group.count(node) for node in nodes.values())
-    if len(nodes) == 1:
+    node_of_group, nodes, groups_of_node = _nodes(topology, y_RD.device)
+    if nodes == 1:
         return _sum(y_RD, leaving.token_R, leaving.tokens, min(leaving.top_k, groups_of_node))
-    node_R = torch.tensor(node_of_group, device=y_RD.device)[leaving.group_R]
-    _, token_P, marked_NT = distinct(node_R, leaving.token_R, len(nodes), leaving.tokens)
+    node_R = node_of_group[leaving.group_R]
+    _, token_P, marked_NT = distinct(node_R, leaving.token_R, nodes, leaving.tokens)
     pair_NT = marked_NT.flatten().cumsum(0).view_as(marked_NT) - 1
     pair_R = pair_NT[node_R, leaving.token_R]
     partial_PD = _sum(y_RD, pair_R, len(token_P), min(leaving.top_k, groups_of_node))
-    return _sum(partial_PD, token_P, leaving.tokens, min(leaving.top_k, len(nodes)))
+    return _sum(partial_PD, token_P, leaving.tokens, min(leaving.top_k, nodes))
+
+
+@lru_cache(maxsize=64)
+def _nodes(topology: Topology, device: torch.device) -> tuple[Tensor, int, int]:
+    """The node of each group, counted from 0 without gaps; the nodes; the groups of the largest node."""
+    order = sorted(set(topology.node_of_group))
+    node_of_group = [order.index(node) for node in topology.node_of_group]
+    return torch.tensor(node_of_group, device=device), len(order), max(map(node_of_group.count, node_of_group))
 
 
 def _sum(values_XD: Tensor, sum_X: Tensor, sums: int, most: int) -> Tensor:

@@ -77,40 +77,36 @@ def activate(hidden_XF: Tensor, spec: ExpertSpec) -> Tensor:
 def weighted_sum(out_XD: Tensor, row_X: Tensor, weight_X: Tensor, offsets_S: Tensor, rows: int, most: int) -> Tensor:
     """y_RD: the gate-weighted sum of each row's entries, fp32 in slot order, rounded once to `out_XD`'s dtype.
 
-    `rows` is R; a row has at most `most` entries. Deterministic on every device, unlike `index_add_`.
+    `rows` is R; a row has at least one entry and at most `most`, so with a single slot the entries are the rows.
+    Deterministic on every device, unlike `index_add_`.
     """
+    if len(offsets_S) == 1:
+        return (out_XD[:rows] * weight_X[:rows, None]).to(out_XD.dtype)
     used_X = _count_to(len(row_X), offsets_S) < offsets_S[-1]
     member_RJ = member_table(row_X.where(used_X, rows), rows, most)
-    return ordered_sum(out_XD, member_RJ, weight_X).to(out_XD.dtype)
+    return ordered_sum(out_XD * weight_X[:, None], member_RJ).to(out_XD.dtype)
 
 
 def member_table(sum_X: Tensor, sums: int, most: int) -> Tensor:
-    """member_PJ (int64): the entries of each sum, in ascending order, then −1.
+    """member_PJ (int64): the entries of each sum, in ascending order, then X.
 
     sum_X: the sum that each entry belongs to; entries with `sum_X == sums` belong to none. Needs no host
     synchronisation. No sum may have more than `most` entries.
     """
-    order_X = torch.argsort(sum_X, stable=True)
-    sorted_X = sum_X[order_X]
+    sorted_X, order_X = sum_X.sort(stable=True)
     first_P = torch.searchsorted(sorted_X, _count_to(sums + 1, sum_X))
     place_X = (_count_to(len(sum_X), sum_X) - first_P[sorted_X]).clamp_max(most - 1)
-    member_PJ = sum_X.new_full((sums + 1, most), -1)
+    member_PJ = sum_X.new_full((sums + 1, most), len(sum_X))
     member_PJ[sorted_X, place_X] = order_X
     return member_PJ[:sums]
 
 
-def ordered_sum(values_XD: Tensor, member_PJ: Tensor, weight_X: Tensor | None = None) -> Tensor:
+def ordered_sum(values_XD: Tensor, member_PJ: Tensor) -> Tensor:
     """total_PD (fp32): the sums that `member_PJ` lists, term by term from the left; a sum without terms is 0."""
     total_PD = values_XD.new_zeros(len(member_PJ), values_XD.shape[1], dtype=torch.float32)
-    if not len(values_XD):
-        return total_PD
-    for member_P in member_PJ.T:
-        present_P1 = (member_P >= 0)[:, None]
-        index_P = member_P.clamp_min(0)
-        term_PD = values_XD[index_P].float()
-        if weight_X is not None:
-            term_PD *= weight_X[index_P, None]
-        total_PD += term_PD.where(present_P1, 0.0)
+    ended_XD = torch.cat([values_XD, values_XD.new_zeros(1, values_XD.shape[1])])  # what a table's X stands for
+    for member_P in member_PJ.unbind(1):
+        total_PD += ended_XD.index_select(0, member_P)
     return total_PD
 
 
