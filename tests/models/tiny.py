@@ -176,6 +176,11 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def tiny_config(family: str, **odd: Any) -> transformers.PreTrainedConfig:
+    """The config of a tiny model of a family; `odd` overrides keys in transformers' spelling."""
+    return transformers.AutoConfig.for_model(family, **(_TINY | _OWN[family] | odd))
+
+
 def save_tiny(
     family: str, folder: Path | str, *, seed: int = 0, max_shard_size: str = "5GB", **odd: Any
 ) -> transformers.PreTrainedModel:
@@ -183,7 +188,7 @@ def save_tiny(
 
     `odd` overrides keys of the config, in transformers' spelling. A small `max_shard_size` ("20KB") makes shards.
     """
-    config = transformers.AutoConfig.for_model(family, **(_TINY | _OWN[family] | odd))
+    config = tiny_config(family, **odd)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _randomise(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(folder, max_shard_size=max_shard_size)

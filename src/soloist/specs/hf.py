@@ -118,15 +118,15 @@ def _refuse_unread(raw: dict[str, Any], kind: type[Family]) -> None:
     elsewhere = {name for other in FAMILIES.values() for name in other.__struct_fields__}
     for key in (elsewhere - set(kind.__struct_fields__)).union(_NEVER) & raw.keys():
         value = raw[key]
-        neutral = not value or (key == "layer_types" and set(value) == {"full_attention"})
-        if not neutral:
+        is_neutral = not value or (key == "layer_types" and all(kind == "full_attention" for kind in value))
+        if not is_neutral:
             raise ConfigurationError.of(key, value, f"is not supported for model_type {raw['model_type']}: remove it")
 
 
 def _check_architecture(raw: dict[str, Any]) -> None:
-    for architecture in raw.get("architectures") or ():
-        if not str(architecture).endswith("ForCausalLM"):
-            raise ConfigurationError.of("architectures", architecture, "only causal language models are supported")
+    architectures = raw.get("architectures", ["ForCausalLM"])
+    if not isinstance(architectures, list) or not all(str(name).endswith("ForCausalLM") for name in architectures):
+        raise ConfigurationError.of("architectures", architectures, "only causal language models are supported")
 
 
 def _check_quantisation(raw: dict[str, Any]) -> None:

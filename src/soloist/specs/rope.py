@@ -84,14 +84,14 @@ def read_rope(config: dict[str, Any], default_theta: float) -> RopeParameters:
     key, given = _given(config)
     if any(isinstance(value, dict) for value in given.values()):
         raise ConfigurationError.of(key, given, "one RoPE for all layers is supported, not one for each layer type")
-    given.setdefault("rope_type", given.pop("type", "default"))
+    given.setdefault("rope_type", given.get("type", "default"))
     _check_keys(key, given)
     given.setdefault("rope_theta", config.get("rope_theta", default_theta))
     given.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
     if given["rope_type"] in ("llama3", "yarn"):
         trained = given.get("original_max_position_embeddings") or config.get("max_position_embeddings")
         given["original_max_position_embeddings"] = config.get("original_max_position_embeddings", trained)
-    return _checked(key, convert(given, RopeParameters, key + "."), config)
+    return _checked(key, convert(given, RopeParameters, key + "."))
 
 
 def convert(values: dict[str, Any], kind: type[Read], prefix: str = "") -> Read:
@@ -120,7 +120,7 @@ def _given(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _check_keys(key: str, given: dict[str, Any]) -> None:
     kind = given["rope_type"]
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ConfigurationError.of(f"{key}.rope_type", kind, f"is not supported: use one of {', '.join(_KEYS)}")
     if given.get("type", kind) != kind:
         raise ConfigurationError.of(f"{key}.type", given["type"], f"contradicts rope_type = {kind!r}")
@@ -129,14 +129,15 @@ def _check_keys(key: str, given: dict[str, Any]) -> None:
         raise ConfigurationError.of(f"{key}.{name}", given[name], f"does not belong to RoPE of type {kind}: remove it")
 
 
-def _checked(key: str, rope: RopeParameters, config: dict[str, Any]) -> RopeParameters:
+def _checked(key: str, rope: RopeParameters) -> RopeParameters:
     if rope.partial_rotary_factor not in (None, 1.0):
         raise ConfigurationError.of("partial_rotary_factor", rope.partial_rotary_factor, "only 1 is supported")
-    if rope.rope_type == "yarn" and rope.factor is None and rope.original_max_position_embeddings:
-        rope.factor = config["max_position_embeddings"] / rope.original_max_position_embeddings
     for name in _KEYS[rope.rope_type] - _YARN:
         if (value := getattr(rope, name)) is None or value <= 0:
             raise ConfigurationError.of(f"{key}.{name}", value, "must be given, and positive")
+    for name in _YARN - {"truncate"}:
+        if (value := getattr(rope, name)) is not None and value < 0:
+            raise ConfigurationError.of(f"{key}.{name}", value, "must not be negative")
     if rope.rope_theta is None or rope.rope_theta <= 1:
         raise ConfigurationError.of("rope_theta", rope.rope_theta, "must be above 1")
     if rope.rope_type == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
