@@ -53,8 +53,12 @@ class Traffic:
 
     def count_rows(self, rank: int, counts: Sequence[int], row_bytes: int) -> None:
         """Rows that `rank` sends: `counts[p]` to member p."""
-        for peer, count in enumerate(counts):
-            self.bytes_to[peer] += count * row_bytes * (peer != rank)
+        own = self.bytes_to[rank]
+        self.bytes_to[:] = [moved + count * row_bytes for moved, count in zip(self.bytes_to, counts, strict=True)]
+        self.bytes_to[rank] = own
+
+    def count_message(self, peer: int, message_bytes: int) -> None:
+        self.bytes_to[peer] += message_bytes
 
     def count_ring(self, rank: int, total_bytes: int, passes: int = 1) -> None:
         """A gather or reduction of `total_bytes` in which the ring goes round `passes` times."""

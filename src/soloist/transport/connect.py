@@ -11,6 +11,7 @@ from soloist.errors import ConfigurationError
 from soloist.transport.base import Transport
 from soloist.transport.gloo import GlooTransport
 from soloist.transport.local import LocalGroup, LocalTransport
+from soloist.transport.shared_memory import SharedMemoryTransport
 
 KINDS = ("gloo", "nccl", "shared_memory")
 
@@ -34,6 +35,8 @@ def connect(
     store.set_timeout(timedelta(seconds=deadline_s))
     if kind == "gloo":
         return GlooTransport(PrefixStore(kind, store), ranks, rank, deadline_s)
+    if kind == "shared_memory":
+        return SharedMemoryTransport(PrefixStore(kind, store), ranks, rank, deadline_s)
     raise ConfigurationError.of("transport", kind, f"choose one of {', '.join(KINDS)}")
 
 

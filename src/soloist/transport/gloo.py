@@ -65,7 +65,7 @@ class GlooTransport(ExchangeTransport):
 
     # -- point to point ---------------------------------------------------------------------------------------------
     def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
-        self.traffic.count_rows(self.rank, [0] * peer + [1], x_N.nbytes)
+        self.traffic.count_message(peer, x_N.nbytes)
         under_way = self._sent[peer]
         while under_way and (len(under_way) >= UNDER_WAY or under_way[0].work.is_completed()):
             self.finish([under_way.popleft()], where)

@@ -82,7 +82,7 @@ class LocalTransport(ExchangeTransport):
         return _Rows(lambda source: self._take(source, nth, where), self.size)
 
     def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
-        self.traffic.count_rows(self.rank, [0] * peer + [1], x_N.nbytes)
+        self.traffic.count_message(peer, x_N.nbytes)
         self.group.mailboxes[peer].put((self.rank, "message"), x_N.clone(memory_format=torch.contiguous_format))
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, peer: int, where: str = "") -> Tensor:
