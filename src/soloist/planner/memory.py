@@ -1,0 +1,99 @@
+"""Bytes on each GPU by part, before anything is started.
+
+Weights and KV cache are exact for the runtime's own rules. Exchange buffers are those of the exchange that the layout
+uses; activations and workspace are upper estimates for the largest step.
+"""
+
+from __future__ import annotations
+
+from soloist.planner.compute import BYTES
+from soloist.planner.exchange import Mode, row_bytes
+from soloist.planner.precision import Precision
+from soloist.planner.weights import expert_slots, kv_elements, rank_weights
+from soloist.specs.layout import Layout, Seat
+from soloist.specs.model import ModelSpec, Spec
+
+CONTEXT_BYTES = 0.6e9  # CUDA context and loaded kernels
+NCCL_BYTES = 0.4e9  # communicators' own buffers, where there are any
+GEMM_WORKSPACE_BYTES = 32e6 * 2
+
+
+class MemoryLoad(Spec, frozen=True, kw_only=True):
+    """The largest that an attention group has to hold at once."""
+
+    sequences: float  # in decode
+    longest: int  # tokens of a sequence at its end
+    step_tokens: int = 2048  # tokens of the largest step (prefill chunk)
+    exchange_tokens: int = 128  # tokens of a rank that the decode exchange's buffers hold
+    spare_slots: int = 0
+    block: int = 16  # tokens of a KV block
+
+
+def memory_parts(
+    spec: ModelSpec,
+    seat: Seat,
+    precision: Precision,
+    load: MemoryLoad,
+    mode: Mode = "ragged",
+    slots: int = 0,
+) -> dict[str, float]:
+    """Bytes by part on the rank at `seat`. `slots`: of its expert group; 0: as many as hold every expert once."""
+    layout = seat.layout
+    held = expert_slots(spec, layout, slots) + load.spare_slots
+    return {
+        **rank_weights(spec, seat, held, precision),
+        "KV cache": kv_bytes(spec, seat, precision, load),
+        "exchange buffers": exchange_bytes(spec, layout, precision, load, mode, held) if layout.ep > 1 else 0.0,
+        "activations": activation_bytes(spec, layout, load),
+        "workspace": CONTEXT_BYTES + GEMM_WORKSPACE_BYTES + (NCCL_BYTES if layout.size > 1 else 0.0),
+    }
+
+
+def worst_rank(
+    spec: ModelSpec, layout: Layout, precision: Precision, load: MemoryLoad, mode: Mode = "ragged", slots: int = 0
+) -> dict[str, float]:
+    """Parts of the fullest rank: the first of its groups on the first or the last stage."""
+    seats = (layout.at(0), layout.at((layout.pp - 1) * layout.stage_ranks))
+    tables = [memory_parts(spec, seat, precision, load, mode, slots) for seat in seats]
+    return max(tables, key=lambda parts: sum(parts.values()))
+
+
+def kv_bytes(spec: ModelSpec, seat: Seat, precision: Precision, load: MemoryLoad) -> float:
+    """KV cache of this rank's layers for its group's sequences, in whole blocks. Layers with a window keep all."""
+    tokens = _blocks(load.longest, load.block)
+    each = kv_elements(spec, seat.layout.attention_ranks, seat.attention_index) * BYTES[precision.kv]
+    layers = seat.layout.stage_layers(seat.stage, spec.layers)
+    return load.sequences * each * len(layers) * tokens
+
+
+def exchange_bytes(
+    spec: ModelSpec, layout: Layout, precision: Precision, load: MemoryLoad, mode: Mode, slots: int
+) -> float:
+    """Send and receive buffers of dispatch and combine on one rank.
+
+    Low latency: room for every token of every rank at each local slot, twice (double buffering), as DeepEP reserves.
+    The others: rows that arrive when each rank's step is full, twice, both ways.
+    """
+    there, back = row_bytes(spec.d_model, precision.dispatch), row_bytes(spec.d_model, precision.combine)
+    if mode == "low_latency":
+        return 2 * slots * layout.ep * load.exchange_tokens * (there + back)
+    own = -(-load.step_tokens // layout.attention_ranks)
+    received = own * min(layout.ep, spec.router.top_k) * 1.25
+    return 2 * (own + received) * (there + back)
+
+
+def activation_bytes(spec: ModelSpec, layout: Layout, load: MemoryLoad) -> float:
+    """Live tensors of the largest step: residual and its norm, queries, keys and values, expert rows, logits."""
+    a, tokens, d = spec.attention, load.step_tokens, spec.d_model
+    own = -(-tokens // layout.attention_ranks)
+    heads = -(-a.heads // layout.attention_ranks) * (a.head_dim + a.v_head_dim)
+    pairs = own * spec.router.top_k * 1.25
+    width = -(-spec.expert.width // layout.tp)
+    attention = 2 * tokens * (2 * heads + 2 * d)
+    experts = 2 * pairs * (2 * d + spec.expert.matrices * width)
+    logits = 4 * max(load.sequences, 1) * spec.vocab / layout.attention_ranks
+    return 2 * tokens * d * 2 + max(attention, experts) + 2 * logits
+
+
+def _blocks(tokens: int, block: int) -> int:
+    return -(-tokens // block) * block

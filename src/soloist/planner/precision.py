@@ -1,0 +1,37 @@
+"""In which data types a deployment keeps and moves things."""
+
+from __future__ import annotations
+
+from soloist.errors import ConfigurationError
+from soloist.planner.compute import BYTES
+from soloist.specs.model import ModelSpec, Spec
+
+
+class Precision(Spec, frozen=True, kw_only=True):
+    """Data types by use. `linear` are attention's, dense and shared matrices; embedding, head and norms are `other`."""
+
+    experts: str = "bf16"
+    linear: str = "bf16"
+    other: str = "bf16"
+    kv: str = "bf16"
+    dispatch: str = "bf16"
+    combine: str = "bf16"
+
+    def __post_init__(self) -> None:
+        for key in self.__struct_fields__:
+            if getattr(self, key) not in BYTES:
+                raise ConfigurationError.of(f"precision.{key}", getattr(self, key), f"choose from {', '.join(BYTES)}")
+
+    @classmethod
+    def named(cls, name: str) -> Precision:
+        """`bf16`, `fp16`, `fp32`, `fp8` (experts, linear, dispatch in fp8) or `fp4` (experts in fp4, the rest as fp8)."""
+        if name in ("fp8", "fp4"):
+            return cls(experts=name, linear="fp8", dispatch="fp8")
+        if name in ("bf16", "fp16", "fp32"):
+            return cls(experts=name, linear=name, other=name, kv=name, dispatch=name, combine=name)
+        raise ConfigurationError.of("precision", name, "choose bf16, fp16, fp32, fp8 or fp4")
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Precision:
+        """What the runtime uses for that model: its own data type for everything."""
+        return cls.named({"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype])

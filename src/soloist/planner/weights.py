@@ -1,0 +1,106 @@
+"""How many weights of each part a rank holds, and how large they are: sums over `specs/parameters.py`.
+
+The rules of the cut are the decoder's: heads over the attention group, dense and shared widths and the vocabulary too,
+an expert's width over its `tp` ranks, router and norms on every rank.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+from soloist.planner.compute import BYTES
+from soloist.planner.precision import Precision
+from soloist.specs.layout import Layout, Seat, share
+from soloist.specs.model import ModelSpec
+from soloist.specs.parameters import parameters
+
+BY_QUERY_HEAD = {"q", "q_b", "kv_b", "o", "q_bias", "sinks"}
+BY_KV_HEAD = {"k", "v", "k_bias", "v_bias"}
+PARTS = ("attention", "experts", "shared experts", "dense layers", "router", "embedding and head")
+
+
+class LayerWeights(NamedTuple):
+    """Elements of one layer by how they are cut."""
+
+    by_query: float
+    by_kv: float
+    replicated: float  # of attention and norms
+    dense: float  # cut over the attention group
+    shared: float  # cut over the attention group
+    router: float
+    expert: float  # of one expert
+
+
+@lru_cache(maxsize=64)
+def layer_weights(spec: ModelSpec) -> tuple[LayerWeights, ...]:
+    """Elements of every layer."""
+    sums = [dict.fromkeys(LayerWeights._fields, 0.0) for _ in range(spec.layers)]
+    for param, shape in parameters(spec):
+        if param.layer >= 0 and param.expert <= 0:
+            sums[param.layer][_cut(param.name, param.expert)] += prod(shape)
+    return tuple(LayerWeights(**layer) for layer in sums)
+
+
+def _cut(name: str, expert: int) -> str:
+    if expert == 0:
+        return "expert"
+    if name in BY_QUERY_HEAD:
+        return "by_query"
+    if name in BY_KV_HEAD:
+        return "by_kv"
+    if name.startswith("dense_"):
+        return "dense"
+    if name.startswith("shared_") and name != "shared_expert_gate":
+        return "shared"
+    return "router" if name in ("router", "router_bias", "correction_bias", "shared_expert_gate") else "replicated"
+
+
+def held_kv_heads(spec: ModelSpec, ranks: int, index: int = 0) -> int:
+    """KV heads that one rank of an attention group holds; a head that serves several ranks is held by each."""
+    start, stop = share(spec.attention.heads, ranks, index)
+    each = spec.attention.heads // spec.attention.kv_heads
+    return -(-stop // each) - start // each if stop > start else 0
+
+
+def kv_elements(spec: ModelSpec, ranks: int, index: int = 0) -> int:
+    """KV cache elements a token and layer on one rank; the latent row of MLA is held by all."""
+    a = spec.attention
+    return a.kv_elements if a.kind == "mla" else held_kv_heads(spec, ranks, index) * (a.head_dim + a.v_head_dim)
+
+
+def rank_weights(spec: ModelSpec, seat: Seat, slots: float, precision: Precision) -> dict[str, float]:
+    """Bytes of weights on one rank by part. `slots`: expert slots of its group in each MoE layer."""
+    layout, index = seat.layout, seat.attention_index
+    heads = _part(spec.attention.heads, layout.attention_ranks, index)
+    kv = held_kv_heads(spec, layout.attention_ranks, index) / spec.attention.kv_heads
+    width = _part(spec.expert.width, layout.tp, seat.tp_index)
+    cut = 1 / layout.attention_ranks
+    linear, experts, other = BYTES[precision.linear], BYTES[precision.experts], BYTES[precision.other]
+    layers = [layer_weights(spec)[i] for i in layout.stage_layers(seat.stage, spec.layers)]
+    return {
+        "attention": sum(x.by_query * heads + x.by_kv * kv + x.replicated for x in layers) * linear,
+        "experts": sum(x.expert for x in layers) * slots * width * experts,
+        "shared experts": sum(x.shared for x in layers) * cut * linear,
+        "dense layers": sum(x.dense for x in layers) * cut * linear,
+        "router": sum(x.router for x in layers) * other,
+        "embedding and head": _vocabulary(spec, seat) * spec.d_model * other,
+    }
+
+
+def _vocabulary(spec: ModelSpec, seat: Seat) -> float:
+    """Rows of embedding and output head that this rank holds."""
+    start, stop = share(spec.vocab, seat.layout.attention_ranks, seat.attention_index)
+    head = seat.is_last_stage and not (spec.tied and seat.is_first_stage)
+    return (stop - start) * (seat.is_first_stage + head)
+
+
+def _part(total: int, parts: int, index: int) -> float:
+    start, stop = share(total, parts, index)
+    return (stop - start) / total
+
+
+def expert_slots(spec: ModelSpec, layout: Layout, slots_per_group: int = 0) -> int:
+    """Slots of the fullest expert group in each MoE layer: what is asked for, at least enough for every expert."""
+    return max(slots_per_group, -(-spec.experts // layout.ep))

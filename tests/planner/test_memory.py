@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+
+from soloist.planner.memory import MemoryLoad, memory_parts, worst_rank
+from soloist.planner.precision import Precision
+from soloist.planner.weights import PARTS, held_kv_heads, rank_weights
+from soloist.specs.layout import Layout
+from soloist.specs.parameters import parameters
+from soloist.specs.presets import preset
+
+BF16 = Precision.named("bf16")
+
+
+@pytest.mark.parametrize("name", ["ref-16l", "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-20b"])
+def test_one_rank_holds_every_weight(name: str) -> None:
+    spec = preset(name)
+    parts = rank_weights(spec, Layout().at(0), spec.experts, BF16)
+    assert tuple(parts) == PARTS
+    assert sum(parts.values()) == pytest.approx(2 * sum(prod(shape) for _, shape in parameters(spec)))
+
+
+@pytest.mark.parametrize("text", ["ep16", "tp8pp2", "attn8ep8pp2", "ep8tp2", "dp2ep8"])
+def test_ranks_hold_the_model_together(text: str) -> None:
+    spec, layout = preset("ref-16l"), Layout.parse(text)
+    held = [rank_weights(spec, layout.at(rank), spec.experts / layout.ep, BF16) for rank in range(layout.size)]
+    whole = rank_weights(spec, Layout().at(0), spec.experts, BF16)
+    for part in ("experts", "embedding and head"):
+        copies = layout.dp if part == "experts" else layout.dp * layout.attention_groups
+        assert sum(h[part] for h in held) == pytest.approx(copies * whole[part])
+
+
+def test_kv_cache_of_the_scenario() -> None:
+    """1.28 M tokens × 16 layers × 2 × 4096 × 2 bytes = 335.5 GB, 21 GB on each of 16 GPUs."""
+    spec = preset("ref-16l")
+    load = MemoryLoad(sequences=8, longest=10_000)
+    parts = memory_parts(spec, Layout(ep=16).at(0), BF16, load)
+    assert parts["KV cache"] == pytest.approx(335.5e9 / 16, rel=0.001)
+
+
+def test_latent_cache_is_held_by_every_rank_of_an_attention_group() -> None:
+    spec, load = preset("deepseek-v3"), MemoryLoad(sequences=1, longest=1600)
+    alone = memory_parts(spec, Layout(ep=8).at(0), BF16, load)["KV cache"]
+    shared = memory_parts(spec, Layout(tp=8).at(3), BF16, load)["KV cache"]
+    assert alone == shared == 61 * 576 * 2 * 1600
+
+
+def test_kv_heads_are_repeated_when_there_are_more_ranks() -> None:
+    assert held_kv_heads(preset("qwen3-30b-a3b"), 8) == 1
+    assert held_kv_heads(preset("qwen3-30b-a3b"), 2) == 2
+
+
+def test_experts_divide_by_ep_and_by_tp() -> None:
+    spec, load = preset("deepseek-v3"), MemoryLoad(sequences=1, longest=16)
+    by_ep = worst_rank(spec, Layout(ep=64), Precision.named("fp8"), load)["experts"]
+    by_tp = worst_rank(spec, Layout(ep=8, tp=8), Precision.named("fp8"), load)["experts"]
+    assert by_ep == by_tp == 58 * 4 * 3 * 7168 * 2048
+
+
+def test_low_latency_buffers_grow_with_slots() -> None:
+    spec, load = preset("deepseek-v3"), MemoryLoad(sequences=1, longest=16)
+    one = worst_rank(spec, Layout(ep=256), Precision.named("fp8"), load, "low_latency", slots=1)
+    two = worst_rank(spec, Layout(ep=256), Precision.named("fp8"), load, "low_latency", slots=2)
+    assert two["exchange buffers"] == 2 * one["exchange buffers"]
+    assert two["experts"] == 2 * one["experts"]
