@@ -86,9 +86,13 @@ class SideStream:
         self.stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.stream)
 
-    def join(self) -> None:
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+    def mark(self) -> torch.cuda.Event | None:
+        """The work given so far."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def join(self, mark: torch.cuda.Event | None) -> None:
+        if mark is not None:
+            torch.cuda.current_stream().wait_event(mark)
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,7 @@ class OneSidedDispatcher:
             K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=8 if block > 256 else 4,
         )  # fmt: skip
         if self.form.name != "latency":
-            self.side.join()
-            self._await(ticket, "rows")
+            self._await(ticket, "rows")  # this rank's flag too, so its sends are over
         expanded = shape.rows * shape.most
         return ExpertBatch(
             lane.rows_RD(shape), lane.row_X[:expanded], lane.weight_X[:expanded], lane.offsets_S[: shape.slots], ticket
@@ -209,7 +212,7 @@ class OneSidedDispatcher:
             if not self.form.pull:
                 self._copy_home(ticket, room)
             self._signal(ticket.lane, "home")
-        return Returning(self, ticket, self.form.pull)
+        return Returning(self, ticket, self.form.pull, self.side.mark())
 
     def _weigh(self, ticket: Ticket, y: Tensor, weigh: bool, push: bool) -> None:
         lane, shape = ticket.lane, ticket.shape
@@ -229,11 +232,11 @@ class OneSidedDispatcher:
             first = shape.order(peer) * shape.capacity
             lane.home_RD(shape, peer)[here].copy_(y_RD[first : first + shape.capacity])
 
-    def _sum(self, ticket: Ticket, pulled: bool) -> Tensor:
+    def _sum(self, ticket: Ticket, pulled: bool, sent: torch.cuda.Event | None) -> Tensor:
         lane, shape = ticket.lane, ticket.shape
         out_TD = torch.empty(ticket.tokens, shape.d_model, dtype=shape.dtype, device=lane.window.device)
         block, chunks, warps = self.form.chunks(shape.d_model)
-        self.side.join()
+        self.side.join(sent)
         home_kernel[(max(1, min(self.form.programs, ticket.tokens * chunks)),)](
             out_TD, ticket.choice.group_TK, lane.window.bases, lane.flags("home"), lane.calls, *self._watching(ticket),
             ticket.tokens, shape.capacity, shape.order(self.rank) * shape.capacity, self.rank,
@@ -282,9 +285,10 @@ class Returning:
     dispatcher: OneSidedDispatcher
     ticket: Ticket
     pulled: bool
+    sent: torch.cuda.Event | None = None
 
     def wait(self) -> Tensor:
-        return self.dispatcher._sum(self.ticket, self.pulled)
+        return self.dispatcher._sum(self.ticket, self.pulled, self.sent)
 
 
 def _power(size: int) -> int:

@@ -25,8 +25,10 @@ class _Missing:
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
     triton: Any = SimpleNamespace(jit=_Missing)
     tl: Any = SimpleNamespace(constexpr=lambda value: value)
+    TensorDescriptor: Any = None
 
 AVAILABLE = hasattr(triton, "cdiv")

@@ -15,6 +15,8 @@ from torch.distributed import Store
 
 from soloist.errors import CommunicationError
 
+_group_numbers = itertools.count()  # PyTorch keeps groups by name for the life of the process
+
 
 @dataclass(frozen=True)
 class Window:
@@ -51,7 +53,7 @@ class SymmetricGroup:
     rank: int
     size: int
     device: torch.device
-    name: str = field(default_factory=lambda count=itertools.count(): f"soloist-{next(count)}")
+    name: str = field(default_factory=lambda: f"soloist-{next(_group_numbers)}")
 
     def __post_init__(self) -> None:
         from torch._C._distributed_c10d import _SymmetricMemory
