@@ -28,6 +28,7 @@ from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
 
 Prompt = str | Sequence[int]
+Tokens = Callable[[], Sequence[int]]  # a prompt's tokens; raises RequestError where there are none
 CLOSE_S = 5.0  # for ranks that were asked to end
 
 
@@ -82,11 +83,17 @@ class LLM:
 
     # -- answers ----------------------------------------------------------------------------------------------------
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_done: Callable[[], None] | None = None,
     ) -> list[RequestOutput]:
-        """Continue each prompt; outputs in the order of the prompts. `params`: one for all, or one for each."""
+        """Continue each prompt; outputs in the order of the prompts.
+
+        params: one for all prompts, or one for each. on_done: called whenever another request has been served.
+        """
         single, several = _as_list(prompts)
-        outputs = self._answer([self._encoded(p) for p in several], _params(params, len(several)))
+        outputs = self._answer([self._encoded(p) for p in several], _params(params, len(several)), on_done)
         return [_one(outputs)] if single else outputs
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> RequestOutput:
@@ -141,18 +148,16 @@ class LLM:
 
     # -- requests ---------------------------------------------------------------------------------------------------
     def _answer(
-        self, prompts: Sequence[Callable[[], Sequence[int]]], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Tokens], params: Sequence[SamplingParams], on_done: Callable[[], None] | None = None
     ) -> list[RequestOutput]:
-        booked = self._book(prompts, params)
+        booked = self._book(prompts, params, on_done)
         try:
-            while not all(isinstance(request, RequestError) or request.done for request in booked):
-                self._pump()
+            for request in booked:
+                while isinstance(request, Request) and not request.done:
+                    self._pump()
         finally:
             self._abort(booked)
-        return [
-            RequestOutput([], [], [], str(request)) if isinstance(request, RequestError) else RequestOutput.of(request)
-            for request in booked
-        ]
+        return [RequestOutput.of(request) for request in booked]
 
     def _parts(self, booked: Sequence[Request | RequestError], single: bool) -> Iterator[StreamPart]:
         for index, request in enumerate(booked):
@@ -173,7 +178,7 @@ class LLM:
                 self._pump()
 
     def _book(
-        self, prompts: Sequence[Callable[[], Sequence[int]]], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Tokens], params: Sequence[SamplingParams], on_done: Callable[[], None] | None = None
     ) -> list[Request | RequestError]:
         """Submit every prompt; one that cannot be served stands as its error."""
         booked: list[Request | RequestError] = []
@@ -181,7 +186,9 @@ class LLM:
             try:
                 tokens = prompt()
                 with self._lock:
-                    booked.append(self._front.submit(tokens, wish))
+                    request = self._front.submit(tokens, wish)
+                    request.on_done = on_done
+                booked.append(request)
             except RequestError as error:
                 booked.append(error)
         return booked
@@ -197,7 +204,7 @@ class LLM:
                 if isinstance(request, Request):
                     self._front.abort(request)
 
-    def _encoded(self, prompt: Prompt) -> Callable[[], Sequence[int]]:
+    def _encoded(self, prompt: Prompt) -> Tokens:
         return lambda: self.tokens(prompt) if isinstance(prompt, str) else prompt
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:

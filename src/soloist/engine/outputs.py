@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from soloist.frontend.requests import Request
+from soloist.frontend.requests import Request, SequenceState
 from soloist.frontend.wire import Delta
 from soloist.scheduling.request import FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One continuation. `margin` is the smallest distance between the two best logits of any of its tokens."""
+    """One continuation. `margin` is the smallest distance between the two best logits of any of its tokens.
+
+    Times are those of `time.perf_counter` where the requests were made.
+    """
 
     text: str
     tokens: list[int]
     finish_reason: FinishReason | None
     logprobs: list[TokenLogprob]
     margin: float
+    first_token_s: float  # after the request's arrival
+    last_token_s: float
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,22 @@ class RequestOutput:
     def of(cls, request: Request) -> RequestOutput:
         """From the front end's account of a finished request."""
         first = request.sequences[0]
-        outputs = [Completion(s.text, s.tokens, s.finish_reason, s.logprobs, s.margin) for s in request.sequences]
+        outputs = [completion_of(s, request.arrival_s) for s in request.sequences]
         error = request.error
         return cls(list(request.prompt), [] if error else outputs, first.prompt_logprobs, error)
+
+
+def completion_of(sequence: SequenceState, arrival_s: float) -> Completion:
+    """From the front end's account of a finished sequence."""
+    return Completion(
+        sequence.text,
+        sequence.tokens,
+        sequence.finish_reason,
+        sequence.logprobs,
+        sequence.margin,
+        sequence.first_token_s - arrival_s,
+        sequence.last_token_s - arrival_s,
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,13 @@ class SequenceState:
     margin: float = float("inf")
     finish_reason: FinishReason | None = None
     error: str | None = None
+    first_token_s: float = float("nan")  # on the clock of time.monotonic, as `Request.arrival_s`
+    last_token_s: float = float("nan")
 
     def apply(self, delta: Delta) -> None:
+        if delta.tokens:
+            self.last_token_s = time.monotonic()
+            self.first_token_s = self.first_token_s if self.tokens else self.last_token_s
         self.tokens += delta.tokens
         self.text += delta.text
         self.logprobs += delta.logprobs
@@ -48,12 +54,18 @@ class SequenceState:
 
 @dataclass
 class Request:
-    """A prompt with `params.n` continuations. `news` holds (index, delta) until whoever streams takes them."""
+    """A prompt with `params.n` continuations. `news` holds (index, delta) until whoever streams takes them.
+
+    `on_done` is called once, when the last continuation has ended.
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     sequences: list[SequenceState]
+    arrival_s: float = field(default_factory=time.monotonic)
     news: deque[tuple[int, Delta]] = field(default_factory=deque)
+    arrival_s: float = field(default_factory=time.perf_counter)
+    on_done: Callable[[], None] | None = None
 
     @property
     def done(self) -> bool:
@@ -104,6 +116,8 @@ class Requests:
         request.news.append((index, delta))
         if delta.finish_reason:
             del self._waiting[delta.sequence]
+            if request.done and request.on_done:
+                request.on_done()
         return request
 
     def abort(self, request: Request) -> list[SequenceState]:
