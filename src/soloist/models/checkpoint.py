@@ -123,7 +123,7 @@ class Checkpoint:
         if not (low.isfinite() & high.isfinite()):
             count = int((~values.isfinite()).sum())
             path = self._shards.tensors[tensor].path
-            kind = str(self.dtype).removeprefix("torch.")
+            kind = str(values.dtype).removeprefix("torch.")
             raise CheckpointError(f"{tensor}: expected finite numbers in {path}, found {count} that are not, as {kind}")
 
     def _check(self) -> None:

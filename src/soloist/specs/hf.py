@@ -85,15 +85,17 @@ def _spec(raw: dict[str, Any], name: str, eos: object) -> ModelSpec:
     kind = _family(raw.get("model_type"))
     raw = _one_spelling(raw)
     _refuse_unread(raw, kind)
-    _check_architecture(raw)
     _check_quantisation(raw)
     config: Family = convert(raw, kind)
+    for architecture in config.architectures:
+        if not architecture.endswith("ForCausalLM"):
+            raise ConfigurationError.of("architectures", architecture, "only causal language models are supported")
     rope = read_rope(raw | config.implied_rope(raw), kind.default_theta)
     try:
         return config.spec(name, rope, _eos_ids(raw.get("eos_token_id") if eos is None else eos))
     except ConfigurationError as error:
-        ours, _, rest = str(error).partition(" = ")
-        raise ConfigurationError(f"{_KEYS.get(ours, ours)} = {rest}") from None
+        ours = str(error).split(" = ")[0]
+        raise ConfigurationError(str(error).replace(ours, _KEYS.get(ours, ours), 1)) from None
 
 
 def _family(model_type: object) -> type[Family]:
@@ -118,15 +120,9 @@ def _refuse_unread(raw: dict[str, Any], kind: type[Family]) -> None:
     elsewhere = {name for other in FAMILIES.values() for name in other.__struct_fields__}
     for key in (elsewhere - set(kind.__struct_fields__)).union(_NEVER) & raw.keys():
         value = raw[key]
-        is_neutral = not value or (key == "layer_types" and all(kind == "full_attention" for kind in value))
+        is_neutral = not value or (key == "layer_types" and all(layer == "full_attention" for layer in value))
         if not is_neutral:
             raise ConfigurationError.of(key, value, f"is not supported for model_type {raw['model_type']}: remove it")
-
-
-def _check_architecture(raw: dict[str, Any]) -> None:
-    architectures = raw.get("architectures", ["ForCausalLM"])
-    if not isinstance(architectures, list) or not all(str(name).endswith("ForCausalLM") for name in architectures):
-        raise ConfigurationError.of("architectures", architectures, "only causal language models are supported")
 
 
 def _check_quantisation(raw: dict[str, Any]) -> None:

@@ -66,6 +66,8 @@ class Deepseek(Family, kw_only=True):
         if self.num_key_value_heads not in (None, self.num_attention_heads):
             remedy = f"must equal the {self.num_attention_heads} heads: latent attention has no grouped heads"
             raise ConfigurationError.of("num_key_value_heads", self.num_key_value_heads, remedy)
+        if self.qk_rope_head_dim % 2:
+            raise ConfigurationError.of("qk_rope_head_dim", self.qk_rope_head_dim, "must be even")
         if self.moe_layer_freq != 1:
             raise ConfigurationError.of("moe_layer_freq", self.moe_layer_freq, "only 1 is supported")
         if self.mlp_bias:

@@ -24,6 +24,7 @@ class Family(msgspec.Struct, kw_only=True):
     default_theta: ClassVar[float] = 10_000.0
 
     model_type: str
+    architectures: list[str] = []
     vocab_size: Positive
     hidden_size: Positive
     intermediate_size: Positive

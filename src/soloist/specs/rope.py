@@ -140,7 +140,7 @@ def _checked(key: str, rope: RopeParameters) -> RopeParameters:
             raise ConfigurationError.of(f"{key}.{name}", value, "must not be negative")
     if rope.rope_theta is None or rope.rope_theta <= 1:
         raise ConfigurationError.of("rope_theta", rope.rope_theta, "must be above 1")
-    if rope.rope_type == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+    if rope.rope_type == "llama3" and (rope.high_freq_factor or 0) <= (rope.low_freq_factor or 0):
         raise ConfigurationError.of(f"{key}.high_freq_factor", rope.high_freq_factor, "must exceed low_freq_factor")
     return rope
 
