@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import msgspec
-
 from soloist.engine.chat import ChatTemplate, Message
 from soloist.engine.launch import launch
 from soloist.engine.meeting import Job
@@ -61,7 +59,9 @@ class LLM:
         make_executor: Callable[..., Any] | None = None,
         **fields: Any,
     ) -> None:
-        self.options = options_from(options, fields)
+        if options is not None and fields:
+            raise ConfigurationError.of("options", sorted(fields), "give either options or their fields as keywords")
+        self.options = options or EngineOptions.of(fields)
         found = Model.find(model, self.options.random_weights is not None)
         self.spec = found.spec
         self.layout = Layout.parse(layout) if isinstance(layout, str) else layout
@@ -211,16 +211,6 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError("prompt: this model has no tokenizer; give token ids")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-
-
-def options_from(options: EngineOptions | None, fields: dict[str, Any]) -> EngineOptions:
-    """One or the other. Raises ConfigurationError for an unknown field or a value of a wrong type."""
-    if options is not None and fields:
-        raise ConfigurationError.of("options", sorted(fields), "give either options or their fields as keywords")
-    try:
-        return options or msgspec.convert(fields, EngineOptions)
-    except msgspec.ValidationError as error:
-        raise ConfigurationError.of("options", fields, str(error)) from error
 
 
 def placement_from(given: Placement | str | Path | None, spec: ModelSpec, layout: Layout) -> Placement:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
 
 from soloist.errors import ConfigurationError
 from soloist.specs.model import Dtype, Spec
@@ -36,3 +40,18 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive")
         if not 0 < self.gpu_memory_fraction <= 1:
             raise ConfigurationError.of("gpu_memory_fraction", self.gpu_memory_fraction, "must lie in (0, 1]")
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> EngineOptions:
+        """From names and values; numbers may be texts. Raises ConfigurationError for an unknown or unfit one."""
+        unknown = fields.keys() - set(cls.__struct_fields__)
+        if unknown:
+            key = min(unknown)
+            near = difflib.get_close_matches(key, cls.__struct_fields__, n=3) or cls.__struct_fields__
+            raise ConfigurationError.of(key, fields[key], f"is no engine option; there is {', '.join(near)}")
+        try:
+            return msgspec.convert(dict(fields), cls, strict=False)
+        except msgspec.ValidationError as error:
+            reason, _, place = str(error).partition(" - at ")
+            key = place.strip("`").removeprefix("$.")
+            raise ConfigurationError.of(key, fields.get(key), reason) from None
