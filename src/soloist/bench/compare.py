@@ -52,16 +52,16 @@ def run_layout(
     prompts: Prompts,
     params: SamplingParams,
     options: EngineOptions,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[], None] | None = None,
 ) -> Run:
     """All requests once through one layout. Raises RequestError where one of them cannot be served."""
-    with LLM(model, layout=layout, options=options) as llm:
+    with LLM(model, layout=layout, options=options, show_progress=False) as llm:
         llm.generate([list(prompts[0])], msgspec.structs.replace(params, max_tokens=2))
         llm.figures()
         start = time.perf_counter()
         outputs = llm.generate([list(prompt) for prompt in prompts], params, on_done=on_done)
         wall_s = time.perf_counter() - start
-        figures = llm.figures()
+        figures = list(llm.figures().values())
     for output in outputs:
         if output.error:
             raise RequestError(output.error)
@@ -73,17 +73,14 @@ def run_layout(
         prompt_tokens=sum(len(prompt) for prompt in prompts),
         timings=[timing for output in outputs for timing in timings(output)],
         figures=figures,
-        outputs=[completion.tokens for completion in completions],
+        outputs=[tuple(completion.tokens) for completion in completions],
         margin=min(completion.margin for completion in completions),
     )
 
 
 def timings(output: RequestOutput) -> list[Timing]:
     """One for each continuation of a request."""
-    return [
-        Timing(c.first_token_s - output.arrival_s, c.last_token_s - output.arrival_s, len(c.tokens))
-        for c in output.outputs
-    ]
+    return [Timing(c.first_token_s, c.last_token_s, len(c.tokens)) for c in output.outputs]
 
 
 def check_greedy(series: Sequence[Series]) -> str:

@@ -6,21 +6,19 @@ feed-forward width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soloist.kernels.reference import ACTIVATIONS
 from soloist.models.weights import WeightSource
 from soloist.specs.layout import share
 from soloist.specs.model import ModelSpec
 from soloist.specs.parameters import Param
 from soloist.timing import Stopwatch
 from soloist.transport.base import Transport
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -47,11 +47,11 @@ class Layout(Spec, frozen=True, kw_only=True):
         return cls(**{"attn_tp" if name == "attn" else name: int(degree) for name, degree in parts})
 
     def __str__(self) -> str:
-        degrees = (("dp", self.dp), ("pp", self.pp), ("ep", self.ep), ("tp", self.tp))
-        text = "".join(f"{name}{degree}" for name, degree in degrees if degree > 1)
-        if self.attention_ranks != self.tp:
-            text = f"attn{self.attention_ranks}" + text
-        return text or "ep1"
+        stages, ranks = (("pp", self.pp), ("tp", self.tp)), (("ep", self.ep), ("tp", self.tp))
+        order = (*reversed(stages),) if self.ep == 1 else (stages[0], *ranks)  # tp8pp2, but pp4ep16 and ep64tp2
+        attn = self.attention_ranks if self.attention_ranks != self.tp else 1
+        degrees = (("dp", self.dp), ("attn", attn), *order)
+        return "".join(f"{name}{degree}" for name, degree in degrees if degree > 1) or "ep1"
 
     @property
     def attention_ranks(self) -> int:
