@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from soloist.errors import RequestError
 from soloist.frontend.requests import Request, SequenceState
 from soloist.frontend.wire import Delta
 from soloist.scheduling.request import FinishReason, TokenLogprob
@@ -11,18 +12,28 @@ from soloist.scheduling.request import FinishReason, TokenLogprob
 
 @dataclass(frozen=True)
 class Completion:
-    """One continuation. `margin` is the smallest distance between the two best logits of any of its tokens.
-
-    Times are those of `time.perf_counter` where the requests were made.
-    """
+    """One continuation. `margin` is the smallest distance between the two best logits of any of its tokens."""
 
     text: str
     tokens: list[int]
     finish_reason: FinishReason | None
     logprobs: list[TokenLogprob]
     margin: float
-    first_token_s: float  # after the request's arrival
+    first_token_s: float  # after the request's arrival; NaN without a token
     last_token_s: float
+
+    @classmethod
+    def of(cls, sequence: SequenceState, arrival_s: float) -> Completion:
+        """From the front end's account of a finished sequence."""
+        return cls(
+            text=sequence.text,
+            tokens=sequence.tokens,
+            finish_reason=sequence.finish_reason,
+            logprobs=sequence.logprobs,
+            margin=sequence.margin,
+            first_token_s=sequence.first_token_s - arrival_s,
+            last_token_s=sequence.last_token_s - arrival_s,
+        )
 
 
 @dataclass(frozen=True)
@@ -35,25 +46,12 @@ class RequestOutput:
     error: str | None = None
 
     @classmethod
-    def of(cls, request: Request) -> RequestOutput:
-        """From the front end's account of a finished request."""
-        first = request.sequences[0]
-        outputs = [completion_of(s, request.arrival_s) for s in request.sequences]
-        error = request.error
-        return cls(list(request.prompt), [] if error else outputs, first.prompt_logprobs, error)
-
-
-def completion_of(sequence: SequenceState, arrival_s: float) -> Completion:
-    """From the front end's account of a finished sequence."""
-    return Completion(
-        sequence.text,
-        sequence.tokens,
-        sequence.finish_reason,
-        sequence.logprobs,
-        sequence.margin,
-        sequence.first_token_s - arrival_s,
-        sequence.last_token_s - arrival_s,
-    )
+    def of(cls, request: Request | RequestError) -> RequestOutput:
+        """From the front end's account of a finished request, or from its reason to refuse it."""
+        if isinstance(request, RequestError):
+            return cls([], [], [], str(request))
+        outputs = [Completion.of(sequence, request.arrival_s) for sequence in request.sequences if not request.error]
+        return cls(list(request.prompt), outputs, request.sequences[0].prompt_logprobs, request.error)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,6 @@ class Request:
     sequences: list[SequenceState]
     arrival_s: float = field(default_factory=time.monotonic)
     news: deque[tuple[int, Delta]] = field(default_factory=deque)
-    arrival_s: float = field(default_factory=time.perf_counter)
     on_done: Callable[[], None] | None = None
 
     @property
