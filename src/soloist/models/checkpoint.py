@@ -62,12 +62,10 @@ class Checkpoint:
     def read(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> Tensor:
         """See `WeightSource`."""
         place, shape = self._places[param]
-        spans = [
-            full if span is None else span for full, span in zip(((0, n) for n in shape), (rows, columns), strict=False)
-        ]
-        out = torch.empty(
-            [stop - start for start, stop in spans], dtype=dtype_of(param, self.dtype), device=self.device
-        )
+        spans = [span or (0, n) for n, span in zip(shape, (rows, columns), strict=False)]
+        assert all(0 <= start <= stop <= n for n, (start, stop) in zip(shape, spans, strict=True)), (param, spans)
+        sizes = [stop - start for start, stop in spans]
+        out = torch.empty(sizes, dtype=dtype_of(param, self.dtype), device=self.device)
         if out.numel():
             out.copy_(self._values(place, spans))
             self._refuse_not_finite(out, place.tensor)
