@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.ranks import RankPool
+
+DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for GPUs are skipped where there are too few."""
+    found = torch.cuda.device_count()
+    for item in items:
+        for marker, needed in DEVICES_NEEDED.items():
+            if item.get_closest_marker(marker) and found < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices, found {found}"))
 
 
 @pytest.fixture(scope="session")

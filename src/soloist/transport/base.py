@@ -91,6 +91,7 @@ class Transport(ABC):
     ranks: tuple[int, ...]
     rank: int
     deadline_s: float = 60.0
+    device: torch.device = torch.device("cpu")  # where the tensors live
     traffic: Traffic = field(init=False)
 
     def __post_init__(self) -> None:

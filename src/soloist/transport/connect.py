@@ -13,7 +13,7 @@ from soloist.transport.gloo import GlooTransport
 from soloist.transport.local import LocalGroup, LocalTransport
 from soloist.transport.shared_memory import SharedMemoryTransport
 
-KINDS = ("gloo", "nccl", "shared_memory")
+KINDS = {"gloo": "cpu", "nccl": "cuda", "shared_memory": "cpu"}  # and the device whose tensors they move
 
 
 def connect(
@@ -31,12 +31,19 @@ def connect(
     Raises ConfigurationError for an unknown kind or a device that it cannot serve, CommunicationError if a peer does
     not come.
     """
-    ranks, device = range(size), torch.device(device)
+    ranks, device, own = range(size), torch.device(device), PrefixStore(kind, store)
+    if kind in KINDS and device.type != KINDS[kind]:
+        raise ConfigurationError.of("transport", kind, f"moves tensors on {KINDS[kind]}, not on {device}")
     store.set_timeout(timedelta(seconds=deadline_s))
     if kind == "gloo":
-        return GlooTransport(PrefixStore(kind, store), ranks, rank, deadline_s)
+        return GlooTransport(own, ranks, rank, deadline_s)
     if kind == "shared_memory":
-        return SharedMemoryTransport(PrefixStore(kind, store), ranks, rank, deadline_s)
+        return SharedMemoryTransport(own, ranks, rank, deadline_s)
+    if kind == "nccl":
+        from soloist.transport.nccl import NcclTransport
+
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return NcclTransport(own, ranks, rank, torch.device("cuda", index), deadline_s)
     raise ConfigurationError.of("transport", kind, f"choose one of {', '.join(KINDS)}")
 
 

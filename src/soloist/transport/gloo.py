@@ -126,7 +126,9 @@ class _Exchange:
         self.transport, self.where, self.tag, self.mine = transport, where, tag, parts[transport.rank]
         # Starting with the next rank spreads the load: not everybody sends to member 0 first.
         self.peers = [(transport.rank + i) % transport.size for i in range(1, transport.size)]
-        self.sends, self.recvs = [], []
+        self.sends: list[_Posted] = []
+        self.recvs: list[_Posted] = []
+        self.rows_RW: Tensor | None = None
         self.counts = torch.tensor([len(part) for part in parts] if counts is None else counts)
         if counts is None:
             self._start_counts()
@@ -144,22 +146,20 @@ class _Exchange:
 
     def _start_rows(self) -> None:
         counts = self.counts.tolist()
-        self.rows = self.mine.new_empty(sum(counts), *self.mine.shape[1:])
-        parts = self.rows.split(counts)
+        self.rows_RW = self.mine.new_empty(sum(counts), *self.mine.shape[1:])
+        parts = self.rows_RW.split(counts)
         parts[self.transport.rank].copy_(self.mine)
         self.recvs = [
             self.transport.post_recv(parts[peer], peer, self.tag + 1, self.where) for peer in self.peers if counts[peer]
         ]
-        self.rows_posted = True
-
-    rows_posted = False
 
     def wait(self) -> tuple[Tensor, list[int]]:
-        if not self.rows_posted:
+        if self.rows_RW is None:
             self.transport.finish(self.recvs, self.where)
             self._start_rows()
         self.transport.finish(self.recvs + self.sends, self.where)
-        return self.rows, self.counts.tolist()
+        assert self.rows_RW is not None
+        return self.rows_RW, self.counts.tolist()
 
 
 def _reason(error: RuntimeError, deadline_s: float) -> str:

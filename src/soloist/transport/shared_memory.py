@@ -147,6 +147,7 @@ class SharedMemoryTransport(ExchangeTransport):
         return SharedMemoryTransport(store, ranks, chosen.index(self.rank), self.deadline_s, self._slab_bytes)
 
     def close(self) -> None:
+        """Tell the others. The memory goes with the transport: peers may still read what was sent."""
         self._leave(CLOSED)
         self._watch.close()
         self._under_way.clear()
@@ -262,8 +263,9 @@ class _Outbox:
 
     def _grow(self, least: int) -> None:
         self.room = max(LETTER_BYTES, 1 << (least - 1).bit_length() if least else 0)
-        self.fds.append(make_memory(RING * self.room))
-        self.ring_B = np.frombuffer(mmap.mmap(self.fds[-1], 0), np.uint8)
+        fd, memory = make_memory(RING * self.room)
+        self.fds.append(fd)
+        self.ring_B = np.frombuffer(memory, np.uint8)
 
     def close(self) -> None:
         for fd in self.fds:

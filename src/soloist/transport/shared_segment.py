@@ -33,7 +33,8 @@ RING = 4  # point-to-point messages that may be under way for each pair
 PAGE = 4096
 CLOSED = -1  # `left_N`: 0 while a member is there, this when it has closed, 1 + world rank of the peer it gave up on
 YIELD_S = 100e-6  # of a wait in which the core is offered to others; then sleeps, so that waiting costs them nothing
-SLEEP_S = (50e-6, 1e-3)  # shortest and longest sleep
+SLEEP_S = (20e-6, 1e-3)  # shortest and longest sleep; between them a share of the time waited so far
+SLEEP_SHARE = 0.02
 CHECK_S = 0.02  # how often a wait looks whether the peers are still there
 
 
@@ -75,8 +76,8 @@ def _flag_bytes(size: int) -> int:
 def join_segment(store: Store, rank: int, size: int, slab_bytes: int) -> tuple[Segment, int | None]:
     """Make or open the group's segment; member 0 also gets the descriptor, to be closed when all have opened it."""
     if rank == 0:
-        fd = make_memory(_flag_bytes(size) + LANES * size * slab_bytes)
-        segment = Segment(size, slab_bytes, mmap.mmap(fd, 0))
+        fd, memory = make_memory(_flag_bytes(size) + LANES * size * slab_bytes)
+        segment = Segment(size, slab_bytes, memory)
         segment.token[:] = np.frombuffer(uuid.uuid4().bytes, np.int64)
         store.set("segment", f"{os.getpid()} {fd} {segment.token.tobytes().hex()}")
     else:
@@ -88,15 +89,15 @@ def join_segment(store: Store, rank: int, size: int, slab_bytes: int) -> tuple[S
     return segment, fd
 
 
-def make_memory(size: int) -> int:
-    """A new anonymous file of zeros."""
+def make_memory(size: int) -> tuple[int, mmap.mmap]:
+    """A new anonymous file of zeros: a descriptor for others to open, and the mapping."""
     fd = os.memfd_create("soloist")
     try:
         os.ftruncate(fd, size)
+        return fd, mmap.mmap(fd, 0)
     except OSError as error:
         os.close(fd)
         raise CapacityError(f"{size} bytes of shared memory: {error.strerror}; lower slab_bytes or use gloo") from error
-    return fd
 
 
 def open_memory(pid: int, fd: int) -> mmap.mmap:
@@ -132,17 +133,17 @@ class Watch:
         Returns None, or the world rank of the peer that is lost and why.
         """
         start = time.perf_counter()
-        check, sleep = start + CHECK_S / 10, SLEEP_S[0]
+        waited = checked = 0.0
         while min(flags.tolist()) < target:
-            now = time.perf_counter()
-            if now < start + YIELD_S:
+            if waited < YIELD_S:
                 os.sched_yield()
-                continue
-            time.sleep(sleep)
-            sleep = min(1.1 * sleep, SLEEP_S[1])
-            if now >= check and (lost := self._lost(flags, target, peers, now - start)):
-                return lost
-            check = now + CHECK_S if now >= check else check
+            else:
+                time.sleep(min(max(SLEEP_S[0], waited * SLEEP_SHARE), SLEEP_S[1]))
+            waited = time.perf_counter() - start
+            if waited > checked + CHECK_S:
+                checked = waited
+                if lost := self._lost(flags, target, peers, waited):
+                    return lost
         return None
 
     def _lost(self, flags: np.ndarray, target: int, peers: Sequence[int], waited_s: float) -> tuple[int, str] | None:
