@@ -24,7 +24,8 @@ class Precision(Spec, frozen=True, kw_only=True):
 
     @classmethod
     def named(cls, name: str) -> Precision:
-        """`bf16`, `fp16`, `fp32`, `fp8` (experts, linear, dispatch in fp8) or `fp4` (experts in fp4, the rest as fp8)."""
+        """`bf16`, `fp16`, `fp32`, `fp8` (experts, linear, dispatch in fp8), `fp4` (experts in fp4, the rest as fp8)."""
+        name = {"nvfp4": "fp4", "mxfp4": "fp4", "bfloat16": "bf16", "float16": "fp16"}.get(name.lower(), name.lower())
         if name in ("fp8", "fp4"):
             return cls(experts=name, linear="fp8", dispatch="fp8")
         if name in ("bf16", "fp16", "fp32"):

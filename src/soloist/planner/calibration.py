@@ -1,0 +1,200 @@
+"""Fitted constants, how well they predict what they were not fitted to, and over which range they were fitted.
+
+`Calibration.published()` comes with Soloist, fitted to the `fit` rows of the published tables. A calibration file
+written for the machine at hand has the same form; `fit_calibration` makes one from any rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
+from math import log, log2
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from soloist.errors import ConfigurationError
+from soloist.planner.domains import Domain
+from soloist.planner.estimate import Estimate, Origin
+from soloist.planner.fitting import Prior, centred, fit
+from soloist.planner.tables import PUBLISHED, Row
+from soloist.specs.model import Spec
+
+NARROW = 0.5  # how far (in the logarithm) a narrower level's constants may leave the wider level's
+UNMEASURED = 0.35  # band of a prediction from physical priors alone
+MATCH = 0.01  # relative distance within which a point counts as measured
+
+
+class Fitted(Spec, frozen=True, kw_only=True):
+    """One level's constants. `band`: typical relative error at rows left out of the fit; `points`: where rows lay."""
+
+    constants: dict[str, float]
+    band: float
+    rows: int
+    points: list[dict[str, float]] = []
+
+
+class Calibration(Spec, frozen=True, kw_only=True, dict=True):
+    """`fitted["dispatch/low_latency/deepep-v1"]` and the like."""
+
+    name: str
+    fitted: dict[str, Fitted]
+    format: str = "soloist-calibration/1"
+
+    @classmethod
+    def published(cls) -> Calibration:
+        """Constants for the GPUs, fabrics and libraries of the published tables."""
+        return _published()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Raises ConfigurationError for a file that is not a calibration."""
+        try:
+            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
+        except OSError as error:
+            raise ConfigurationError.of("calibration", str(path), f"cannot be read: {error.strerror}") from error
+        except msgspec.DecodeError as error:
+            raise ConfigurationError.of("calibration", str(path), f"is not a calibration file: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+
+    def over(self, wider: Calibration) -> Calibration:
+        """This calibration where it has something, else the wider one (a machine's own over the published)."""
+        return Calibration(name=f"{self.name} over {wider.name}", fitted={**wider.fitted, **self.fitted})
+
+    def find(self, domain: str, *path: str) -> Found:
+        """The narrowest fitted level on the way to `domain/path…`; None fitted: the caller's priors apply."""
+        if (domain, path) not in self._cache:
+            self._cache[domain, path] = self._find(domain, path)
+        return self._cache[domain, path]
+
+    def _find(self, domain: str, path: tuple[str, ...]) -> Found:
+        for depth in range(len(path), 0, -1):
+            key = "/".join((domain, *path[:depth]))
+            if key in self.fitted:
+                return Found(key, self.fitted[key], exact=depth == len(path))
+        known = ", ".join(sorted(key for key in self.fitted if key.startswith(domain)))
+        raise ConfigurationError.of("calibration", f"{domain}/{'/'.join(path)}", f"not calibrated; there are {known}")
+
+    @cached_property
+    def _cache(self) -> dict[tuple[str, tuple[str, ...]], Found]:
+        return {}
+
+
+class Found(NamedTuple):
+    """Constants that were found, and whether they were fitted for just what was asked."""
+
+    key: str
+    fitted: Fitted
+    exact: bool
+
+    @property
+    def constants(self) -> dict[str, float]:
+        return self.fitted.constants
+
+    def estimate(self, seconds: float, coordinates: dict[str, float]) -> Estimate:
+        """A prediction with these constants, with its band and origin by where it lies."""
+        origin, stretch = self._support(tuple(coordinates.items()))
+        return Estimate(seconds, min(0.6, self.fitted.band * stretch), origin)
+
+    def _support(self, coordinates: tuple[tuple[str, float], ...]) -> tuple[Origin, float]:
+        points = self.fitted.points
+        if not points:
+            return "extrapolated", 2.0
+        if self.exact and any(_near(point, coordinates) for point in points):
+            return "measured", 1.0
+        outside = sum(_outside([point[name] for point in points], value) for name, value in coordinates)
+        if outside or not self.exact:
+            return "extrapolated", 1.25 + 0.5 * outside
+        return "interpolated", 1.0
+
+
+def _near(point: dict[str, float], coordinates: Iterable[tuple[str, float]]) -> bool:
+    return all(abs(point[name] - value) <= MATCH * point[name] for name, value in coordinates)
+
+
+def _outside(values: list[float], value: float) -> float:
+    """How many doublings `value` lies outside the range of `values`."""
+    if value <= 0:
+        return 0.0
+    return max(0.0, log2(value / max(values)), log2(min(values) / value))
+
+
+@cache
+def _published() -> Calibration:
+    return Calibration.load(PUBLISHED / "published.json")
+
+
+def fit_domain(domain: Domain, rows: Sequence[Row], near: Row | None = None) -> dict[str, dict[str, float]]:
+    """Constants of every level that has rows, by key; with `near`, of the levels on that row's path only."""
+    used = [row for row in rows if domain.measured(row)]
+    goal = domain.path(near) if near else ()
+    found: dict[str, dict[str, float]] = {}
+    for depth in range(1, 1 + max((len(domain.path(row)) for row in used), default=0)):
+        for path in dict.fromkeys(domain.path(row)[:depth] for row in used):
+            if near and path != goal[:depth]:
+                continue
+            level = [row for row in used if domain.path(row)[:depth] == path]
+            found["/".join((domain.name, *path))] = _fit_level(domain, path, level, found)
+    return found
+
+
+def _fit_level(
+    domain: Domain, path: tuple[str, ...], rows: list[Row], found: dict[str, dict[str, float]]
+) -> dict[str, float]:
+    priors = domain.priors(path)
+    if parent := found.get("/".join((domain.name, *path[:-1]))):
+        priors = centred(priors, parent, NARROW)
+    pairs = [(row, (domain.measured(row) or 0.0,)) for row in rows]
+    return fit(lambda constants, row: (domain.predict(constants, row),), pairs, priors)
+
+
+def predict_row(domain: Domain, fitted: dict[str, dict[str, float]], row: Row) -> float:
+    """A row's prediction with the narrowest constants that there are for it; the priors' where there are none."""
+    path = domain.path(row)
+    for depth in range(len(path), 0, -1):
+        if constants := fitted.get("/".join((domain.name, *path[:depth]))):
+            return domain.predict(constants, row)
+    priors: dict[str, Prior] = dict(domain.priors(path))
+    return domain.predict({name: prior.guess for name, prior in priors.items()}, row)
+
+
+def left_out(domain: Domain, rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """Each row with its prediction (µs) from a fit to all other rows: leave-one-out cross-validation."""
+    used = [row for row in rows if domain.measured(row)]
+    others = ([other for other in used if other is not row] for row in used)
+    return [
+        (row, predict_row(domain, fit_domain(domain, rest, row), row)) for row, rest in zip(used, others, strict=True)
+    ]
+
+
+def fit_calibration(name: str, domains: Iterable[Domain], rows: Sequence[Row]) -> Calibration:
+    """A calibration from rows of any tables. Rows whose role is not `fit` are not looked at."""
+    fitted: dict[str, Fitted] = {}
+    for domain in domains:
+        mine = [row for row in rows if isinstance(row, domain.rows) and row.role == "fit"]
+        errors = {id(row): abs(log(us / _value(domain, row))) for row, us in left_out(domain, mine)}
+        for key, constants in fit_domain(domain, mine).items():
+            level = [row for row in mine if id(row) in errors and key.startswith(_key(domain, row, key))]
+            fitted[key] = _fitted(domain, constants, level, [errors[id(row)] for row in level])
+    return Calibration(name=name, fitted=fitted)
+
+
+def _fitted(domain: Domain, constants: dict[str, float], rows: list[Row], errors: list[float]) -> Fitted:
+    points: list[dict[str, float]] = [domain.coordinates(row) for row in rows]
+    rounded = {name: float(f"{value:.6g}") for name, value in constants.items()}
+    band = max(0.03, sum(errors) / len(errors)) * 1.5 if errors else UNMEASURED
+    return Fitted(constants=rounded, band=round(band, 4), rows=len(rows), points=points)
+
+
+def _key(domain: Domain, row: Any, key: str) -> str:
+    """The row's own key at the depth of `key`."""
+    return "/".join((domain.name, *domain.path(row)[: key.count("/")]))
+
+
+def _value(domain: Domain, row: Row) -> float:
+    value = domain.measured(row)
+    assert value is not None
+    return value

@@ -1,0 +1,167 @@
+"""Kernels of one GPU: matrix multiplications, experts, attention. Roofline with the knee rounded off:
+
+    T = launch + (flops^p + bytes^p)^(1/p) + passes
+
+where `flops` and `bytes` are times at the reachable rates, and `passes` the element-wise kernels around experts once
+their rows no longer fit into the L2 cache. The knee p is finite because a kernel near the ridge reaches neither limit.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import msgspec
+
+from soloist.planner.fitting import Constants, Prior
+from soloist.planner.routing import activated, imbalance
+from soloist.planner.tables import AttentionRow, ExpertRow
+from soloist.specs.cluster import GpuSpec
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5625}  # fp4 with its scales
+PADDED_TOKENS = 512  # tokens of a rank up to which engines pad to experts instead of gathering
+TILE = 64  # rows of a GEMM tile: fewer cost as much
+
+GEMM: dict[str, Prior] = {
+    "experts_us": Prior(18, 0.4), "gemm_us": Prior(5, 0.4),
+    "memory": Prior(0.82, 0.1, 0.95), "fp8": Prior(0.64, 0.15, 0.9), "bf16": Prior(0.8, 0.1, 0.9),
+    "passes": Prior(0.6, 0.3, 1.0), "knee": Prior(2.2, 0.15),
+}  # fmt: skip
+ATTENTION: dict[str, Prior] = {
+    "mla_us": Prior(25, 0.5), "gqa_us": Prior(8, 0.3),
+    "decode_memory": Prior(0.8, 0.15, 0.95), "decode_flops": Prior(0.65, 0.15, 0.9),
+    "prefill_us": Prior(20, 0.5), "prefill_flops": Prior(0.6, 0.1, 0.85),
+}  # fmt: skip
+
+
+class DecodeAttention(NamedTuple):
+    """One layer of one rank. `read`: bytes of KV a token of context; `flops`: of one head and token of context."""
+
+    kind: str  # gqa, mla
+    sequences: float
+    context: float
+    heads: int
+    read: float
+    flops: float
+
+
+class ExpertWork(msgspec.Struct, frozen=True, kw_only=True):
+    """The experts of one rank in one layer: `pairs` rows in all on `active` experts, each `width` wide.
+
+    `gathered`: rows arrive as tokens of other ranks and have to be scattered to experts and gathered again. The padded
+    buffers of low-latency exchanges hold them by expert already, and without exchange the GEMM reads through an index.
+    """
+
+    pairs: float
+    active: float
+    hidden: int
+    width: float
+    matrices: int = 3
+    dtype: str = "bf16"
+    gathered: bool = False
+    slowdown: float = 1.0  # of the arithmetic, against the calibrated kernels
+
+
+def matmul_seconds(m: float, n: float, k: float, dtype: str, gpu: GpuSpec, constants: Constants) -> float:
+    """`[m, k] × [k, n]`, weights read from memory once."""
+    w = BYTES[dtype]
+    rows = max(m, min(TILE, 16))
+    moved = w * (k * n + m * k) + 2 * m * n
+    return 1e-6 * constants["gemm_us"] + _roof(2 * rows * n * k, moved, dtype, gpu, constants)
+
+
+def experts_seconds(work: ExpertWork, gpu: GpuSpec, constants: Constants) -> float:
+    """Gate and up, activation, down of all experts that have rows."""
+    if work.pairs <= 0:
+        return 0.0
+    w, h, f = BYTES[work.dtype], work.hidden, work.width
+    per_expert = work.matrices * h * f
+    flops = 2 * per_expert * max(work.pairs, work.active * TILE / 4) * work.slowdown
+    rows = (work.matrices - 1) * f * 2 + f * w + h * w + h * 2  # written and read by the two GEMMs
+    moved = w * per_expert * work.active + work.pairs * rows
+    return (
+        1e-6 * constants["experts_us"] + _roof(flops, moved, work.dtype, gpu, constants)
+        + _passes(work, gpu, constants)
+    )  # fmt: skip
+
+
+def grouped_seconds(pairs: float, groups: int, n: int, k: int, dtype: str, gpu: GpuSpec, constants: Constants) -> float:
+    """One grouped matrix multiplication, as `torch.nn.functional.grouped_mm` does it."""
+    w = BYTES[dtype]
+    moved = w * (groups * n * k + pairs * k) + 2 * pairs * n
+    return 1e-6 * constants["gemm_us"] + _roof(2 * pairs * n * k, moved, dtype, gpu, constants)
+
+
+def decode_attention_seconds(work: DecodeAttention, gpu: GpuSpec, constants: Constants) -> float:
+    """One token of each sequence against its context."""
+    keys = work.sequences * work.context
+    moved = keys * work.read / _memory(gpu, constants["decode_memory"])
+    flops = keys * work.heads * work.flops / _compute(gpu, "bf16", constants["decode_flops"])
+    return 1e-6 * constants[f"{work.kind}_us"] + _blend(moved, flops, 3.0)
+
+
+def prefill_attention_seconds(
+    tokens: float, context: float, heads: int, width: float, gpu: GpuSpec, constants: Constants
+) -> float:
+    """Causal attention of `tokens` that see `context` tokens on average; `width`: query-key plus value width."""
+    flops = 2.0 * tokens * context * heads * width
+    return 1e-6 * constants["prefill_us"] + flops / _compute(gpu, "bf16", constants["prefill_flops"])
+
+
+def stream_seconds(moved: float, gpu: GpuSpec, constants: Constants) -> float:
+    """Element-wise work: `moved` bytes read and written."""
+    return moved / _memory(gpu, constants["memory"])
+
+
+def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float:
+    """Seconds for a row of the `moe_gemm` table. Rows measured with ep = 1 time one grouped matrix multiplication."""
+    pairs = row.group_tokens * row.top_k / row.ep
+    slots = row.experts / row.ep
+    if row.ep == 1:
+        return grouped_seconds(pairs, row.experts, row.ffn, row.hidden, row.dtype, gpu, constants)
+    exponent = re.search(r"power_law_(\d+(?:\.\d+)?)", row.routing)
+    alpha = float(exponent[1]) if exponent else 0.0
+    fullest = pairs * imbalance(alpha, row.experts, row.ep, row.group_tokens)
+    work = ExpertWork(
+        pairs=fullest, active=activated(slots, row.experts, row.top_k, row.group_tokens), hidden=row.hidden,
+        width=row.ffn, dtype=row.dtype, gathered=row.group_tokens / row.ep > PADDED_TOKENS,
+    )  # fmt: skip
+    return experts_seconds(work, gpu, constants)
+
+
+def predict_attention(row: AttentionRow, gpu: GpuSpec, constants: Constants) -> float:
+    """Seconds for a row of the `attention` table: MLA's latent cache in bf16 for decode, expanded heads for prefill."""
+    if row.phase == "decode":
+        flops = 2.0 * (2 * row.width - 64)  # absorbed: keys of rank + rope, values of rank
+        work = DecodeAttention(row.kind, row.batch, row.context, row.heads, 2.0 * row.width, flops)
+        return decode_attention_seconds(work, gpu, constants)
+    tokens = row.batch * row.context
+    return prefill_attention_seconds(tokens, row.context / 2, row.heads, row.width, gpu, constants)
+
+
+def _roof(flops: float, moved: float, dtype: str, gpu: GpuSpec, constants: Constants) -> float:
+    kind = "fp8" if dtype in ("fp8", "fp4") else "bf16"
+    compute = flops / _compute(gpu, dtype, constants[kind])
+    return _blend(compute, moved / _memory(gpu, constants["memory"]), constants["knee"])
+
+
+def _blend(a: float, b: float, p: float) -> float:
+    return (a**p + b**p) ** (1 / p)
+
+
+def _passes(work: ExpertWork, gpu: GpuSpec, constants: Constants) -> float:
+    """Activation with quantisation and weighted sum, scatter and gather: what of it spills out of the L2 cache."""
+    w = BYTES[work.dtype]
+    moved = work.width * (2 * (work.matrices - 1) + w) + 2 * work.hidden
+    if work.gathered:
+        moved += 2 * work.hidden * w + 2 * work.hidden
+    spilled = max(0.0, work.pairs * moved - gpu.l2_MB * 1e6)
+    return spilled / _memory(gpu, constants["passes"])
+
+
+def _compute(gpu: GpuSpec, dtype: str, efficiency: float) -> float:
+    return gpu.flops(dtype) * (gpu.mfu or efficiency)
+
+
+def _memory(gpu: GpuSpec, efficiency: float) -> float:
+    return gpu.bandwidth * (gpu.memory_utilization or efficiency)

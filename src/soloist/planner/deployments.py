@@ -1,0 +1,140 @@
+"""Published whole deployments: what a row of the `end_to_end` table ran, and what the cost model says of it."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+
+from soloist.errors import ConfigurationError
+from soloist.planner.calibration import Calibration
+from soloist.planner.domains import Domain
+from soloist.planner.fitting import Constants
+from soloist.planner.kernels import Kernels
+from soloist.planner.layer import Deployment
+from soloist.planner.precision import Precision
+from soloist.planner.runtime import SYSTEM, Runtime
+from soloist.planner.step import StepModel
+from soloist.planner.tables import DeploymentRow
+from soloist.specs.cluster import ClusterSpec, preset_clusters
+from soloist.specs.layout import Layout
+from soloist.specs.presets import preset
+
+CHUNK_TOKENS = 8192  # of a prefill step where a row does not say
+TYPICAL_TPOT_S = 1 / 21  # of a served deployment whose batch is not published: 20-22 tokens/s and user
+ALIASES = {"deepseek-r1": "deepseek-v3", "deepseek-v3-0324": "deepseek-v3"}
+
+
+class Setting(NamedTuple):
+    """A row in the planner's words."""
+
+    deployment: Deployment
+    cluster: ClusterSpec
+    groups: int  # attention groups in all
+
+
+@lru_cache(maxsize=1024)
+def setting(row: DeploymentRow) -> Setting:
+    """Raises ConfigurationError where the row's model, GPU or layout is unknown."""
+    name = re.sub(r"\s*\(.*\)", "", row.model).lower()
+    layout, slots = _layout(row.layout, row.gpus)
+    precision = Precision.named(row.precision)
+    deployment = Deployment(model=preset(ALIASES.get(name, name)), layout=layout, precision=precision, slots=slots)
+    return Setting(deployment, _cluster(row.gpu, row.gpus), layout.dp * layout.attention_groups)
+
+
+def _layout(text: str, gpus: int) -> tuple[Layout, int]:
+    """`ep32 dp32`, `tp8`, `tp8 ep8`, `pp2`; data parallelism of attention is what tensor parallelism leaves."""
+    degrees = {kind: int(size) for kind, size in re.findall(r"\b(ep|tp|pp)(\d+)", text)}
+    slots = re.search(r"\((\d+) routed", text)
+    pp, ep, tp = degrees.get("pp", 1), degrees.get("ep", 1), degrees.get("tp", 1)
+    if not degrees or gpus % (pp * max(ep, tp)):
+        raise ConfigurationError.of("layout", text, f"is no layout of {gpus} GPUs; write for instance ep32 or tp8pp2")
+    stage = gpus // pp
+    if ep == 1:
+        return Layout(pp=pp, tp=tp, dp=stage // tp), 0
+    return Layout(pp=pp, attn_tp=tp, ep=ep, dp=stage // ep), int(slots[1]) if slots else 0
+
+
+@lru_cache(maxsize=64)
+def _cluster(gpu: str, gpus: int) -> ClusterSpec:
+    known = [c for c in preset_clusters().values() if c.gpu.name.split("-")[0] == gpu.split("-")[0]]
+    if not known:
+        raise ConfigurationError.of("gpu", gpu, "is no preset GPU; describe it in a cluster file")
+    base = next((c for c in known if c.max_gpus is None), known[0])
+    return msgspec.structs.replace(base, max_gpus=None, gpus_per_node=min(gpus, base.gpus_per_node))
+
+
+def predict(row: DeploymentRow, calibration: Calibration, runtime: Runtime) -> float:
+    """The row's metric in its own unit. Raises ConfigurationError for a metric or unit that is not modelled."""
+    found = setting(row)
+    model = StepModel(found.deployment, Kernels(found.cluster, calibration), runtime)
+    if row.metric == "tpot":
+        return {"ms": 1e3, "s": 1.0, "us": 1e6}[row.unit] * _tpot(row, found, model)
+    if row.metric.endswith("throughput") and row.unit in ("tok/s", "tok/s/GPU"):
+        rate = _input_rate(row, found, model) if row.phase == "prefill" else _output_rate(row, found, model)
+        return rate / row.gpus if row.unit == "tok/s/GPU" else rate
+    raise ConfigurationError.of("metric", f"{row.metric} in {row.unit}", "is not modelled")
+
+
+def _input_rate(row: DeploymentRow, found: Setting, model: StepModel) -> float:
+    """Prompt tokens/s of all GPUs: chunks of whole prompts, each token seeing half its prompt."""
+    prompt = row.input_tokens or row.context or 1024
+    tokens = row.batch_per_gpu * row.gpus / found.groups if row.batch_per_gpu else CHUNK_TOKENS
+    cost = model.prefill(tokens, min(prompt, row.context or prompt) / 2)
+    return tokens * found.groups / cost.seconds.value
+
+
+def _sequences(row: DeploymentRow, found: Setting) -> float:
+    return (row.batch_per_gpu or 0.0) * row.gpus / found.groups
+
+
+def _output_rate(row: DeploymentRow, found: Setting, model: StepModel) -> float:
+    """Tokens/s of all GPUs; where the batch is not published, of the batch whose TPOT is typical."""
+    sequences = _sequences(row, found)
+    if not sequences:
+        sequences = _typical_batch(row, model)
+    return sequences * found.groups / model.decode(sequences, _context(row)).seconds.value
+
+
+def _typical_batch(row: DeploymentRow, model: StepModel) -> float:
+    low, high = 1.0, 4096.0
+    for _ in range(14):
+        middle = (low * high) ** 0.5
+        slower = model.decode(middle, _context(row)).seconds.value > TYPICAL_TPOT_S
+        low, high = (low, middle) if slower else (middle, high)
+    return low
+
+
+def _tpot(row: DeploymentRow, found: Setting, model: StepModel) -> float:
+    """A step, and the prefill of the prompts that arrive meanwhile where requests are served continuously."""
+    sequences = _sequences(row, found)
+    step = model.decode(sequences, _context(row)).seconds.value
+    if row.context or not row.input_tokens or not row.output_tokens:
+        return step
+    arriving = sequences * row.input_tokens / row.output_tokens  # prompt tokens a step
+    cost = model.prefill(CHUNK_TOKENS, row.input_tokens / 2).seconds.value
+    return step + arriving * cost / CHUNK_TOKENS
+
+
+def _context(row: DeploymentRow) -> float:
+    return row.context or (row.input_tokens or 0) + (row.output_tokens or 0) / 2
+
+
+def end_to_end(kernels: Calibration) -> Domain:
+    """The domain whose constants are a serving system's, on top of calibrated kernels."""
+
+    def predicted(constants: Constants, row: DeploymentRow) -> float:
+        return predict(row, kernels, Runtime(name=row.system, constants=dict(constants)))
+
+    return Domain(
+        name="end_to_end",
+        rows=DeploymentRow,
+        path=lambda row: ("serving", row.system.split("-")[0]),
+        priors=lambda path: SYSTEM,
+        predict=predicted,
+        measured=lambda row: row.value,
+        coordinates=lambda row: {},
+    )

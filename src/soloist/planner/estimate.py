@@ -1,0 +1,64 @@
+"""A predicted number together with how far it can be trusted.
+
+`origin` says what carries it, from best to worst: *measured* (a calibration point lies right there), *interpolated*
+(inside the range of calibration points), *extrapolated* (outside), *bound* (datasheet peak only, a floor). A sum is as
+trustworthy as its worst part that matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+Origin = Literal["measured", "interpolated", "extrapolated", "bound"]
+ORIGINS: tuple[Origin, ...] = ("measured", "interpolated", "extrapolated", "bound")
+MATTERS = 0.05  # a part below this share of a sum does not decide the sum's origin
+
+
+class Estimate(NamedTuple):
+    """`value` (seconds, unless said otherwise), relative half-width `band` and `origin`."""
+
+    value: float
+    band: float
+    origin: Origin
+
+    @property
+    def low(self) -> float:
+        return self.value * (1 - self.band)
+
+    @property
+    def high(self) -> float:
+        return self.value * (1 + self.band)
+
+    def times(self, factor: float) -> Estimate:
+        """The same number `factor` times, with the same relative band."""
+        return Estimate(self.value * factor, self.band, self.origin)
+
+    def inverse(self, numerator: float) -> Estimate:
+        """A rate: `numerator` over this time."""
+        return Estimate(numerator / self.value, self.band, self.origin)
+
+    def worse(self, origin: Origin) -> Estimate:
+        """At least as untrustworthy as `origin`."""
+        return Estimate(self.value, self.band, worst((self.origin, origin)))
+
+
+ZERO = Estimate(0.0, 0.0, "measured")
+
+
+def total(parts: Iterable[Estimate]) -> Estimate:
+    """Sum. Half-widths add up, because the errors of one model are not independent."""
+    terms = list(parts)
+    value = sum(t.value for t in terms)
+    if value <= 0:
+        return ZERO
+    band = sum(t.value * t.band for t in terms) / value
+    return Estimate(value, band, worst(t.origin for t in terms if t.value >= MATTERS * value))
+
+
+def worst(origins: Iterable[Origin]) -> Origin:
+    """The least trustworthy."""
+    found: Origin = "measured"
+    for origin in origins:
+        found = origin if ORIGINS.index(origin) > ORIGINS.index(found) else found
+    return found

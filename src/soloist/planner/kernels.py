@@ -1,0 +1,112 @@
+"""Calibrated time of everything that a GPU or a link does, each as an `Estimate` for one cluster.
+
+The formulas stand in `compute`, `exchange` and `collectives`; here they meet the cluster and the calibration, and get
+their error band and origin. Where nothing was measured for a kind of exchange, physical priors apply (*bound*).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from soloist.planner import collectives, compute, exchange
+from soloist.planner.calibration import UNMEASURED, Calibration, Found
+from soloist.planner.compute import DecodeAttention, ExpertWork
+from soloist.planner.domains import exchange_coordinates, expert_coordinates
+from soloist.planner.estimate import ZERO, Estimate, Origin
+from soloist.planner.exchange import ExchangeShape
+from soloist.specs.cluster import ClusterSpec
+
+
+class Kernels:
+    """Times on one cluster. `library` names whose exchange kernels are meant."""
+
+    def __init__(self, cluster: ClusterSpec, calibration: Calibration, library: str = "deepep-v1") -> None:
+        self.cluster, self.calibration, self.library = cluster, calibration, library
+        self._exchange: dict[tuple[str, str], Found | None] = {}
+
+    @cached_property
+    def _gemm(self) -> Found:
+        return self.calibration.find("experts", "gemm")
+
+    @cached_property
+    def _attention(self) -> Found:
+        return self.calibration.find("attention", "flash")
+
+    @cached_property
+    def _collectives(self) -> Found:
+        return self.calibration.find("collectives", "nccl")
+
+    @cached_property
+    def _known_gpu(self) -> Origin:
+        """Kernels were measured on Hopper only; elsewhere their efficiencies are carried over."""
+        return "interpolated" if self.cluster.gpu.name.startswith("H") else "extrapolated"
+
+    def matmul(self, m: float, n: float, k: float, dtype: str) -> Estimate:
+        """`[m, k] × [k, n]`."""
+        seconds = compute.matmul_seconds(m, n, k, dtype, self.cluster.gpu, self._gemm.constants)
+        return Estimate(seconds, self._gemm.fitted.band, "interpolated").worse(self._known_gpu)
+
+    def experts(self, work: ExpertWork) -> Estimate:
+        """All experts of a rank in one layer."""
+        seconds = compute.experts_seconds(work, self.cluster.gpu, self._gemm.constants)
+        at = expert_coordinates(work.pairs, work.active, work.hidden)
+        return self._gemm.estimate(seconds, at).worse(self._known_gpu)
+
+    def decode_attention(self, work: DecodeAttention) -> Estimate:
+        """One token of each sequence against its context."""
+        seconds = compute.decode_attention_seconds(work, self.cluster.gpu, self._attention.constants)
+        return self._attention.estimate(seconds, {"keys": work.sequences * work.context}).worse(self._known_gpu)
+
+    def prefill_attention(self, tokens: float, context: float, heads: int, width: float) -> Estimate:
+        """Causal attention of `tokens` that see `context` tokens on average."""
+        seconds = compute.prefill_attention_seconds(
+            tokens, context, heads, width, self.cluster.gpu, self._attention.constants
+        )
+        return Estimate(seconds, self._attention.fitted.band, "interpolated").worse(self._known_gpu)
+
+    def stream(self, moved: float) -> Estimate:
+        """Element-wise work on `moved` bytes."""
+        seconds = compute.stream_seconds(moved, self.cluster.gpu, self._gemm.constants)
+        return Estimate(seconds, self._gemm.fitted.band, "interpolated").worse(self._known_gpu)
+
+    def collective(self, kind: str, gpus: int, size: float) -> Estimate:
+        """All-reduce, all-gather or reduce-scatter over neighbouring GPUs; small all-reduces go directly."""
+        if gpus <= 1 or size <= 0:
+            return ZERO
+        constants = self._collectives.constants
+        seconds = collectives.collective_seconds(kind, gpus, size, self.cluster, constants, direct=True)
+        found = self._collectives.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)
+        return found if gpus <= self.cluster.gpus_per_node else _unmeasured(found)
+
+    def send(self, size: float, same_node: bool) -> Estimate:
+        """One message to the next pipeline stage."""
+        constants = self._collectives.constants
+        seconds = collectives.point_to_point_seconds(size, same_node, self.cluster, constants)
+        return Estimate(seconds, UNMEASURED, "extrapolated")
+
+    def exchange(self, shape: ExchangeShape, phase: str, skew: float = 1.0) -> Estimate:
+        """Dispatch or combine of one layer."""
+        found = self._found(shape.mode, phase)
+        constants = found.constants if found else self._priors(shape.mode)
+        seconds = exchange.exchange_seconds(shape, self.cluster, constants, skew)
+        if found is None:
+            return Estimate(seconds, UNMEASURED, "bound")
+        return found.estimate(seconds, exchange_coordinates(shape))
+
+    def _found(self, mode: str, phase: str) -> Found | None:
+        """Constants for this mode, of this library and GPU if there are any."""
+        if (phase, mode) not in self._exchange:
+            fitted = self.calibration.fitted
+            short = self.cluster.gpu.name.split("-")[0]
+            names = (key.split("/")[-1] for key in fitted if key.startswith(f"{phase}/{mode}/{self.library}/"))
+            fabric = next((name for name in names if short in name), "")
+            known = f"{phase}/{mode}" in fitted
+            self._exchange[phase, mode] = self.calibration.find(phase, mode, self.library, fabric) if known else None
+        return self._exchange[phase, mode]
+
+    def _priors(self, mode: str) -> dict[str, float]:
+        return {name: prior.guess for name, prior in exchange.PRIORS[mode].items()}
+
+
+def _unmeasured(found: Estimate) -> Estimate:
+    return Estimate(found.value, max(found.band, UNMEASURED), "extrapolated")

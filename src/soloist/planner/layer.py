@@ -1,0 +1,217 @@
+"""One decoder layer on one rank, as a list of parts with their times.
+
+Two kinds of parts: what computes and what communicates. Which of them overlap is decided above (`step.py`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from soloist.planner.compute import BYTES, PADDED_TOKENS, DecodeAttention, ExpertWork
+from soloist.planner.estimate import ZERO, Estimate, total
+from soloist.planner.exchange import ExchangeShape, Mode, row_bytes
+from soloist.planner.kernels import Kernels
+from soloist.planner.precision import Precision
+from soloist.planner.routing import activated, distinct, imbalance, straggler
+from soloist.planner.runtime import Runtime
+from soloist.planner.weights import kv_elements
+from soloist.specs.layout import Layout
+from soloist.specs.model import ModelSpec, Spec
+
+ELEMENTWISE = 10  # passes over the residual stream in a layer: norms, residual sums, rotary, router
+COMMUNICATION = ("dispatch", "combine", "attention exchange", "expert exchange")
+
+
+class Deployment(Spec, frozen=True, kw_only=True):
+    """What runs where. `slots`: of an expert group in a layer, 0: every expert once. `skew`: routing's power law."""
+
+    model: ModelSpec
+    layout: Layout
+    precision: Precision
+    slots: int = 0
+    skew: float = 0.0
+    mode: Mode | None = None  # None: the fastest of those that the cluster can do
+
+    @property
+    def held(self) -> int:
+        """Slots of the fullest group."""
+        return max(self.slots, -(-self.model.experts // self.layout.ep))
+
+    @property
+    def replicas(self) -> int:
+        """Slots beyond one for each expert."""
+        return self.held * self.layout.ep - self.model.experts if self.slots else 0
+
+
+class Batch(NamedTuple):
+    """What one attention group does in a step: `tokens` new ones, each seeing `context` on average."""
+
+    phase: str
+    tokens: float
+    context: float
+
+    @property
+    def is_decode(self) -> bool:
+        return self.phase == "decode"
+
+
+Parts = dict[str, Estimate]
+
+
+def dense_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
+    """A layer with a dense feed-forward."""
+    matrices = 2 if d.model.expert.kind == "mlp" else 3
+    return {
+        **_attention_parts(d, batch, kernels, runtime, window),
+        "dense layers": _feed_forward(d, batch, d.model.dense_width, matrices, kernels, runtime),
+    }
+
+
+def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
+    """A layer with experts."""
+    parts = _attention_parts(d, batch, kernels, runtime, window)
+    load = expert_load(d, batch)
+    fullest = load.fullest * runtime["imbalance"] if d.layout.ep > 1 else 1.0
+    work = ExpertWork(
+        pairs=load.pairs * fullest,
+        active=load.active,
+        hidden=d.model.d_model,
+        width=d.model.expert.width / d.layout.tp,
+        matrices=d.model.expert.matrices,
+        dtype=d.precision.experts,
+        slowdown=runtime["expert_flops"],
+        gathered=d.layout.ep > 1 and batch.tokens / d.layout.attention_ranks > PADDED_TOKENS,
+    )
+    parts["experts"] = kernels.experts(work).times(runtime["kernels"])
+    if d.model.shared_width:
+        parts["shared experts"] = _feed_forward(d, batch, d.model.shared_width, 3, kernels, runtime)
+    return {**parts, **_exchange_parts(d, batch, load, kernels)}
+
+
+class ExpertLoad(NamedTuple):
+    """Of an expert group in one layer: rows on average, experts touched, fullest over mean rows, rows received."""
+
+    pairs: float
+    active: float
+    fullest: float
+    received: float
+
+
+def expert_load(d: Deployment, batch: Batch) -> ExpertLoad:
+    """Expected load under uniform or power-law routing."""
+    model, ep = d.model, d.layout.ep
+    tokens = batch.tokens * d.layout.attention_groups
+    pairs = tokens * model.router.top_k / ep
+    reached = distinct(ep, max(model.experts, ep), model.router.top_k)
+    replicas = max(0, d.held * ep - model.experts)
+    fullest = imbalance(d.skew, model.experts, ep, max(64, round(tokens)), replicas) if d.skew else 1.0
+    copies = d.held * ep / model.experts  # tokens of an expert are shared by its replicas
+    active = activated(d.held, model.experts, model.router.top_k, tokens / max(1.0, copies))
+    return ExpertLoad(pairs, active, fullest * min(2.0, straggler(ep, pairs)), tokens * reached / ep)
+
+
+def _attention_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
+    ranks, width = d.layout.attention_ranks, d.model.d_model
+    context = min(batch.context, window) if window else batch.context
+    matrices = _projections(d.model, ranks, batch.is_decode)
+    projections = total(kernels.matmul(batch.tokens, n, k, d.precision.linear) for n, k in matrices)
+    own = batch.tokens / ranks
+    return {
+        "projections": projections.times(runtime["kernels"]),
+        "attention": _attention(d, batch, context, kernels).times(runtime["kernels"]),
+        "attention exchange": kernels.collective("all_reduce", ranks, batch.tokens * width * 2),
+        "layer": total((kernels.stream(ELEMENTWISE * 2 * own * width), _fixed(1e-6 * runtime["layer_us"]))),
+    }
+
+
+def _attention(d: Deployment, batch: Batch, context: float, kernels: Kernels) -> Estimate:
+    a, ranks = d.model.attention, d.layout.attention_ranks
+    heads = -(-a.heads // ranks)
+    if not batch.is_decode:
+        return kernels.prefill_attention(batch.tokens, context, heads, a.head_dim + a.v_head_dim)
+    read = kv_elements(d.model, ranks) * BYTES[d.precision.kv]
+    width = 2 * a.kv_rank + a.rope_dim if a.kind == "mla" else a.head_dim + a.v_head_dim
+    return kernels.decode_attention(DecodeAttention(a.kind, batch.tokens, context, heads, read, 2.0 * width))
+
+
+@lru_cache(maxsize=4096)
+def _projections(model: ModelSpec, ranks: int, is_decode: bool) -> tuple[tuple[float, float], ...]:
+    """(outputs, inputs) of attention's matrix multiplications on one rank.
+
+    MLA in decode absorbs its up-projections into queries and outputs; as matrices they have the size of `kv_b`.
+    """
+    a, d = model.attention, model.d_model
+    heads = -(-a.heads // ranks)
+    out = (d, heads * a.v_head_dim)
+    if a.kind == "gqa":
+        kv = kv_elements(model, ranks)
+        return (heads * a.head_dim + kv, d), out
+    latent = a.kv_rank + a.rope_dim
+    expand = (heads * (a.nope_dim + a.v_head_dim), a.kv_rank)
+    if a.q_rank is None:
+        return (heads * a.head_dim + latent, d), expand, out
+    return (a.q_rank + latent, d), (heads * a.head_dim, a.q_rank), expand, out
+
+
+def _feed_forward(
+    d: Deployment, batch: Batch, width: int, matrices: int, kernels: Kernels, runtime: Runtime
+) -> Estimate:
+    """A dense feed-forward, cut over the attention group, whose tokens it sees."""
+    cut, dtype = width / d.layout.attention_ranks, d.precision.linear
+    up = kernels.matmul(batch.tokens, (matrices - 1) * cut, d.model.d_model, dtype)
+    return total((up, kernels.matmul(batch.tokens, d.model.d_model, cut, dtype))).times(runtime["kernels"])
+
+
+def _exchange_parts(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels) -> Parts:
+    """How rows reach the experts: dispatch and combine, or replication and all-reduce, whichever is faster."""
+    tp, width = d.layout.tp, d.model.d_model
+    size = batch.tokens * width * 2
+    if d.layout.ep == 1:
+        return {"expert exchange": kernels.collective("all_reduce", tp, size)}
+    options = [_dispatched(d, batch, load, kernels, mode) for mode in _modes(d, kernels, batch)]
+    if d.layout.attention_groups == 1:
+        options.append({"expert exchange": kernels.collective("all_reduce", d.layout.stage_ranks, size)})
+    return min(options, key=lambda parts: sum(part.value for part in parts.values()))
+
+
+def _dispatched(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, mode: Mode) -> Parts:
+    tp, width = d.layout.tp, d.model.d_model
+    parts = {
+        phase: kernels.exchange(exchange_shape(d, batch, kernels, mode, dtype), phase, load.fullest if d.skew else 1.0)
+        for phase, dtype in (("dispatch", d.precision.dispatch), ("combine", d.precision.combine))
+    }
+    if tp > 1:
+        gathered = load.received * width * 2
+        rows = (kernels.collective(kind, tp, gathered) for kind in ("all_gather", "reduce_scatter"))
+        parts["expert exchange"] = total(rows)
+    return parts
+
+
+def exchange_shape(d: Deployment, batch: Batch, kernels: Kernels, mode: Mode, dtype: str) -> ExchangeShape:
+    """The exchange of one rank with its peers in the other expert groups."""
+    router, cluster = d.model.router, kernels.cluster
+    return ExchangeShape(
+        mode=mode,
+        ranks=d.layout.ep,
+        ranks_per_node=max(1, min(d.layout.ep, cluster.gpus_per_node // d.layout.tp)),
+        tokens=batch.tokens / d.layout.attention_ranks,
+        row_bytes=row_bytes(d.model.d_model, dtype),
+        top_k=router.top_k,
+        experts=d.model.experts,
+        groups=router.groups,
+        kept_groups=router.kept_groups,
+    )
+
+
+def _modes(d: Deployment, kernels: Kernels, batch: Batch) -> tuple[Mode, ...]:
+    if d.mode is not None:
+        return (d.mode,)
+    if d.layout.ep * d.layout.tp <= kernels.cluster.gpus_per_node and kernels.cluster.gpus_per_node > 8:
+        return ("two_sided",)
+    padded = batch.tokens / d.layout.attention_ranks <= PADDED_TOKENS
+    return ("low_latency", "normal") if padded else ("normal",)
+
+
+def _fixed(seconds: float) -> Estimate:
+    return Estimate(seconds, 0.3, "interpolated") if seconds else ZERO

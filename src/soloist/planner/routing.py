@@ -1,0 +1,105 @@
+"""What a router does to a group of ranks, in expectation: copies sent, experts touched, the fullest rank.
+
+Uniform routing has closed forms. Skewed routing is a power law over the experts' loads, the way aiconfigurator's tables
+are made: loads are drawn from p(x) ~ x^-alpha on [1, 0.8 tokens] and scaled to tokens · top_k. Traces replace both.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import exp, lgamma, log, sqrt
+
+import numpy as np
+
+DRAWS = 64
+
+
+@lru_cache(maxsize=4096)
+def distinct(groups: int, experts: int, top_k: int) -> float:
+    """Expected number of distinct groups among the top-k of a token, experts spread evenly over `groups`.
+
+    groups · (1 − C(E − E/groups, k) / C(E, k)), by the logarithm of the gamma function for uneven E/groups.
+    """
+    return groups * _hit(experts, experts / groups, top_k) if groups > 1 else 1.0
+
+
+@lru_cache(maxsize=1024)
+def limited_distinct(nodes: int, experts: int, top_k: int, groups: int, kept: int) -> float:
+    """The same when a token may use only `kept` of `groups` router groups, which lie on the nodes in order.
+
+    A node holds j kept groups with hypergeometric probability, and is missed if no pick falls into these.
+    """
+    if groups <= kept or nodes <= 1:
+        return distinct(nodes, experts, top_k)
+    usable = experts * kept / groups
+    if nodes >= groups:
+        return nodes * kept / groups * _hit(usable, experts / nodes, top_k)
+    here = groups // nodes
+    ways = _log_choose(groups, kept)
+    chances = (
+        (j, exp(_log_choose(here, j) + _log_choose(groups - here, kept - j) - ways))
+        for j in range(max(1, kept - groups + here), min(here, kept) + 1)
+    )
+    return nodes * sum(chance * _hit(usable, j * experts / groups, top_k) for j, chance in chances)
+
+
+def _hit(usable: float, held: float, top_k: int) -> float:
+    """Chance that at least one of `top_k` different picks among `usable` experts is one of `held`."""
+    if usable - held < top_k:
+        return 1.0
+    return 1.0 - exp(_log_choose(usable - held, top_k) - _log_choose(usable, top_k))
+
+
+def activated(slots: float, experts: int, top_k: int, tokens: float) -> float:
+    """Expected experts among `slots` that at least one of `tokens` tokens chose: slots · (1 − (1 − k/E)^tokens)."""
+    if top_k >= experts:
+        return slots
+    return slots * (1.0 - exp(tokens * log(1.0 - top_k / experts)))
+
+
+def straggler(ranks: int, pairs: float) -> float:
+    """Expected max/mean of token-expert pairs over `ranks` ranks of uniform routing, `pairs` on each on average."""
+    return 1.0 + sqrt(2.0 * log(ranks) / pairs) if ranks > 1 and pairs > 0 else 1.0
+
+
+@lru_cache(maxsize=256)
+def power_law_loads(alpha: float, experts: int, tokens: int) -> np.ndarray:
+    """`[DRAWS, experts]` share of all token-expert pairs that each expert gets."""
+    u = np.random.default_rng(0).random((DRAWS, experts))
+    most, power = 0.8 * max(tokens, 2), 1.0 - alpha
+    drawn = most**u if abs(power) < 1e-6 else ((most**power - 1.0) * u + 1.0) ** (1.0 / power)
+    return drawn / drawn.sum(axis=1, keepdims=True)
+
+
+@lru_cache(maxsize=4096)
+def imbalance(alpha: float, experts: int, ranks: int, tokens: int, replicas: int = 0) -> float:
+    """Expected max/mean of the ranks' loads under a power law, experts dealt to ranks in order of drawing.
+
+    `replicas` more slots than experts go to the hottest experts (water-filling), slots are packed by load.
+    """
+    if alpha <= 0 or ranks <= 1:
+        return 1.0
+    loads = power_law_loads(alpha, experts, tokens)
+    if replicas:
+        return float(np.mean([_packed(row, ranks, replicas) for row in loads[:16]]))
+    edges = np.arange(ranks) * experts // ranks
+    sums = np.add.reduceat(loads, edges, axis=1)[:, :ranks] if experts >= ranks else loads
+    return float(np.mean(sums.max(axis=1)) * ranks)
+
+
+def _packed(loads: np.ndarray, ranks: int, replicas: int) -> float:
+    """Max/mean after replicating the hottest and packing slots, heaviest first, on the least loaded rank."""
+    counts = np.ones(len(loads), dtype=int)
+    for _ in range(replicas):
+        counts[np.argmax(loads / counts)] += 1
+    slots = np.sort(np.repeat(loads / counts, counts))[::-1]
+    each = -(-len(slots) // ranks)
+    load, held = np.zeros(ranks), np.zeros(ranks, dtype=int)
+    for slot in slots:
+        rank = int(np.argmin(np.where(held < each, load, np.inf)))
+        load[rank], held[rank] = load[rank] + slot, held[rank] + 1
+    return float(load.max() * ranks)
+
+
+def _log_choose(n: float, k: int) -> float:
+    return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)

@@ -1,0 +1,46 @@
+"""What a serving system adds to its kernels: fixed costs of layers and steps, overlap, imbalance, pipeline losses.
+
+Fitted for each system to its published deployments; a system without any has the priors.
+"""
+
+from __future__ import annotations
+
+from soloist.planner.calibration import UNMEASURED, Calibration
+from soloist.planner.fitting import Prior
+from soloist.specs.model import Spec
+
+SYSTEM: dict[str, Prior] = {
+    "kernels": Prior(1.0, 0.12),  # time of its matrix multiplications and attention over the calibrated kernels'
+    "layer_us": Prior(20, 0.4),  # norms, router, residuals, launches of one layer
+    "step_us": Prior(600, 0.7),  # scheduling, sampling, graph launch
+    "expert_flops": Prior(1.1, 0.15),  # arithmetic time of its expert kernels over the calibrated kernels'
+    "overlap_prefill": Prior(0.5, 0.2, 0.95),  # share of the shorter of compute and exchange that is hidden
+    "overlap_decode": Prior(0.35, 0.25, 0.95),
+    "imbalance": Prior(1.1, 0.05),  # fullest over mean expert group after balancing
+    "pipeline": Prior(0.85, 0.25, 1.0),  # share of time in which the stages of a pipeline full of prefill chunks work
+}
+
+
+class Runtime(Spec, frozen=True, kw_only=True):
+    """A serving system's constants, with the typical error of predictions made with them."""
+
+    name: str
+    constants: dict[str, float]
+    band: float = UNMEASURED
+    is_fitted: bool = False
+
+    def __getitem__(self, key: str) -> float:
+        return self.constants[key]
+
+    @classmethod
+    def named(cls, name: str, calibration: Calibration) -> Runtime:
+        """A system of the calibration; what all systems have in common where it is not in there."""
+        if "end_to_end/serving" not in calibration.fitted:
+            return cls.assumed(name)
+        found = calibration.find("end_to_end", "serving", name)
+        return cls(name=name, constants=found.constants, band=found.fitted.band, is_fitted=found.exact)
+
+    @classmethod
+    def assumed(cls, name: str) -> Runtime:
+        """The priors."""
+        return cls(name=name, constants={key: prior.guess for key, prior in SYSTEM.items()})

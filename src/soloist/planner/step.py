@@ -1,0 +1,121 @@
+"""Time of one decode step and of one prefill step of a deployment.
+
+    stage  = layers of the slowest stage, with overlap or without, + output head
+    decode = micro-batches in flight · stage(batch / micro-batches) + hops      (pipeline full)
+    prefill = stage(chunk) · (1 + bubble)
+
+Overlap of two half batches: each half's compute C and exchange M take 2C + 2M − η · min(2C, 2M), which pays only if the
+fixed costs that both halves pay are less than what is hidden.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal, NamedTuple
+
+from soloist.planner.estimate import Estimate, total
+from soloist.planner.kernels import Kernels
+from soloist.planner.layer import COMMUNICATION, Batch, Deployment, Parts, dense_parts, moe_parts
+from soloist.planner.runtime import Runtime
+from soloist.specs.model import ModelSpec
+
+Overlap = Literal["on", "off", "auto"]
+
+
+class StepCost(NamedTuple):
+    """`seconds` of the whole step; `parts` of it, by what they are spent on; whether two half batches overlapped."""
+
+    seconds: Estimate
+    parts: Parts
+    is_overlapped: bool
+
+    @property
+    def bottleneck(self) -> str:
+        """The part that takes longest."""
+        return max(self.parts, key=lambda name: self.parts[name].value)
+
+
+class StepModel:
+    """Step times of one deployment on one cluster."""
+
+    def __init__(self, deployment: Deployment, kernels: Kernels, runtime: Runtime, overlap: Overlap = "auto") -> None:
+        self.deployment, self.kernels, self.runtime, self.overlap = deployment, kernels, runtime, overlap
+
+    def decode(self, sequences: float, context: float, micro_batches: int = 0) -> StepCost:
+        """One token for each of `sequences` sequences of every attention group, `context` tokens each on average.
+
+        `micro_batches` in flight in the pipeline; 0: one for each stage.
+        """
+        pp = self.deployment.layout.pp
+        flights = max(1, min(micro_batches or pp, int(max(1.0, sequences))))
+        stage = self._stage(Batch("decode", sequences / flights, context))
+        return self._with_step(stage, max(flights, pp), sequences / flights)
+
+    def prefill(self, tokens: float, context: float, micro_batches: int = 0) -> StepCost:
+        """A chunk of `tokens` new tokens of every attention group, each seeing `context` tokens on average.
+
+        The time is that after which the next chunk ends, the pipeline being kept full by `micro_batches` chunks.
+        """
+        pp = self.deployment.layout.pp
+        stage = self._stage(Batch("prefill", tokens, context))
+        flights = max(1, micro_batches or 8 * pp)
+        bubble = (flights + pp - 1) / flights / (self.runtime["pipeline"] if pp > 1 else 1.0)
+        return self._with_step(stage, bubble, tokens)
+
+    def _with_step(self, stage: StepCost, factor: float, tokens: float) -> StepCost:
+        """A stage's cost `factor` times, plus what a step costs once."""
+        parts = {name: part.times(factor) for name, part in stage.parts.items()}
+        layout = self.deployment.layout
+        if layout.pp > 1:
+            same_node = layout.size <= self.kernels.cluster.gpus_per_node
+            size = tokens / layout.attention_ranks * self.deployment.model.d_model * 2
+            parts["pipeline hops"] = self.kernels.send(size, same_node).times(layout.pp)
+        parts["step"] = Estimate(1e-6 * self.runtime["step_us"], 0.3, "interpolated")
+        return StepCost(total(parts.values()), parts, stage.is_overlapped)
+
+    def _stage(self, batch: Batch) -> StepCost:
+        """The slowest stage: the first, which has the most layers, with the output head as if it were the last."""
+        plain = self._layers(batch)
+        cost = StepCost(total(plain.values()), plain, False)
+        if self.overlap != "off" and self.deployment.layout.ep > 1:
+            both = self._overlapped(batch)
+            if self.overlap == "on" or both.seconds.value < cost.seconds.value:
+                cost = both
+        head = self._head(batch)
+        parts = {**cost.parts, "output head": head}
+        return StepCost(total(parts.values()), parts, cost.is_overlapped)
+
+    def _overlapped(self, batch: Batch) -> StepCost:
+        half = self._layers(Batch(batch.phase, batch.tokens / 2, batch.context))
+        parts = {name: part.times(2.0) for name, part in half.items()}
+        moving = [parts[name] for name in ("dispatch", "combine") if name in parts]
+        exchange = sum(part.value for part in moving)
+        compute = sum(part.value for name, part in parts.items() if name not in COMMUNICATION)
+        hidden = self.runtime[f"overlap_{batch.phase}"] * min(exchange, compute)
+        if exchange > 0:
+            parts |= {
+                name: parts[name].times(1 - hidden / exchange) for name in ("dispatch", "combine") if name in parts
+            }
+        return StepCost(total(parts.values()), parts, True)
+
+    def _layers(self, batch: Batch) -> Parts:
+        parts: dict[str, list[Estimate]] = {}
+        for (is_dense, window), count in _kinds(self.deployment.model, self.deployment.layout.pp).items():
+            make = dense_parts if is_dense else moe_parts
+            for name, part in make(self.deployment, batch, self.kernels, self.runtime, window).items():
+                parts.setdefault(name, []).append(part.times(count))
+        return {name: total(found) for name, found in parts.items()}
+
+    def _head(self, batch: Batch) -> Estimate:
+        """Logits of each sequence's last token."""
+        d = self.deployment
+        rows = batch.tokens if batch.is_decode else max(1.0, batch.tokens / max(1.0, 2 * batch.context))
+        rate = self.kernels.matmul(rows, d.model.vocab / d.layout.attention_ranks, d.model.d_model, d.precision.other)
+        return rate.times(self.runtime["kernels"])
+
+
+def _kinds(model: ModelSpec, pp: int) -> dict[tuple[bool, int | None], float]:
+    """Layers of one stage by kind, the whole model's mixture scaled to the stage with the most layers."""
+    counts = Counter((layer in model.dense_layers, model.window(layer)) for layer in range(model.layers))
+    share = -(-model.layers // pp) / model.layers
+    return {kind: count * share for kind, count in counts.items()}

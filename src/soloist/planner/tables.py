@@ -1,0 +1,133 @@
+"""The tables that calibrate and validate the cost model: CSV files whose columns are the fields of the rows below.
+
+Rows have a role: `fit` rows may calibrate, `check` rows are only ever compared with. Unknown roles are kept and listed.
+The tables that come with Soloist lie in `data/`; every row names its source.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from soloist.errors import ConfigurationError
+
+PUBLISHED = Path(__file__).parent / "data"
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """What every table's rows have."""
+
+    role: str
+    source: str = ""
+
+
+class ExchangeRow(Row, frozen=True, kw_only=True):
+    """Dispatch and combine of an expert-parallel group. `tokens` per rank."""
+
+    library: str
+    mode: str
+    fabric: str
+    ep: int
+    gpus_per_node: int
+    tokens: int
+    hidden: int
+    top_k: int
+    experts: int
+    dispatch_dtype: str
+    combine_dtype: str
+    dispatch_us: float | None = None
+    combine_us: float | None = None
+
+
+class CollectiveRow(Row, frozen=True, kw_only=True):
+    """A collective over `gpus` GPUs of one node; `bytes` of each rank's buffer."""
+
+    library: str
+    fabric: str
+    gpus: int
+    collective: str
+    bytes: int
+    us: float
+
+
+class ExpertRow(Row, frozen=True, kw_only=True):
+    """The experts of one rank: `group_tokens` tokens of all `ep` ranks, routed as `routing` says."""
+
+    gpu: str
+    dtype: str
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+    ep: int
+    group_tokens: int
+    routing: str
+    us: float
+
+
+class AttentionRow(Row, frozen=True, kw_only=True):
+    """Attention of one layer without its projections: `batch` sequences, `context` tokens each."""
+
+    gpu: str
+    phase: str
+    kind: str
+    heads: int
+    width: int
+    batch: int
+    context: int
+    us: float
+
+
+class DeploymentRow(Row, frozen=True, kw_only=True):
+    """A whole deployment. `batch_per_gpu`: tokens a GPU in flight for prefill, sequences a GPU for decode."""
+
+    system: str
+    model: str
+    gpu: str
+    gpus: int
+    layout: str
+    precision: str
+    phase: str
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    batch_per_gpu: float | None = None
+    context: int | None = None
+    metric: str
+    value: float
+    unit: str
+
+
+TABLES: dict[str, type[Row]] = {
+    "all_to_all": ExchangeRow, "collectives": CollectiveRow, "moe_gemm": ExpertRow, "attention": AttentionRow,
+    "end_to_end": DeploymentRow,
+}  # fmt: skip
+R = TypeVar("R", bound=Row)
+
+
+def read_table(name: str, folder: str | Path | None = None) -> list[Row]:
+    """Rows of a table; none where the folder has no such file. Raises ConfigurationError, naming file and line."""
+    path = Path(folder or PUBLISHED) / f"{name}.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    return [_row(TABLES[name], line, f"{path} line {number}") for number, line in enumerate(lines, 2)]
+
+
+@cache
+def published(kind: type[R]) -> tuple[R, ...]:
+    """Rows of that kind that come with Soloist, all roles."""
+    name = next(name for name, row in TABLES.items() if row is kind)
+    return tuple(row for row in read_table(name) if isinstance(row, kind))
+
+
+def _row(kind: type[Row], line: dict[str, str | None], where: str) -> Row:
+    filled = {key: value for key, value in line.items() if key is not None and value not in ("", None)}
+    try:
+        return msgspec.convert(filled, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{where}: {error}; the columns are {', '.join(kind.__struct_fields__)}") from error

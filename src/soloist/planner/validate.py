@@ -1,0 +1,154 @@
+"""The cost model against tables of measurements: error of every row, mean absolute percentage error by table and role.
+
+`fit` rows may have shaped the constants, `check` rows never did; `left-out` are the fit rows again, each predicted from
+a fit to all the others. Rows with another role get a line of their own; what cannot be modelled is listed, not fatal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import msgspec
+
+from soloist.errors import ConfigurationError
+from soloist.planner.calibration import Calibration, left_out, predict_row
+from soloist.planner.deployments import end_to_end
+from soloist.planner.domains import ATTENTION, COLLECTIVES, COMBINE, DISPATCH, EXPERTS, Domain
+from soloist.planner.tables import TABLES, Row, read_table
+
+ROLES = ("fit", "check")
+BARS = {"all_to_all": 0.08, "collectives": 0.10, "moe_gemm": 0.08, "end_to_end": 0.15}
+
+
+class RowReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One value of one row. `error`: predicted over measured, minus one."""
+
+    table: str
+    role: str
+    label: str
+    metric: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+class TableReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One table and role. Errors are shares, not percent."""
+
+    table: str
+    role: str
+    rows: int
+    mape: float
+    median: float
+    worst: float
+    bar: float | None = None  # the promise for `check` rows
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What `soloist validate` prints."""
+
+    tables: list[TableReport]
+    rows: list[RowReport]
+    unknown_roles: list[str] = []
+    skipped: list[str] = []
+
+    def mape(self, table: str, role: str) -> float:
+        """Mean absolute percentage error as a share. Raises KeyError where there are no such rows."""
+        return {(t.table, t.role): t.mape for t in self.tables}[table, role]
+
+    def json(self) -> bytes:
+        """One JSON document; `tables` holds objects with table, role, rows and mape."""
+        rows = [{**msgspec.to_builtins(row), "error": row.error} for row in self.rows]
+        document: dict[str, Any] = {**msgspec.to_builtins(self), "rows": rows}
+        return msgspec.json.encode(document)
+
+
+def validate(folder: str | Path | None = None, calibration: Calibration | None = None, cross: bool = False) -> Report:
+    """Predict every row of the tables in `folder` (CSV files named as in `TABLES`), the published ones by default.
+
+    `cross` adds the leave-one-out errors of the fit rows, which takes some seconds. Raises ConfigurationError for a
+    folder without any table and for rows that cannot be read.
+    """
+    calibration = calibration or Calibration.published()
+    tables = {name: read_table(name, folder) for name in TABLES}
+    if not any(tables.values()):
+        raise ConfigurationError.of("data", str(folder), f"holds none of {', '.join(f'{n}.csv' for n in TABLES)}")
+    rows: list[RowReport] = []
+    skipped: list[str] = []
+    for name, found in tables.items():
+        for domain in domains_of(name, calibration):
+            rows += _predicted(name, domain, found, calibration, skipped)
+            rows += _left_out(name, domain, found) if cross else []
+    roles = sorted({row.role for found in tables.values() for row in found} - set(ROLES))
+    return Report(tables=_summary(rows), rows=rows, unknown_roles=roles, skipped=skipped)
+
+
+def domains_of(table: str, calibration: Calibration) -> tuple[Domain, ...]:
+    """The domains that predict a table's columns."""
+    return {
+        "all_to_all": (DISPATCH, COMBINE),
+        "collectives": (COLLECTIVES,),
+        "moe_gemm": (EXPERTS,),
+        "attention": (ATTENTION,),
+        "end_to_end": (end_to_end(calibration),),
+    }[table]
+
+
+def _predicted(
+    table: str, domain: Domain, rows: Iterable[Row], calibration: Calibration, skipped: list[str]
+) -> Iterator[RowReport]:
+    constants = {key: fitted.constants for key, fitted in calibration.fitted.items()}
+    for row in rows:
+        if domain.measured(row):
+            try:
+                yield _report(table, domain, row, row.role, predict_row(domain, constants, row))
+            except ConfigurationError as error:
+                skipped.append(f"{table}: {label(row)}: {error}")
+
+
+def _left_out(table: str, domain: Domain, rows: list[Row]) -> Iterator[RowReport]:
+    for row, predicted in left_out(domain, [row for row in rows if row.role == "fit"]):
+        yield _report(table, domain, row, "left-out", predicted)
+
+
+def _report(table: str, domain: Domain, row: Row, role: str, predicted: float) -> RowReport:
+    measured = domain.measured(row)
+    assert measured is not None
+    metric = getattr(row, "metric", domain.name if domain.name in ("dispatch", "combine") else "time")
+    unit = getattr(row, "unit", "us")
+    return RowReport(
+        table=table, role=role, label=label(row), metric=f"{metric} [{unit}]", measured=measured, predicted=predicted
+    )
+
+
+def _summary(rows: list[RowReport]) -> list[TableReport]:
+    found: list[TableReport] = []
+    for table, role in dict.fromkeys((row.table, row.role) for row in rows):
+        errors = [abs(row.error) for row in rows if (row.table, row.role) == (table, role)]
+        found.append(
+            TableReport(
+                table=table,
+                role=role,
+                rows=len(errors),
+                mape=mean(errors),
+                median=median(errors),
+                worst=max(errors),
+                bar=BARS.get(table) if role == "check" else None,
+            )  # fmt: skip
+        )
+    return found
+
+
+def label(row: Row) -> str:
+    """What tells a row from the others of its table."""
+    fields = msgspec.to_builtins(row)
+    shown = ("library", "system", "model", "gpu", "gpus", "fabric", "mode", "layout", "collective", "phase", "dtype")
+    sized = ("ep", "tokens", "group_tokens", "routing", "bytes", "batch", "batch_per_gpu", "input_tokens", "context")
+    names = [str(fields[key]) for key in shown if fields.get(key) not in (None, "")]
+    return " ".join(names + [f"{key}={fields[key]}" for key in sized if fields.get(key) is not None])

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soloist.errors import ConfigurationError
+from soloist.planner.calibration import Calibration, Fitted
+from soloist.planner.estimate import Estimate, total
+from soloist.planner.exchange import ExchangeShape
+from soloist.planner.fitting import Prior, centred, fit
+from soloist.planner.kernels import Kernels
+from soloist.specs.cluster import cluster
+
+
+def test_constants_are_recovered_and_unseen_ones_keep_their_prior() -> None:
+    rows = [(x, (3.0 + 0.5 * x,)) for x in (1.0, 10.0, 100.0)]
+    priors = {"floor": Prior(1, 2), "slope": Prior(1, 2), "other": Prior(7, 0.5)}
+    found = fit(lambda c, x: (c["floor"] + c["slope"] * x,), rows, priors)
+    assert found == pytest.approx({"floor": 3, "slope": 0.5, "other": 7}, rel=0.02)
+
+
+def test_one_odd_row_does_not_decide() -> None:
+    rows = [(x, (2.0 * x,)) for x in (1.0, 2.0, 4.0, 8.0)] + [(3.0, (60.0,))]
+    assert fit(lambda c, x: (c["slope"] * x,), rows, {"slope": Prior(1, 2)})["slope"] == pytest.approx(2, rel=0.1)
+
+
+def test_narrower_levels_start_from_wider_ones() -> None:
+    assert centred({"a": Prior(1, 2, 4)}, {"a": 5}, 0.5) == {"a": Prior(4, 0.5, 4)}
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    Calibration.published().save(path)
+    assert Calibration.load(path) == Calibration.published()
+    path.write_text("{}")
+    with pytest.raises(ConfigurationError, match="not a calibration"):
+        Calibration.load(path)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        Calibration.load(tmp_path / "none.json")
+
+
+def test_a_machine_s_own_constants_come_first() -> None:
+    own = Calibration(name="mine", fitted={"experts/gemm": Fitted(constants={"a": 1.0}, band=0.05, rows=1)})
+    both = own.over(Calibration.published())
+    assert both.find("experts", "gemm").constants == {"a": 1.0}
+    assert both.find("attention", "flash").fitted.rows > 1
+
+
+def test_the_narrowest_level_is_found_and_unknown_domains_are_named() -> None:
+    found = Calibration.published().find("dispatch", "low_latency", "deepep-v1", "no such fabric")
+    assert found.key == "dispatch/low_latency/deepep-v1"
+    assert not found.exact
+    with pytest.raises(ConfigurationError, match="nonsense"):
+        Calibration.published().find("nonsense", "x")
+
+
+def exchange(ranks: int, tokens: float) -> Estimate:
+    shape = ExchangeShape(
+        mode="low_latency", ranks=ranks, ranks_per_node=8, tokens=tokens, row_bytes=7392, top_k=8, experts=256
+    )
+    return Kernels(cluster("dgx-h100"), Calibration.published()).exchange(shape, "dispatch")
+
+
+def test_origin_says_where_a_number_comes_from() -> None:
+    assert exchange(64, 128).origin == "measured"
+    assert exchange(32, 100).origin == "interpolated"
+    far = exchange(1024, 128)
+    assert far.origin == "extrapolated"
+    assert far.band > exchange(32, 100).band
+
+
+def test_a_sum_is_as_good_as_its_worst_part_that_matters() -> None:
+    solid, shaky = Estimate(10.0, 0.02, "measured"), Estimate(5.0, 0.2, "extrapolated")
+    both = total([solid, shaky])
+    assert (both.value, both.origin) == (15.0, "extrapolated")
+    assert both.band == pytest.approx((10 * 0.02 + 5 * 0.2) / 15)
+    assert total([solid, shaky.times(0.001)]).origin == "measured"
+    assert total([]).value == 0

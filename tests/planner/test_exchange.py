@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soloist.errors import ConfigurationError
+from soloist.planner.exchange import PRIORS, ExchangeShape, copies, exchange_seconds, fabric, row_bytes
+from soloist.specs.cluster import cluster
+
+H100 = cluster("dgx-h100")
+GUESS = {mode: {name: prior.guess for name, prior in priors.items()} for mode, priors in PRIORS.items()}
+
+
+def shape(mode: str, ranks: int, tokens: float = 128) -> ExchangeShape:
+    fields = {"mode": mode, "ranks": ranks, "ranks_per_node": min(8, ranks), "tokens": tokens, "row_bytes": 7392.0}
+    return msgspec.convert({**fields, "top_k": 8, "experts": 256}, ExchangeShape)
+
+
+def test_low_latency_sends_one_copy_for_each_expert() -> None:
+    found = copies(shape("low_latency", 64))
+    assert found.nic == pytest.approx(8 * 7 / 8)
+    assert found.nvlink == pytest.approx(7 / 8)
+
+
+def test_hierarchy_sends_one_copy_for_each_node() -> None:
+    flat, ragged, normal = (copies(shape(mode, 16)).nic for mode in ("low_latency", "ragged", "normal"))
+    assert normal < ragged < flat
+    assert flat / normal == pytest.approx(4.0, abs=0.05)  # two nodes, top-8
+
+
+def test_inside_one_node_nothing_crosses_a_nic() -> None:
+    assert all(copies(shape(mode, 8)).nic == 0 for mode in PRIORS)
+
+
+@given(st.sampled_from(sorted(PRIORS)), st.sampled_from([2, 8, 16, 64, 256]), st.integers(1, 8192))
+@settings(max_examples=60, deadline=None)
+def test_more_tokens_and_more_skew_never_cost_less(mode: str, ranks: int, tokens: int) -> None:
+    one = exchange_seconds(shape(mode, ranks, tokens), H100, GUESS[mode])
+    assert one < exchange_seconds(shape(mode, ranks, tokens + 100), H100, GUESS[mode])
+    assert one < exchange_seconds(shape(mode, ranks, tokens), H100, GUESS[mode], skew=1.5)
+
+
+def test_traced_copies_take_the_place_of_the_formula() -> None:
+    traced = msgspec.structs.replace(shape("normal", 64), node_copies=2.0)
+    assert copies(traced).nic == pytest.approx(2.0 * 7 / 8)
+
+
+def test_fabrics_by_name() -> None:
+    assert fabric("H800+CX7-400G", 8).nvlink == 200e9
+    assert fabric("A100+HDR-200G", 8).nic == 25e9
+    assert fabric("GB200-NVL72", 72).nodes(64) == 1
+    assert fabric("EFA-400G", 8).nic_latency_us > fabric("CX7-400G", 8).nic_latency_us
+
+
+def test_rows_carry_their_scales() -> None:
+    assert row_bytes(7168, "fp8") == 7168 + 56 * 4
+    with pytest.raises(ConfigurationError, match="int3"):
+        row_bytes(1, "int3")

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from soloist.errors import ConfigurationError
+from soloist.planner.calibration import Calibration, fit_calibration, fit_domain, left_out
+from soloist.planner.domains import COLLECTIVES, EXPERTS
+from soloist.planner.plots import plot_validation
+from soloist.planner.tables import PUBLISHED, CollectiveRow, ExpertRow, published
+from soloist.planner.validate import BARS, Report, validate
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return validate()
+
+
+@pytest.mark.parametrize("table", sorted(BARS))
+def test_unseen_rows_meet_their_bar(report: Report, table: str) -> None:
+    assert report.mape(table, "check") <= BARS[table]
+
+
+@pytest.mark.parametrize("table", sorted(BARS))
+def test_fit_rows_are_explained(report: Report, table: str) -> None:
+    assert report.mape(table, "fit") <= BARS[table] / 2
+
+
+def test_left_out_rows_are_still_predicted() -> None:
+    """Guards against constants that only remember their rows."""
+    rows = [row for row in published(ExpertRow) if row.role == "fit"]
+    errors = [abs(us / row.us - 1) for row, us in left_out(EXPERTS, rows) if isinstance(row, ExpertRow)]
+    assert sum(errors) / len(errors) < 0.08
+
+
+def test_check_rows_shape_no_constant() -> None:
+    rows = list(published(CollectiveRow))
+    spoiled = [msgspec.structs.replace(row, us=3 * row.us) if row.role == "check" else row for row in rows]
+    assert fit_calibration("a", [COLLECTIVES], rows) == fit_calibration("a", [COLLECTIVES], spoiled)
+
+
+def test_shipped_constants_are_those_of_the_shipped_tables() -> None:
+    rows = [row for row in published(CollectiveRow) if row.role == "fit"]
+    fitted = fit_domain(COLLECTIVES, rows)["collectives/nccl"]
+    assert Calibration.published().find("collectives", "nccl").constants == pytest.approx(fitted, rel=0.01)
+
+
+def test_json_has_the_promised_form(report: Report) -> None:
+    document = json.loads(report.json())
+    assert {"table", "role", "rows", "mape"} <= document["tables"][0].keys()
+    assert {row["table"] for row in document["rows"]} >= set(BARS)
+
+
+def test_unknown_roles_metrics_and_models_are_listed_not_fatal(tmp_path: Path) -> None:
+    lines = (PUBLISHED / "end_to_end.csv").read_text().splitlines()
+    known = lines[1].replace("fit,", "acceptance,", 1)
+    odd = [known.replace("output throughput", "joules"), known.replace("DeepSeek-V3", "Nonesuch-9T")]
+    (tmp_path / "end_to_end.csv").write_text("\n".join([lines[0], known, *odd]))
+    found = validate(tmp_path)
+    assert found.unknown_roles == ["acceptance"]
+    assert [(t.role, t.rows) for t in found.tables] == [("acceptance", 1)]
+    assert len(found.skipped) == 2
+    assert "joules" in found.skipped[0]
+    assert "Nonesuch" in found.skipped[1].replace("nonesuch", "Nonesuch")
+
+
+def test_a_folder_without_tables_and_a_broken_row(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="all_to_all.csv"):
+        validate(tmp_path)
+    header = (PUBLISHED / "collectives.csv").read_text().splitlines()[0]
+    (tmp_path / "collectives.csv").write_text(f"{header}\nfit,me,nccl,8xH100,eight,all_reduce,1,1\n")
+    with pytest.raises(ConfigurationError, match="line 2"):
+        validate(tmp_path)
+
+
+def test_plot(report: Report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot_validation(report, tmp_path / "validation.png")
+    assert (tmp_path / "validation.png").stat().st_size > 10_000
