@@ -22,7 +22,7 @@ from soloist.specs.hf import read_config
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
 from soloist.transport.base import Transport
-from tests.models.tiny import FAMILIES, save_tiny
+from tests.models.tiny import FAMILIES, ODD, save_tiny
 from tests.ranks import run_threads
 
 PROMPTS, DECODED, BLOCK = (11, 5, 1), 16, 4
@@ -40,9 +40,10 @@ class Case:
     expected: list[torch.Tensor]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *ODD])
 def family_case(request, tmp_path_factory) -> Case:
-    return make_case(request.param, tmp_path_factory.mktemp(request.param))
+    family, odd = ODD.get(request.param, (request.param, {}))
+    return make_case(family, tmp_path_factory.mktemp(family), **odd)
 
 
 @pytest.fixture(scope="module")

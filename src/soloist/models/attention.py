@@ -178,7 +178,7 @@ class LatentAttention:
         self, spec: ModelSpec, source: WeightSource, layer: int, heads: Heads, group: Transport | None, rope: Rope
     ) -> None:
         a = self.spec = spec.attention
-        self.eps, self.rope, self.window = spec.norm_eps, rope, spec.window(layer)
+        self.eps, self.rope, self.window = a.latent_norm_eps, rope, spec.window(layer)
 
         def read(name: str, rows: Span | None = None) -> Tensor:
             return source.read(Param(name, layer), rows=rows)

@@ -1,0 +1,79 @@
+"""The engine on real GPUs, through the entry points that the CPU tests use."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from soloist.engine.llm import LLM
+from soloist.engine.outputs import RequestOutput
+from soloist.scheduling.request import SamplingParams
+
+NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
+PROMPTS = ["It was a dark and stormy night, and", "The old house upon the hill", "My dear Watson,", "She"]
+GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
+SCORED = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+BF16_NATS = 0.15  # of a token's log probability: 8 bits of mantissa through six layers and an output head
+
+
+def answer(layout: str, dtype: str, params: SamplingParams) -> list[RequestOutput]:
+    with LLM(NOVELS, layout=layout, device="cuda", dtype=dtype, show_progress=False) as llm:
+        return llm.generate(PROMPTS, params)
+
+
+def scores(outputs: list[RequestOutput]) -> list[float]:
+    return [token.logprob for output in outputs for token in output.prompt_logprobs]
+
+
+@pytest.fixture(scope="module")
+def one_gpu() -> list[RequestOutput]:
+    return answer("ep1", "float32", GREEDY)
+
+
+@pytest.fixture(scope="module")
+def one_gpu_scores() -> list[float]:
+    return scores(answer("ep1", "float32", SCORED))
+
+
+@pytest.mark.gpu
+def test_shipped_model_in_bf16_is_within_rounding_of_fp32(one_gpu_scores: list[float]) -> None:
+    found = scores(answer("ep1", "bfloat16", SCORED))
+    assert len(found) == len(one_gpu_scores) > 20
+    assert max(abs(a - b) for a, b in zip(found, one_gpu_scores, strict=True)) < BF16_NATS
+
+
+@pytest.mark.gpu
+def test_gpu_and_cpu_agree_in_fp32(one_gpu: list[RequestOutput]) -> None:
+    with LLM(NOVELS, device="cpu", dtype="float32", show_progress=False) as llm:
+        on_cpu = llm.generate(PROMPTS, GREEDY)
+    assert [o.outputs[0].tokens for o in on_cpu] == [o.outputs[0].tokens for o in one_gpu]
+
+
+@pytest.mark.gpu
+def test_a_layer_of_the_reference_model_runs_in_bf16() -> None:
+    prompt = [(7 * i) % 51200 for i in range(300)]
+    params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=1, ignore_eos=True)
+    with LLM("ref-16l@1", device="cuda", random_weights=1, kv_tokens=4096, show_progress=False) as llm:
+        first, second = (llm.generate([prompt], params)[0] for _ in range(2))
+    assert first.error is None
+    assert len(first.outputs[0].tokens) == 8
+    assert first.outputs[0].tokens == second.outputs[0].tokens
+    assert all(math.isfinite(token.logprob) for token in first.outputs[0].logprobs)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
+def test_two_gpus_give_the_text_of_one_in_fp32(layout: str, one_gpu: list[RequestOutput]) -> None:
+    found = answer(layout, "float32", GREEDY)
+    for output, expected in zip(found, one_gpu, strict=True):
+        margin = min(output.outputs[0].margin, expected.outputs[0].margin)
+        assert output.outputs[0].text == expected.outputs[0].text, f"smallest margin {margin}"
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
+def test_two_gpus_are_within_bf16_rounding_of_one(layout: str, one_gpu_scores: list[float]) -> None:
+    found = scores(answer(layout, "bfloat16", SCORED))
+    assert max(abs(a - b) for a, b in zip(found, one_gpu_scores, strict=True)) < BF16_NATS
