@@ -26,6 +26,7 @@ class Driver:
         self.executor = FakeExecutor(config.blocks, config.block_size)
         self.flying: list[tuple[StepBatch, list[Sampled] | None]] = []
         self.outputs: dict[int, list[Output]] = {}
+        self.finished: list[int] = []
         self.steps = 0
 
     def schedule(self) -> StepBatch:
@@ -50,6 +51,7 @@ class Driver:
         outputs = self.scheduler.update(batch, self.executor.run(batch) if sampled is None else sampled)
         for output in outputs:
             self.outputs.setdefault(output.sequence, []).append(output)
+        self.finished += [output.sequence for output in outputs if output.finish_reason]
         return outputs
 
     def step(self) -> StepBatch:
@@ -173,12 +175,15 @@ def test_the_oldest_finishes_first_and_is_never_preempted() -> None:
     driver = Driver(config(blocks=10, prefix_caching=False))
     for sequence in range(5):
         driver.scheduler.add(sequence, [sequence + 1] * 7, replace(GREEDY, max_tokens=30))
-    computed = []
+    computed, admitted = [], []
     while driver.scheduler.has_work:
-        computed += [c.start for c in driver.step().chunks if c.sequence == 0]
+        chunks = driver.step().chunks
+        computed += [c.start for c in chunks if c.sequence == 0]
+        admitted += [c.sequence for c in chunks if c.start == 0]
     assert driver.scheduler.stats.preemptions > 0
     assert computed == [0, *range(7, 36)]
-    assert list(driver.outputs) == sorted(driver.outputs)
+    assert admitted[:7] == [0, 1, 2, 1, 2, 3, 4]
+    assert driver.finished == [0, 1, 2, 3, 4]
 
 
 def test_a_sequence_that_fills_the_whole_cache_finishes() -> None:
@@ -204,6 +209,89 @@ def test_decodes_go_first_then_prefills_in_chunks() -> None:
         [(0, 1, True), (1, 2, True), (2, 2, True)],
         [(0, 1, True), (1, 1, True), (2, 1, True)],
     ]
+
+
+def test_a_young_decode_goes_before_an_old_prefill_but_takes_no_block_from_it() -> None:
+    driver = Driver(config(blocks=6, max_batch_tokens=4, in_flight=2, prefix_caching=False))
+    driver.scheduler.add(0, [1] * 13, replace(GREEDY, max_tokens=8))
+    driver.schedule()
+    driver.scheduler.add(1, [2] * 3, replace(GREEDY, max_tokens=8))
+    driver.schedule()
+    driver.answer()
+    driver.answer()
+    first, second = driver.schedule(), driver.schedule()
+    assert [(c.sequence, len(c.tokens)) for c in first.chunks + second.chunks] == [(1, 1), (0, 4)]
+    driver.run()
+    assert driver.scheduler.stats.preemptions > 0
+    driver.assert_as_alone(0, [1] * 13, replace(GREEDY, max_tokens=8))
+    driver.assert_as_alone(1, [2] * 3, replace(GREEDY, max_tokens=8))
+
+
+def test_a_decode_that_is_youngest_waits_for_a_block_rather_than_lose_its_own() -> None:
+    driver = Driver(config(blocks=15, block_size=1, max_batch_tokens=1, in_flight=2, prefix_caching=False))
+    wishes = {0: ([1] * 13, replace(GREEDY, max_tokens=2)), 1: ([2], replace(GREEDY, max_tokens=12))}
+    for sequence, (prompt, wish) in wishes.items():
+        driver.scheduler.add(sequence, prompt, wish)
+    while driver.scheduler.has_work:
+        driver.schedule()
+        driver.schedule()
+        for _ in list(driver.flying):
+            driver.answer()
+    assert driver.scheduler.stats.preemptions == 1
+    for sequence, (prompt, wish) in wishes.items():
+        driver.assert_as_alone(sequence, prompt, wish)
+
+
+def test_a_preempted_sequence_stays_out_until_all_its_tokens_fit() -> None:
+    driver = Driver(config(blocks=6))
+    for sequence in range(2):
+        driver.scheduler.add(sequence, [sequence + 1] * 4, replace(GREEDY, max_tokens=16))
+    driver.run()
+    assert driver.finished == [0, 1]
+    assert driver.scheduler.stats.preemptions == 1
+
+
+def test_room_to_grow_is_left_when_another_is_admitted() -> None:
+    driver = Driver(config(blocks=4))
+    for sequence in range(2):
+        driver.scheduler.add(sequence, [sequence + 1] * 8, replace(GREEDY, max_tokens=5))
+    driver.run()
+    assert driver.finished == [0, 1]
+    assert driver.scheduler.stats.preemptions == 0
+
+
+def test_the_rest_of_a_prompt_under_way_is_not_promised_to_another() -> None:
+    driver = Driver(config(blocks=10, max_batch_tokens=4, in_flight=2))
+    for sequence in range(2):
+        driver.scheduler.add(sequence, [sequence + 1] * 24, GREEDY)
+    driver.run()
+    assert driver.finished == [0, 1]
+    assert driver.scheduler.stats.preemptions == 0
+
+
+def test_idle_blocks_of_a_found_prefix_count_as_taken() -> None:
+    driver = Driver(config(blocks=4))
+    prompt = list(range(1, 10))
+    driver.scheduler.add(0, prompt, replace(GREEDY, max_tokens=1))
+    driver.run()
+    driver.scheduler.add(1, [1] * 4, replace(GREEDY, max_tokens=6))
+    driver.step()
+    driver.scheduler.add(2, [*prompt, 1, 2, 3], replace(GREEDY, max_tokens=4))
+    driver.run()
+    assert driver.finished == [0, 1, 2]
+    assert driver.scheduler.stats.preemptions == 0
+
+
+def test_a_prefill_cut_short_by_preemption_scores_each_prompt_token_once() -> None:
+    driver = Driver(config(blocks=12, block_size=1, max_batch_tokens=2))
+    wish = replace(GREEDY, max_tokens=3, prompt_logprobs=0)
+    driver.scheduler.add(0, [1], GREEDY)
+    driver.step()
+    driver.scheduler.add(1, [2, 3, 1, 2, 1, 3, 3, 1], wish)
+    driver.run()
+    assert driver.scheduler.stats.preemptions == 1
+    driver.assert_as_alone(0, [1], GREEDY)
+    driver.assert_as_alone(1, [2, 3, 1, 2, 1, 3, 3, 1], wish)
 
 
 def test_nobody_overtakes_a_request_that_waits_for_room() -> None:
@@ -266,19 +354,24 @@ def test_batches_in_flight_are_about_equal(sequences: int) -> None:
         sizes.append([len(batch.chunks) for batch, _ in driver.flying])
         driver.answer()
     assert sizes[0] == sorted((len(range(i, sequences, 4)) for i in range(4)), reverse=True)
-    assert all(len(round) == 4 and max(round) - min(round) <= 1 for round in sizes)
+    assert all(len(turn) == 4 and max(turn) - min(turn) <= 1 for turn in sizes)
 
 
-def test_batches_that_have_merged_are_split_again() -> None:
-    driver = Driver(config(in_flight=4, blocks=200, max_positions=200))
-    for sequence in range(8):
-        driver.scheduler.add(sequence, [sequence + 1] * 3, replace(GREEDY, max_tokens=100))
-        driver.step()  # alone so far: one batch after the other
-    for _ in range(8):
+def test_batches_that_have_become_unequal_are_evened_out_before_anybody_joins() -> None:
+    driver = Driver(config(in_flight=4, blocks=200))
+    for sequence in range(20):
+        stays = sequence < 5 or sequence in (5, 10, 15)
+        driver.scheduler.add(sequence, [sequence + 1] * 3, replace(GREEDY, max_tokens=40 if stays else 1))
+    sizes = []
+    for turn in range(9):
         while driver.scheduler.can_schedule:
             driver.schedule()
+        sizes.append([len(batch.chunks) for batch, _ in driver.flying])
+        if turn == 4:  # the batch of five is about to return
+            driver.scheduler.add(20, [9] * 3, replace(GREEDY, max_tokens=40))
         driver.answer()
-    assert [len(batch.chunks) for batch, _ in driver.flying] == [2, 2, 2]
+    assert sizes[0] == [5, 5, 5, 5]
+    assert sizes[4:] == [[5, 1, 1, 1], [1, 1, 1, 2], [1, 1, 2, 2], [1, 2, 2, 2], [2, 2, 2, 3]]
 
 
 def test_an_aborted_sequence_in_flight_keeps_its_blocks_until_the_batch_returns() -> None:
@@ -311,6 +404,17 @@ def test_a_row_that_is_not_finite_ends_its_sequence_only() -> None:
     outputs = driver.scheduler.update(batch, [Sampled(bad.sequence, None), good])
     assert [(o.tokens, o.finish_reason) for o in outputs] == [((), "error"), ((good.token,), None)]
     assert driver.scheduler.stats.running == 1
+
+
+def test_no_more_batches_are_under_way_than_may_be() -> None:
+    driver = Driver(config())
+    driver.scheduler.add(0, [1], GREEDY)
+    driver.schedule()
+    driver.scheduler.add(1, [2], GREEDY)
+    assert not driver.scheduler.can_schedule
+    assert driver.schedule().chunks == ()
+    driver.answer()
+    assert [c.sequence for c in driver.schedule().chunks] == [0, 1]
 
 
 def test_hints_and_counts() -> None:

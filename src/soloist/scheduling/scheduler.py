@@ -179,15 +179,14 @@ class Scheduler:
     def _preempt(self, state: SequenceState) -> None:
         del self._ready[state.id], self._running[state.id]
         self._pool.release(state.blocks)
-        state.computed, state.cached, state.blocks = 0, 0, ()
+        state.computed, state.blocks = 0, ()
         heapq.heappush(self._waiting, state)
         self._preemptions += 1
 
     def _admit(self) -> SequenceState | None:
         """Start the oldest waiting sequence, if its turn has come and the cache has room for all of its tokens.
 
-        Nobody is admitted while a running sequence had to stay behind. One block is left for each running sequence
-        to grow into, lest those admitted be preempted at once.
+        Nobody is admitted while a running sequence had to stay behind.
         """
         while self._waiting and self._waiting[0].finish_reason is not None:
             heapq.heappop(self._waiting)
@@ -196,7 +195,7 @@ class Scheduler:
         state = self._waiting[0]
         found = self._find_prefix(state)
         needed = self.config.blocks_for(state.pending) - len(found) + self._pool.idle_among(found)
-        if needed + len(self._running) > self._pool.available:
+        if needed > self._spare_blocks():
             return None
         heapq.heappop(self._waiting)
         self._pool.hold(found)
@@ -205,6 +204,15 @@ class Scheduler:
         self._prefix_queries += len(state.tokens)
         self._running[state.id] = self._ready[state.id] = state
         return state
+
+    def _spare_blocks(self) -> int:
+        """Blocks that a new sequence may count on, lest it be preempted at once.
+
+        Each running sequence is left one to grow into, and those for what is missing of its prompt.
+        """
+        prefills = (state for state in self._running.values() if state.pending > 1)
+        missing = sum(self.config.blocks_for(len(state.tokens)) - len(state.blocks) for state in prefills)
+        return self._pool.available - len(self._running) - missing
 
     def _find_prefix(self, state: SequenceState) -> tuple[int, ...]:
         """Cached blocks that the sequence can start from. Its last token is always computed: its logits are wanted."""
