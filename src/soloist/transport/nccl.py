@@ -104,7 +104,7 @@ class NcclTransport(Transport):
         counts = self._counts
         with torch.cuda.stream(counts.stream):
             counts.load(send_counts)
-            self._run(self._group.alltoall_base, counts.received_M, counts.sent_M, [], [], where=where)
+            self._run(self._group.alltoall_base, counts.received_M, counts.sent_M, [], [], where=where).wait()
             event = counts.fetch()
         self._wait_for(event, where)
         received = counts.host_received_M.tolist()
