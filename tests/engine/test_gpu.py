@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
-from soloist.engine.llm import LLM
+from soloist.engine.llm import LLM, Prompt
 from soloist.engine.outputs import RequestOutput
 from soloist.scheduling.request import SamplingParams
 
@@ -15,16 +17,23 @@ NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
 PROMPTS = ["It was a dark and stormy night, and", "The old house upon the hill", "My dear Watson,", "She"]
 GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
 SCORED = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-BF16_NATS = 0.15  # of a token's log probability: 8 bits of mantissa through six layers and an output head
+BF16_NATS = 0.08  # mean over tokens; transformers' own bf16 differs from its fp32 by 0.05 on these prompts
 
 
-def answer(layout: str, dtype: str, params: SamplingParams) -> list[RequestOutput]:
+def answer(layout: str, dtype: str, params: SamplingParams, prompts: Sequence[Prompt] = PROMPTS) -> list[RequestOutput]:
     with LLM(NOVELS, layout=layout, device="cuda", dtype=dtype, show_progress=False) as llm:
-        return llm.generate(PROMPTS, params)
+        return llm.generate(prompts, params)
 
 
-def scores(outputs: list[RequestOutput]) -> list[float]:
-    return [token.logprob for output in outputs for token in output.prompt_logprobs]
+def scores(layout: str, dtype: str, answers: list[RequestOutput]) -> list[float]:
+    """Log probabilities of all tokens of earlier answers but their first ones."""
+    texts = [[*answer.prompt_tokens, *answer.outputs[0].tokens] for answer in answers]
+    scored = answer(layout, dtype, SCORED, texts)
+    return [token.logprob for output in scored for token in output.prompt_logprobs]
+
+
+def mean_difference(found: list[float], expected: list[float]) -> float:
+    return mean(abs(a - b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +42,14 @@ def one_gpu() -> list[RequestOutput]:
 
 
 @pytest.fixture(scope="module")
-def one_gpu_scores() -> list[float]:
-    return scores(answer("ep1", "float32", SCORED))
+def one_gpu_scores(one_gpu: list[RequestOutput]) -> list[float]:
+    return scores("ep1", "float32", one_gpu)
 
 
 @pytest.mark.gpu
-def test_shipped_model_in_bf16_is_within_rounding_of_fp32(one_gpu_scores: list[float]) -> None:
-    found = scores(answer("ep1", "bfloat16", SCORED))
-    assert len(found) == len(one_gpu_scores) > 20
-    assert max(abs(a - b) for a, b in zip(found, one_gpu_scores, strict=True)) < BF16_NATS
+def test_shipped_model_in_bf16_is_within_rounding_of_fp32(one_gpu, one_gpu_scores: list[float]) -> None:
+    assert len(one_gpu_scores) > 200
+    assert mean_difference(scores("ep1", "bfloat16", one_gpu), one_gpu_scores) < BF16_NATS
 
 
 @pytest.mark.gpu
@@ -74,6 +82,5 @@ def test_two_gpus_give_the_text_of_one_in_fp32(layout: str, one_gpu: list[Reques
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
-def test_two_gpus_are_within_bf16_rounding_of_one(layout: str, one_gpu_scores: list[float]) -> None:
-    found = scores(answer(layout, "bfloat16", SCORED))
-    assert max(abs(a - b) for a, b in zip(found, one_gpu_scores, strict=True)) < BF16_NATS
+def test_two_gpus_are_within_bf16_rounding_of_one(layout: str, one_gpu, one_gpu_scores: list[float]) -> None:
+    assert mean_difference(scores(layout, "bfloat16", one_gpu), one_gpu_scores) < BF16_NATS
