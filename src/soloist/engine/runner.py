@@ -17,16 +17,18 @@ from soloist.engine.sampler import prompt_logprobs, sample
 from soloist.engine.world import World
 from soloist.frontend.wire import Figures
 from soloist.models.decoder import Decoder
+from soloist.models.layers import TokenSplit
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput
 from soloist.models.weights import WeightSource
 from soloist.moe.experts import Experts
 from soloist.moe.layer import MoELayer
+from soloist.moe.recorder import RoutingRecorder
 from soloist.moe.router import Router, SlotTable
 from soloist.moe.stats import LoadStats
 from soloist.placement.placement import Placement
 from soloist.scheduling.request import Sampled, StepBatch
-from soloist.specs.layout import Layout
+from soloist.specs.layout import Layout, share
 from soloist.specs.model import ModelSpec
 from soloist.timing import Stopwatch
 
@@ -47,7 +49,8 @@ class Runner:
         placement.check(spec, layout)
         self.spec, self.world, self.options = spec, world, options
         self.device, self.dtype = source.device, source.dtype
-        self.watch, self.stats = Stopwatch(self.device, options.measure), LoadStats(spec.experts)
+        self.watch, self.recorder = Stopwatch(self.device, options.measure), self._recorder(layout)
+        self.stats = LoadStats(spec.experts, recorder=self.recorder)
         self.steps = 0
         self.rope = Rope(spec.rope, self.device)
         moe = dict(self._moe_layers(layout, placement, source))
@@ -82,6 +85,13 @@ class Runner:
                 ),
             )
 
+    def _recorder(self, layout: Layout) -> RoutingRecorder | None:
+        if self.options.record is None:
+            return None
+        stage, spec = layout.stage_layers(self.world.seat.stage, self.spec.layers), self.spec
+        layers = [layer for layer in spec.moe_layers if layer in stage]
+        return RoutingRecorder(self.options.record, self.world.seat.rank, layers, spec.experts, spec.router.top_k)
+
     def allocate(self, blocks: int) -> None:
         """Make the KV cache, after the ranks of a sequence have agreed on the number of blocks."""
         self.kv_blocks = blocks
@@ -106,6 +116,8 @@ class Runner:
         seat, replicated = self.world.seat, max(batch.peak, batch.tokens) < self.options.replicate_below
         step = StepInput.of(batch, self.options.block_size, self.rope, replicated, self.device, self.dtype)
         split = self.decoder.split(step)
+        if self.recorder:
+            self.recorder.begin(batch, self._dispatched(split))
         x_tD = (
             self.decoder.embed(step, split)
             if seat.is_first_stage
@@ -123,7 +135,17 @@ class Runner:
         bytes_to, waited_s = self.world.take_traffic()
         seconds, steps, self.steps = self.watch.take(), self.steps, 0
         kv_bytes = sum(cache.nbytes for cache in self.caches)
-        return Figures(self.world.seat.rank, seconds, waited_s, bytes_to, self.weight_bytes, kv_bytes, steps)
+        routing = self.recorder.take() if self.recorder else b""
+        return Figures(self.world.seat.rank, seconds, waited_s, bytes_to, self.weight_bytes, kv_bytes, steps, routing)
+
+    def _dispatched(self, split: TokenSplit) -> tuple[int, int] | None:
+        """The tokens of a step that this rank sends to experts; None where another rank of its TP group counts them."""
+        seat = self.world.seat
+        if not split.replicated:
+            return share(split.tokens, split.size, seat.attention_index)
+        if seat.tp_index:
+            return None
+        return share(split.tokens, split.size // seat.layout.tp, seat.attention_index // seat.layout.tp)
 
     def _receive(self, step: StepInput, tokens: int) -> Tensor:
         stage = self.world.seat.stage - 1

@@ -83,7 +83,7 @@ class Tokens(Message):
 
 
 class Figures(Message):
-    """What a rank did since it was last asked: seconds of each phase, bytes to each rank, memory."""
+    """What a rank did since it was last asked: seconds of each phase, bytes to each rank, memory, routing."""
 
     rank: int
     seconds: dict[str, float]  # by phase; with options.measure only
@@ -92,6 +92,7 @@ class Figures(Message):
     weight_bytes: int
     kv_bytes: int
     steps: int
+    routing: bytes = b""  # what the rank recorded (placement/recording.py); with options.record only
 
 
 class WakeMe(Message):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from soloist.dispatch.base import ExpertBatch
+from soloist.moe.recorder import RoutingRecorder
 from soloist.moe.router import Routing
 
 
@@ -25,12 +26,15 @@ class LayerLoad:
 class LoadStats:
     """Counters of all MoE layers of a rank. Recording stays on the device and waits for nothing."""
 
-    def __init__(self, experts: int, enabled: bool = False) -> None:
-        self.experts, self.enabled = experts, enabled
+    def __init__(self, experts: int, enabled: bool = False, recorder: RoutingRecorder | None = None) -> None:
+        """`recorder` gets every routing, whether counting is enabled or not."""
+        self.experts, self.enabled, self.recorder = experts, enabled, recorder
         self._layers: dict[int, LayerLoad] = {}
 
     def record(self, layer: int, routing: Routing, batch: ExpertBatch) -> None:
         """Count one pass through a layer, if enabled."""
+        if self.recorder:
+            self.recorder.record(layer, routing.expert_ids_TK)
         if not self.enabled:
             return
         ids = routing.expert_ids_TK.flatten()

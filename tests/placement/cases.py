@@ -1,0 +1,41 @@
+"""Small models and routings that the placement tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from soloist.placement.trace import RoutingTrace, Sample, TraceModel
+from soloist.specs.model import AttentionSpec, ExpertSpec, ModelSpec, RopeSpec, RouterSpec
+
+
+def tiny_spec(experts: int = 6, top_k: int = 2) -> ModelSpec:
+    """Three layers, the first of them dense."""
+    return ModelSpec(
+        name="tiny",
+        family="qwen3_moe",
+        layers=3,
+        d_model=8,
+        vocab=11,
+        max_positions=32,
+        attention=AttentionSpec(heads=2, kv_heads=1, head_dim=4, v_head_dim=4, scale=0.5),
+        rope=RopeSpec(width=4),
+        experts=experts,
+        router=RouterSpec(top_k=top_k),
+        expert=ExpertSpec(width=5),
+        dense_layers=(0,),
+        dense_width=7,
+    )
+
+
+def random_trace(experts: int = 6, top_k: int = 2, tokens: int = 20, seed: int = 0, topics: int = 0) -> RoutingTrace:
+    """Routing of `tiny_spec`. With topics, experts of one topic are chosen together."""
+    rng = np.random.default_rng(seed)
+    scores_LTE = rng.random((2, tokens, experts)) * rng.random((2, 1, experts))
+    if topics:
+        topic_LE = rng.integers(topics, size=(2, 1, experts))
+        scores_LTE += topic_LE == rng.integers(topics, size=(2, tokens, 1))
+    ids_LTK = np.argsort(-scores_LTE, axis=2)[:, :, :top_k]
+    length = max(1, tokens // 4)
+    sequence_T, position_T = np.divmod(np.arange(tokens), length)
+    sample = Sample(ids_LTK, rng.integers(11, size=tokens), sequence_T, position_T, sequence_T, position_T)
+    return RoutingTrace.of_sample(TraceModel.of(tiny_spec(experts, top_k)), sample)
