@@ -12,11 +12,11 @@ Point-to-point messages go through a ring that the sender makes for each peer wh
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from itertools import accumulate
+from struct import Struct
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class SharedMemoryTransport(ExchangeTransport):
         self._under_way: deque[_Exchange] = deque()
         self._started = 0
         self._outboxes: defaultdict[int, _Outbox] = defaultdict(_Outbox)
-        self._inboxes: dict[tuple[int, int], mmap.mmap] = {}
+        self._inboxes: dict[tuple[int, int], memoryview] = {}
         self._subgroups: defaultdict[tuple[int, ...], int] = defaultdict(int)
 
     def _join(self) -> Segment:
@@ -116,7 +116,7 @@ class SharedMemoryTransport(ExchangeTransport):
         pair, segment = (self.rank, peer), self._segment
         number = int(segment.sent_NN[pair])
         self.wait_for(segment.taken_NN[self.rank, peer : peer + 1], number - RING + 1, (peer,), where)
-        segment.letters_NN[pair][number % RING] = self._outboxes[peer].put(as_bytes(x_N), number % RING)
+        segment.letters_NN[pair][number % RING] = self._outboxes[peer].put(as_bytes(x_N.contiguous()), number % RING)
         segment.sent_NN[pair] = number + 1
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, peer: int, where: str = "") -> Tensor:
@@ -126,14 +126,14 @@ class SharedMemoryTransport(ExchangeTransport):
         fd, start, length = segment.letters_NN[pair][number % RING].tolist()
         message = torch.empty(*shape, dtype=dtype)
         assert message.nbytes == length, f"{length} bytes from rank {self.ranks[peer]}, {message.nbytes} were expected"
-        as_bytes(message)[:] = np.frombuffer(self._inbox(peer, fd, where), np.uint8, length, offset=start)
+        as_bytes(message)[:] = self._inbox(peer, fd, where)[start : start + length]
         segment.taken_NN[pair] = number + 1
         return message
 
-    def _inbox(self, peer: int, fd: int, where: str) -> mmap.mmap:
+    def _inbox(self, peer: int, fd: int, where: str) -> memoryview:
         key = (peer, fd)
         if key not in self._inboxes:
-            self._inboxes[key] = open_memory(int(self._segment.pid_N[peer]), fd)
+            self._inboxes[key] = memoryview(open_memory(int(self._segment.pid_N[peer]), fd))
             if self._segment.left_N[peer]:  # then its descriptors may already mean something else
                 raise CommunicationError(self.ranks[self.rank], self.ranks[peer], where, "has closed")
         return self._inboxes[key]
@@ -165,8 +165,8 @@ class _Lane:
 
     def __init__(self, segment: Segment, lane: int) -> None:
         self.published_N, self.read_N = segment.published_LN[lane], segment.read_LN[lane]
-        self.heads_N3N, slabs_NB = segment.heads_LN3N[lane], segment.slabs_LNB[lane]
-        self.slab_bytes, self.slabs_B = slabs_NB.shape[1], slabs_NB.reshape(-1)
+        self.heads_N3N, self.head = segment.heads_LN3N[lane], Struct(f"{3 * len(segment.pid_N)}q")
+        self.slabs, self.slab_bytes = segment.slabs(lane), segment.slab_bytes
         self.rounds = 0  # that went through this lane so far: every member arrives at the same number
 
 
@@ -200,14 +200,14 @@ class _Exchange:
         heads = lane.heads_N3N[:, :, me].tolist()
         counts = [count for count, _, _ in heads]
         rows_RW = self.rows_RW.new_empty(sum(counts), *self.rows_RW.shape[1:])
-        target_B = as_bytes(rows_RW)
+        target = as_bytes(rows_RW)
         longest = self.width * max(total for _, _, total in heads)
         for first in range(0, max(longest, 1), lane.slab_bytes):
             if first:
                 self._wait_for(lane.read_N)
                 self._publish(first)
                 self._wait_for(lane.published_N)
-            self._copy(target_B, heads, first)
+            self._copy(target, heads, first)
             lane.read_N[me] = lane.rounds
         self.received = rows_RW, counts
 
@@ -215,32 +215,29 @@ class _Exchange:
         self.transport.wait_for(flags_N, self.lane.rounds, self.transport.members, self.where)
 
     def _write_head(self, send_counts: Sequence[int] | None) -> None:
-        total, head_3N = len(self.rows_RW), self.lane.heads_N3N[self.transport.rank]
-        if send_counts is None:
-            head_3N[0], head_3N[1], head_3N[2] = total, 0, total
-        else:
-            ends = accumulate(send_counts)
-            head_3N[0], head_3N[2] = send_counts, total
-            head_3N[1] = [end - count for end, count in zip(ends, send_counts, strict=True)]
+        size, total = self.transport.size, len(self.rows_RW)
+        counts = [total] * size if send_counts is None else send_counts
+        starts = [0] * size if send_counts is None else list(accumulate(send_counts[:-1], initial=0))
+        self.lane.head.pack_into(self.lane.heads_N3N[self.transport.rank], 0, *counts, *starts, *[total] * size)
 
     def _publish(self, first: int) -> None:
         """Put a slab's worth of this member's bytes, from `first` on, into the lane, then raise the flag."""
         me, lane = self.transport.rank, self.lane
-        chunk_B = as_bytes(self.rows_RW)[first : first + lane.slab_bytes]
+        chunk = as_bytes(self.rows_RW)[first : first + lane.slab_bytes]
         start = me * lane.slab_bytes
-        lane.slabs_B[start : start + len(chunk_B)] = chunk_B
+        lane.slabs[start : start + len(chunk)] = chunk
         lane.rounds += 1
         lane.published_N[me] = lane.rounds
 
-    def _copy(self, target_B: np.ndarray, heads: list[list[int]], first: int) -> None:
+    def _copy(self, target: memoryview, heads: list[list[int]], first: int) -> None:
         """From every slab, which holds its source's bytes from `first` on, to where they belong in the result."""
-        slab_bytes, slabs_B, width = self.lane.slab_bytes, self.lane.slabs_B, self.width
+        slab_bytes, slabs, width = self.lane.slab_bytes, self.lane.slabs, self.width
         slab, position = -first, 0
         for count, start, _ in heads:
             low, high = max(start * width, first), min((start + count) * width, first + slab_bytes)
             if low < high:
                 to = position + low - start * width
-                target_B[to : to + high - low] = slabs_B[slab + low : slab + high]
+                target[to : to + high - low] = slabs[slab + low : slab + high]
             slab += slab_bytes
             position += count * width
 
@@ -251,21 +248,21 @@ class _Outbox:
     def __init__(self) -> None:
         self.room = 0
         self.fds: list[int] = []  # older rings stay: the peer may not have read them
-        self.ring_B = np.empty(0, np.uint8)
+        self.ring = memoryview(b"")
 
-    def put(self, message_B: np.ndarray, slot: int) -> tuple[int, int, int]:
+    def put(self, message: memoryview, slot: int) -> tuple[int, int, int]:
         """Where the peer finds it: descriptor, offset, bytes."""
-        if not self.fds or len(message_B) > self.room:
-            self._grow(len(message_B))
+        if not self.fds or len(message) > self.room:
+            self._grow(len(message))
         start = slot * self.room
-        self.ring_B[start : start + len(message_B)] = message_B
-        return self.fds[-1], start, len(message_B)
+        self.ring[start : start + len(message)] = message
+        return self.fds[-1], start, len(message)
 
     def _grow(self, least: int) -> None:
         self.room = max(LETTER_BYTES, 1 << (least - 1).bit_length() if least else 0)
         fd, memory = make_memory(RING * self.room)
         self.fds.append(fd)
-        self.ring_B = np.frombuffer(memory, np.uint8)
+        self.ring = memoryview(memory)
 
     def close(self) -> None:
         for fd in self.fds:
@@ -273,6 +270,10 @@ class _Outbox:
         self.fds.clear()
 
 
-def as_bytes(x_N: Tensor) -> np.ndarray:
-    """The tensor's memory, or a copy of it if it is not contiguous."""
-    return x_N.detach().reshape(-1).view(torch.uint8).numpy()
+def as_bytes(x_N: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    if not x_N.numel():
+        return memoryview(b"")
+    if x_N.itemsize < 4 and x_N.is_floating_point():  # numpy does not know all of these
+        x_N = x_N.view(torch.int8 if x_N.itemsize == 1 else torch.int16)
+    return memoryview(x_N.numpy()).cast("B")

@@ -56,8 +56,13 @@ class Segment:
         self.pid_N, self.left_N, self.token = arrays[:3]
         self.published_LN, self.read_LN, self.heads_LN3N = arrays[3:6]
         self.sent_NN, self.taken_NN, self.letters_NN = arrays[6:]
-        data = np.frombuffer(memory, np.uint8, LANES * size * slab_bytes, offset=_flag_bytes(size))
-        self.slabs_LNB = data.reshape(LANES, size, slab_bytes)
+        self.slab_bytes = slab_bytes
+        self._slabs = memoryview(memory)[_flag_bytes(size) :]
+
+    def slabs(self, lane: int) -> memoryview:
+        """The slabs of all members, one behind the other. A memoryview copies slices in half of numpy's time."""
+        lane_bytes = len(self._slabs) // LANES
+        return self._slabs[lane * lane_bytes : (lane + 1) * lane_bytes]
 
 
 def _flag_shapes(size: int) -> tuple[tuple[int, ...], ...]:
