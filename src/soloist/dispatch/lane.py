@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from soloist.errors import CapacityError
-from soloist.kernels.flags import FLAG_BYTES
+from soloist.kernels.flags import FLAG_BYTES, PHASES
 from soloist.transport.symmetric import Window
 
-PHASES = ("choices", "rows", "home")  # one flag a rank and phase
 FP8 = torch.float8_e4m3fn
 
 
@@ -97,7 +96,7 @@ class Lane:
         self._rows = shape.rows
         self.slots_RK = window.view(self.at.slots, (shape.rows, shape.top_k), torch.int32)
         self.weights_RK = window.view(self.at.weights, (shape.rows, shape.top_k), torch.float32)
-        self.calls = empty(1, dtype=torch.int64, device=device)
+        self.calls = empty(len(PHASES), FLAG_BYTES // 8, dtype=torch.int64, device=device)
         # Zeroed once: entries behind the last offset are always valid rows, whoever reads them.
         self.row_X = empty(shape.rows * shape.most, dtype=torch.int64, device=device)
         self.weight_X = empty(shape.rows * shape.most, dtype=torch.float32, device=device)
@@ -108,6 +107,10 @@ class Lane:
         """This rank's flags of a phase, by sender."""
         ranks = self.window.ranks
         return self.window.view(self.at.flags(phase), (ranks, FLAG_BYTES // 8), torch.int64)
+
+    def awaited(self, phase: str) -> tuple[Tensor, Tensor]:
+        """What a wait compares: the phase's flags, and how many calls had it."""
+        return self.flags(phase), self.calls[PHASES.index(phase)]
 
     def rows_RD(self, shape: ExchangeShape, rank: int | None = None) -> Tensor:
         return self.window.view(self.at.rows, (shape.rows, shape.d_model), shape.row_dtype, rank)

@@ -33,11 +33,12 @@ from soloist.transport.symmetric import Watch
 
 @dataclass(frozen=True)
 class Form:
-    """How a call is carried out. `programs` limits the SMs that it takes; `block` is the chunk of a row."""
+    """How a call is carried out. No kernel takes more SMs than `programs`."""
 
     name: str  # latency, push, copy
     programs: int = 528
-    block: int = 8192
+    block: int = 8192  # elements of a row that a program moves at a time
+    stages: int = 1  # of them that it loads ahead
     pull: bool = True  # push and copy forms: the sum reads from the peers instead of having blocks copied home
 
     def chunks(self, d_model: int, whole: bool = False) -> tuple[int, int, int]:
@@ -138,19 +139,21 @@ class OneSidedDispatcher:
         self._push(ticket, x_TD, "none", choices=True)
         with self.side.fork():
             self._send_rows(ticket, x_TD)
-        return Arriving(self, ticket)
+        return Arriving(self, ticket, self.side.mark())
 
     def _send_rows(self, ticket: Ticket, x_TD: Tensor) -> None:
         if self.form.name == "push":
             self._push(ticket, x_TD, "all", choices=False)
             return
-        self._push(ticket, x_TD, "own", choices=False)
         lane, shape = ticket.lane, ticket.shape
         first = shape.order(self.rank) * shape.capacity
         block = slice(first, first + len(x_TD))
-        for step in range(1, shape.ranks):
+        if shape.fp8:
+            self._push(ticket, x_TD, "own", choices=False)
+            x_TD = lane.rows_RD(shape)[block]
+        for step in range(1, shape.ranks + 1 - shape.fp8):
             peer = (self.rank + step) % shape.ranks
-            lane.rows_RD(shape, peer)[block].copy_(lane.rows_RD(shape)[block] if shape.fp8 else x_TD)
+            lane.rows_RD(shape, peer)[block].copy_(x_TD)
             if shape.fp8:
                 lane.scale_R(shape, peer)[block].copy_(lane.scale_R(shape)[block])
         self._signal(lane, "rows")
@@ -166,19 +169,20 @@ class OneSidedDispatcher:
             at.rows, at.scales, at.slots, at.weights, at.flags("choices" if choices else "rows"),
             D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks,
             CHOICES=choices, ROWS=rows, QUANTISE=shape.fp8, SIGNAL=rows != "own",
-            num_warps=1 if rows == "none" else warps,
+            STAGES=1 if rows == "none" else self.form.stages, num_warps=1 if rows == "none" else warps,
         )  # fmt: skip
 
-    def _receive(self, ticket: Ticket) -> ExpertBatch:
+    def _receive(self, ticket: Ticket, sent: torch.cuda.Event | None) -> ExpertBatch:
         lane, shape = ticket.lane, ticket.shape
         block = min(1024, max(16, _power(shape.rows)))
         index_kernel[(max(shape.slots, 1),)](
-            lane.slots_RK, lane.weights_RK, lane.flags("choices"), lane.calls, *self._watching(ticket),
+            lane.slots_RK, lane.weights_RK, *lane.awaited("choices"), *self._watching(ticket),
             lane.row_X, lane.weight_X, lane.place_RK, lane.offsets_S, shape.rows,
             K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=8 if block > 256 else 4,
         )  # fmt: skip
         if self.form.name != "latency":
-            self._await(ticket, "rows")  # this rank's flag too, so its sends are over
+            self.side.join(sent)
+            self._await(ticket, "rows")
         expanded = shape.rows * shape.most
         return ExpertBatch(
             lane.rows_RD(shape), lane.row_X[:expanded], lane.weight_X[:expanded], lane.offsets_S[: shape.slots], ticket
@@ -238,11 +242,11 @@ class OneSidedDispatcher:
         block, chunks, warps = self.form.chunks(shape.d_model)
         self.side.join(sent)
         home_kernel[(max(1, min(self.form.programs, ticket.tokens * chunks)),)](
-            out_TD, ticket.choice.group_TK, lane.window.bases, lane.flags("home"), lane.calls, *self._watching(ticket),
+            out_TD, ticket.choice.group_TK, lane.window.bases, *lane.awaited("home"), *self._watching(ticket),
             ticket.tokens, shape.capacity, shape.order(self.rank) * shape.capacity, self.rank,
             lane.at.y if pulled else lane.at.home,
             D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), GROUPS=shape.groups, TP=shape.tp,
-            RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks, PULL=pulled, num_warps=warps,
+            RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks, PULL=pulled, STAGES=self.form.stages, num_warps=warps,
         )  # fmt: skip
         lane.busy = False
         return out_TD
@@ -257,7 +261,7 @@ class OneSidedDispatcher:
     def _await(self, ticket: Ticket, phase: str) -> None:
         lane = ticket.lane
         await_kernel[(1,)](
-            lane.flags(phase), lane.calls, *self._watching(ticket), RANKS=self.shape.ranks, num_warps=1
+            *lane.awaited(phase), *self._watching(ticket), RANKS=self.shape.ranks, num_warps=1
         )  # fmt: skip
 
     def dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> ExpertBatch:
@@ -273,9 +277,10 @@ class Arriving:
 
     dispatcher: OneSidedDispatcher
     ticket: Ticket
+    sent: torch.cuda.Event | None = None
 
     def wait(self) -> ExpertBatch:
-        return self.dispatcher._receive(self.ticket)
+        return self.dispatcher._receive(self.ticket, self.sent)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A flag is an int64 in the memory of the rank that waits. It only grows: one call of the exchange adds `CALL` to each
 flag of a phase, however many programs of the sender share that, and the waiting rank compares it with the number of
-calls so far, which lies on its device as well. So nothing is reset, and a CUDA graph can be replayed.
+calls with that phase so far, which lies on its device as well. So nothing is reset, and a CUDA graph can be replayed.
 
 Publishing is a release at system scope after a barrier of the program, waiting an acquire: what the sender's programs
 wrote before is seen by the programs that waited.
@@ -20,6 +20,8 @@ from soloist.kernels.language import AVAILABLE, INTERPRETED, tl, triton
 CALL = tl.constexpr(1 << 20)
 FLAG_BYTES = 128  # one flag a cache line
 STRIDE = tl.constexpr(FLAG_BYTES // 8)  # the same in flags
+PHASES = ("choices", "rows", "home")  # of a call; the latency form has no phase "rows" of its own
+PHASE_CHOICES, PHASE_ROWS, PHASE_HOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 if AVAILABLE and not INTERPRETED:
     from triton.language.extra.cuda import globaltimer
@@ -55,6 +57,13 @@ else:
 def remote(bases, peer, at, dtype: tl.constexpr):
     """The address of byte `at` of peer's window."""
     return tl.multiple_of((tl.load(bases + peer) + at).to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def count(calls, PHASE: tl.constexpr):
+    """One more call with this phase: the count stands first in line `PHASE` of `calls`."""
+    own = calls + PHASE * STRIDE
+    tl.store(own, tl.load(own) + 1)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 Shape legend: X expanded rows, S slots, D input width, N output width. `SP` is a power of two that covers S.
 
 A persistent grid walks over the output tiles: slot by slot, then by columns, then by rows, so that the row tiles of a
-slot share each weight tile while it is in the L2. The loops over tiles and over D are one loop, so that the loads of the
-next tile run ahead of the end of this one.
+slot share each weight tile while it is in the L2. The loops over tiles and over D are one loop, so that the loads of
+the next tile run ahead of the end of this one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from soloist.kernels.language import TensorDescriptor, tl, triton
+
+
+BLOCK = 128  # side of the blocks of weights that share a scale
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,28 @@ def grouped_gemm(
 ) -> Tensor:
     """out_XN: each expanded row times the weight of its slot; rows behind the last offset are left as they are.
 
-    x: `rows_RD` with `row_X`, else `x_XD`; bf16, fp16 or fp32, or fp8 with `scale_R` (of a row of x) and `scale_SN`.
+    x: `rows_RD` with `row_X`, else `x_XD`; bf16, fp16 or fp32, or fp8 with scales: a scale a row in `scale_R` (of x)
+    and `scale_SN`, or `[R, D / 128]` and `[S, N / 128, D / 128]` for blocks (kernels/quantise.py).
     gated: weight is `[S, 2N, D]`, gate above up, and the result is silu(gate) · up. Sums are fp32. D and N must be
     multiples of the tile's bk and bn.
     """
     slots, height, d = weight_SND.shape
     n = height // 2 if gated else height
-    assert d % tile.bk == 0 and n % tile.bn == 0, f"{tile} does not divide {d} and {n}"
+    assert (d % tile.bk, n % tile.bn) == (0, 0), f"{tile} does not divide {d} and {n}"
+    scaled = scale_R is not None
+    blocked = scaled and scale_R.numel() > len(x)
+    assert not blocked or tile.bk == BLOCK, "a step of the sum must be a block"
     if out_XN is None:
         out_XN = torch.empty(len(x) if row_X is None else len(row_X), n, dtype=dtype or x.dtype, device=x.device)
-    weight = TensorDescriptor.from_tensor(weight_SND.view(-1, d), [tile.bn, tile.bk])
+    if gated:
+        weight = TensorDescriptor.from_tensor(weight_SND.view(2 * slots, n, d), [2, tile.bn, tile.bk])
+    else:
+        weight = TensorDescriptor.from_tensor(weight_SND.view(slots * n, d), [tile.bn, tile.bk])
     grouped_gemm_kernel[(_programs(tile, x.device),)](
         TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]) if row_X is None else x,
         row_X, scale_R, weight, scale_SN, out_XN, offsets_S,
         SLOTS=slots, SP=1 << (slots - 1).bit_length(), D=d, N=n, BM=tile.bm, BN=tile.bn, BK=tile.bk,
-        GATED=gated, GATHER=row_X is not None, SCALED=scale_R is not None,
+        GATED=gated, GATHER=row_X is not None, SCALED=scaled and not blocked, BLOCKED=blocked,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_XN
@@ -84,18 +94,35 @@ def _locate(tile, ends_S, counts_S, tiles_S, upto_S, index_S, BM: tl.constexpr):
 
 
 @triton.jit
+def _weight_row(slot, n, N: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of the stacked weights that the columns of a tile come from."""
+    column = tl.arange(0, WIDE)
+    return slot * (N * WIDE // BN) + column // BN * N + n * BN + column % BN
+
+
+@triton.jit
+def _swiglu(acc, BM: tl.constexpr, BN: tl.constexpr):
+    """acc: gate columns, then up columns. Both lie in the same thread's registers."""
+    gate, up = acc.reshape(BM, 2, BN).permute(0, 2, 1).split()
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def grouped_gemm_kernel(
     x, row_X, scale_R, weight, scale_SN, out_XN, offsets_S,
     SLOTS: tl.constexpr, SP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GATED: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr,
+    GATED: tl.constexpr, GATHER: tl.constexpr, SCALED: tl.constexpr, BLOCKED: tl.constexpr,
 ):  # fmt: skip
     """out_XN = x_XD · weight_SND, by slot. D and N are multiples of BK and BN.
 
-    weight: descriptor of `[S · N, D]`, blocks of `[BN, BK]`. GATED: of `[S · 2N, D]`, gate above up, and the result is
-    silu(gate) · up. GATHER: `x` points to `rows_RD` and `row_X` says which row; otherwise it is a descriptor of
-    `x_XD`, blocks of `[BM, BK]`. SCALED: x and weight are fp8 with a scale a row: `scale_R` and `scale_SN`.
+    weight: descriptor of `[S · N, D]`, blocks of `[BN, BK]`. GATED: of `[S · 2, N, D]`, gate before up, blocks of
+    `[2, BN, BK]`, and the result is silu(gate) · up: one product of twice the width, which keeps the tensor cores busier
+    than two. GATHER: `x` points to `rows_RD` and `row_X` says which row; otherwise it is a descriptor of `x_XD`, blocks
+    of `[BM, BK]`. SCALED: x and weight are fp8 with a scale a row: `scale_R` and `scale_SN`. BLOCKED: they are fp8 with a
+    scale for BK columns of a row of x, and for BK × BK elements of the weight.
     """
+    WIDE: tl.constexpr = 2 * BN if GATED else BN
     programs, tile = tl.num_programs(0), tl.program_id(0)
     index_S = tl.arange(0, SP)
     ends_S = tl.load(offsets_S + index_S, mask=index_S < SLOTS, other=0)
@@ -109,8 +136,7 @@ def grouped_gemm_kernel(
     slot, first, end, n = 0, 0, 0, 0
     width = tl.full((), D, tl.int64)
     row_M = tl.zeros((BM,), tl.int64)
-    acc = tl.zeros((BM, BN), tl.float32)
-    up = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BM, WIDE), tl.float32)
     ki = -1
     for _ in range(0, mine * (D // BK)):
         ki = tl.where(ki == D // BK - 1, 0, ki + 1)
@@ -125,25 +151,23 @@ def grouped_gemm_kernel(
         else:
             a = x.load([first, ki * BK])
         if GATED:
-            acc = tl.dot(a, weight.load([slot * 2 * N + n * BN, ki * BK]).T, acc)
-            up = tl.dot(a, weight.load([slot * 2 * N + N + n * BN, ki * BK]).T, up)
+            w = weight.load([slot * 2, n * BN, ki * BK]).reshape(WIDE, BK)
         else:
-            acc = tl.dot(a, weight.load([slot * N + n * BN, ki * BK]).T, acc)
+            w = weight.load([slot * N + n * BN, ki * BK])
+        if BLOCKED:
+            at_M = first + tl.arange(0, BM)
+            scale_M = tl.load(scale_R + (row_M if GATHER else at_M) * (D // BK) + ki, mask=at_M < end, other=0.0)
+            scale_N = tl.load(scale_SN + _weight_row(slot, n, N, BN, WIDE) // BK * (D // BK) + ki)
+            acc += tl.dot(a, w.T) * scale_M[:, None] * scale_N[None, :]
+        else:
+            acc = tl.dot(a, w.T, acc)
         if ki == D // BK - 1:
             at_M = first + tl.arange(0, BM)
             column_N = n * BN + tl.arange(0, BN)
             if SCALED:
-                scale_row = tl.load(scale_R + (row_M if GATHER else at_M), mask=at_M < end, other=0.0)[:, None]
-            if GATED:
-                if SCALED:
-                    acc *= scale_row * tl.load(scale_SN + slot * 2 * N + column_N)[None, :]
-                    up *= scale_row * tl.load(scale_SN + slot * 2 * N + N + column_N)[None, :]
-                result = acc * tl.sigmoid(acc) * up
-                up = tl.zeros((BM, BN), tl.float32)
-            else:
-                if SCALED:
-                    acc *= scale_row * tl.load(scale_SN + slot * N + column_N)[None, :]
-                result = acc
+                acc *= tl.load(scale_R + (row_M if GATHER else at_M), mask=at_M < end, other=0.0)[:, None]
+                acc *= tl.load(scale_SN + _weight_row(slot, n, N, BN, WIDE))[None, :]
+            result = _swiglu(acc, BM, BN) if GATED else acc
             out = out_XN + at_M.to(tl.int64)[:, None] * N + column_N[None, :]
             tl.store(out, result.to(out_XN.dtype.element_ty), mask=(at_M < end)[:, None])
-            acc = tl.zeros((BM, BN), tl.float32)
+            acc = tl.zeros((BM, WIDE), tl.float32)

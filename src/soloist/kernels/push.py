@@ -10,7 +10,7 @@ token that does not come leaves its row unused: no slot is noted for it, and not
 
 from __future__ import annotations
 
-from soloist.kernels.flags import publish, remote
+from soloist.kernels.flags import PHASE_CHOICES, PHASE_HOME, PHASE_ROWS, count, publish, remote
 from soloist.kernels.language import tl, triton
 
 FP8_MAX = tl.constexpr(448.0)  # largest float8_e4m3fn
@@ -31,18 +31,23 @@ def push_kernel(
     tokens, capacity, first_row, me, tp, rows_at, scales_at, slots_at, weights_at, flags_at,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, QUANTISE: tl.constexpr, SIGNAL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs share the chunks of `capacity` rows; tokens beyond `tokens` are noted as going nowhere.
 
-    CHOICES: send slots and gate weights, and count the call. ROWS: "all" sends rows to every group chosen, "own" to
+    CHOICES: send slots and gate weights, and count the call; without rows, as one whose rows follow. ROWS: "all" sends rows to every group chosen, "own" to
     this rank alone, "none" to nobody. QUANTISE: rows in fp8 with one fp32 scale each (CHUNKS = 1). SIGNAL: publish.
+    STAGES: rows that a program loads ahead.
     """
     program = tl.program_id(0)
     if CHOICES and program == 0:
-        tl.store(calls, tl.load(calls) + 1)
+        count(calls, PHASE_CHOICES)
+        count(calls, PHASE_HOME)
+        if ROWS == "none":
+            count(calls, PHASE_ROWS)
     k = tl.arange(0, KP)
     width = tl.full((), D, tl.int64)
-    for unit in range(program, capacity * CHUNKS, tl.num_programs(0)):
+    for unit in tl.range(program, capacity * CHUNKS, tl.num_programs(0), num_stages=STAGES):
         t, chunk = unit // CHUNKS, unit % CHUNKS
         known_K = k < tl.where(t < tokens, K, 0)
         column = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -57,7 +62,7 @@ def push_kernel(
         if CHOICES:
             slot_K = tl.load(slot_TK + t * K + k, mask=known_K, other=-1).to(tl.int32)
             weight_K = tl.load(weight_TK + t * K + k, mask=known_K, other=0.0)
-        for step in range(RANKS):
+        for step in tl.static_range(RANKS):
             peer = (me + 1 + step) % RANKS
             if CHOICES and chunk == 0:
                 _push_choice(group_K, slot_K, weight_K, bases, peer, row, slots_at, weights_at, K, KP, tp)

@@ -56,10 +56,11 @@ class SymmetricGroup:
     name: str = field(default_factory=lambda: f"soloist-{next(_group_numbers)}")
 
     def __post_init__(self) -> None:
-        from torch._C._distributed_c10d import _SymmetricMemory
+        from torch._C import _distributed_c10d as c10d
 
-        self._backend = _SymmetricMemory
-        self._backend.set_group_info(self.name, self.rank, self.size, self.store)
+        # Symmetric memory finds ranks and store by the name of a process group; none of its collectives is used.
+        c10d._register_process_group(self.name, c10d.ProcessGroup(self.store, self.rank, self.size))
+        self._backend = c10d._SymmetricMemory
 
     def window(self, size: int) -> Window:
         """Collective: `size` bytes on every rank, zeroed."""

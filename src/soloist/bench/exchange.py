@@ -1,0 +1,148 @@
+"""`soloist bench exchange`: dispatch and combine by every form, beside NCCL, copies and what NVLink allows.
+
+Shape legend: T tokens of a rank, D model width, R rows, X expanded rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from soloist.bench.gpus import Bench, captured
+from soloist.bench.load import Load, check_batch, check_home
+from soloist.bench.report import Ceilings, Point, commit
+from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
+from soloist.dispatch.one_sided import Form, OneSidedDispatcher
+from soloist.kernels.experts import expand_rows
+from soloist.transport.symmetric import Watch
+
+
+def one_sided(bench: Bench, shape: ExchangeShape, form: Form, lanes: int = 2, deadline_s: float = 5.0):
+    """A dispatcher with windows of its own; collective."""
+    windows = [bench.group.window(WindowPlan(shape).size) for _ in range(lanes)]
+    watch = Watch(bench.rank, tuple(range(bench.size)), bench.device, deadline_s)
+    return OneSidedDispatcher.of(shape, tuple(Lane(window, shape) for window in windows), watch, form)
+
+
+@dataclass
+class ExchangeRun:
+    """One load on one dispatcher."""
+
+    bench: Bench
+    load: Load
+    dispatcher: OneSidedDispatcher
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bench, load = self.bench, self.load
+        self.inputs = [load.inputs(rank, bench.size, self.seed, bench.device) for rank in range(bench.size)]
+        self.x_TD, self.choice = self.inputs[bench.rank]
+        self.shape = self.dispatcher.shape
+
+    def answers(self, rank: int) -> Tensor:
+        """y_RD that a rank gives."""
+        generator = torch.Generator(self.bench.device).manual_seed(77 * self.seed + rank)
+        return torch.randn(self.shape.rows, self.load.d_model, generator=generator, device=self.bench.device).to(
+            self.load.dtype
+        )
+
+    def check(self) -> int:
+        """One call with poisoned buffers, compared with the definition. Returns the expanded rows of this rank."""
+        bench, dispatcher, shape = self.bench, self.dispatcher, self.shape
+        bench.barrier()  # nobody reads any more
+        for lane in dispatcher.lanes:
+            lane.rows_RD(shape).view(torch.uint8).fill_(255)  # NaN in bf16, fp16 and fp8
+            lane.home_RD(shape).fill_(float("nan"))
+            lane.y_RD(shape).fill_(float("nan"))
+        bench.barrier()
+        batch = dispatcher.start_dispatch(self.x_TD, self.choice, "bench, dispatch").wait()
+        scale_R = batch.ticket.lane.scale_R(shape) if shape.fp8 else None
+        used = check_batch(batch, self.inputs, bench.rank, scale_R)
+        answers = [self.answers(rank) for rank in range(bench.size)]
+        out_TD = dispatcher.start_combine(answers[bench.rank], batch, "bench, combine").wait()
+        check_home(out_TD, answers, self.choice, shape.order(bench.rank) * shape.capacity)
+        dispatcher.watch.check()
+        return used
+
+    def halves(self) -> tuple[float, float]:
+        """Seconds of a dispatch and of a combine from rows where the experts left them, each as a graph."""
+        state = {}
+
+        def dispatch() -> None:
+            state["batch"] = self.dispatcher.start_dispatch(self.x_TD, self.choice).wait()
+
+        def combine() -> None:
+            batch = state["batch"]
+            self.dispatcher.start_combine(self.dispatcher.room(batch), batch).wait()
+
+        self.bench.barrier()
+        for lane in self.dispatcher.lanes:
+            lane.y_RD(self.shape).normal_()
+        # Captured one after the other on one lane; the eager calls of `captured` would take the other lane's turn.
+        both = [captured(work, warm_up=0) for work in (dispatch, combine)]
+        first, second = self.bench.seconds(*both)
+        return first, second
+
+    def round_trip(self, expand: bool = True, calls: int = 10) -> float:
+        """Seconds from x to rows ready for a GEMM and from its output to x, without the GEMM: `calls` in a graph."""
+        shape = self.shape
+        y_XD = torch.randn(shape.rows * shape.most, shape.d_model, device=self.bench.device).to(shape.dtype)
+
+        def call() -> None:
+            batch = self.dispatcher.start_dispatch(self.x_TD, self.choice).wait()
+            if expand:
+                scale_R = batch.ticket.lane.scale_R(shape) if shape.fp8 else None
+                expand_rows(batch.rows_RD, batch.row_X, batch.offsets_S, scale_R, shape.dtype)
+            self.dispatcher.start_combine_expanded(y_XD, batch).wait()
+
+        def many() -> None:
+            for _ in range(calls):
+                call()
+
+        call()
+        call()
+        (seconds,) = self.bench.seconds(captured(many, warm_up=0))
+        return seconds / calls
+
+
+def yardsticks(bench: Bench, load: Load) -> Iterator[tuple[str, float]]:
+    """NCCL's equal-split exchange of as many rows as leave a rank, and a plain copy to the next rank."""
+    rows = load.tokens * (bench.size - 1)
+    sent = torch.randn(bench.size, rows // max(1, bench.size - 1), load.d_model, device=bench.device).to(load.dtype)
+    got = torch.empty_like(sent)
+    splits = [0 if peer == bench.rank else load.tokens for peer in range(bench.size)]
+    flat, into = sent.view(-1, load.d_model)[:rows], got.view(-1, load.d_model)[:rows]
+    (seconds,) = bench.seconds(lambda: dist.all_to_all_single(into, flat, splits, splits))
+    yield "NCCL all_to_all_single", seconds
+    window = bench.group.window(load.tokens * load.d_model * load.dtype.itemsize)
+    peer = (bench.rank + 1) % bench.size
+    target = window.view(0, (load.tokens, load.d_model), load.dtype, peer)
+    (seconds,) = bench.seconds(lambda: target.copy_(sent[0]))
+    yield "copy to the next rank", seconds
+
+
+def link_floor(load: Load, run: ExchangeRun, row_bytes: int, ceilings: Ceilings) -> float:
+    """Seconds for the rows of the busiest rank over its link."""
+    return max(load.remote_rows([choice for _, choice in run.inputs])) * row_bytes / ceilings.link
+
+
+def points(bench: Bench, load: Load, forms: dict[str, Form], fp8: bool = False, lanes: int = 1) -> Iterator[Point]:
+    """Dispatch and combine of a load, checked, then timed."""
+    ceilings, machine, at = Ceilings(), torch.cuda.get_device_name(bench.device), commit()
+    shape = {"T": load.tokens, "D": load.d_model, "K": load.top_k, "E": load.experts, "routing": load.routing}
+    dispatcher = one_sided(bench, load.shape(bench.size, fp8), next(iter(forms.values())), lanes)
+    for name, form in forms.items():
+        run = ExchangeRun(bench, load, dispatcher.fit(load.tokens, form))
+        run.check()
+        dispatch, combine = run.halves()
+        row = load.d_model * (1 if fp8 else load.dtype.itemsize)
+        bound = f"{ceilings.link / 1e9:.0f} GB/s NVLink"
+        floor = link_floor(load, run, row, ceilings)
+        kind = "dispatch fp8" if fp8 else "dispatch"
+        yield Point(kind, name, shape, dispatch, floor, bound, machine, at)
+        floor = link_floor(load, run, load.d_model * load.dtype.itemsize, ceilings)
+        yield Point("combine", name, shape, combine, floor, bound, machine, at)

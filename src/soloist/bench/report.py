@@ -1,0 +1,64 @@
+"""Measured points: a line of JSON for machines, a row of a table for people, the physical ceiling beside both."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine can do at best; measured on H100 (docs/benchmarks.md)."""
+
+    flops: float = 770e12
+    memory: float = 3.0e12  # bytes/s, read + write
+    link: float = 390e9  # bytes/s, one direction of NVLink
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement. `bound_by` says what `ceiling_s` is made of."""
+
+    what: str
+    variant: str
+    shape: dict[str, object]
+    seconds: float
+    ceiling_s: float
+    bound_by: str
+    machine: str = ""
+    commit: str = ""
+
+    @property
+    def fraction(self) -> float:
+        """Of the ceiling; 1 cannot be reached."""
+        return self.ceiling_s / self.seconds
+
+
+def commit() -> str:
+    """The commit of the checkout that this file lies in, or nothing."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def write_lines(points: Iterable[Point], file: IO[str]) -> None:
+    """One JSON object a line, each with its fraction of the ceiling."""
+    for point in points:
+        file.write(json.dumps(asdict(point) | {"fraction": round(point.fraction, 4)}) + "\n")
+
+
+def print_table(points: Iterable[Point], explain: bool = False) -> None:
+    """µs and fraction of the ceiling; `explain` adds what bounds each point."""
+    table = Table("what", "variant", "shape", "µs", "ceiling µs", "fraction", *(["bound by"] if explain else []))
+    for point in points:
+        shape = " ".join(f"{key}={value}" for key, value in point.shape.items())
+        figures = f"{point.seconds * 1e6:.1f}", f"{point.ceiling_s * 1e6:.1f}", f"{point.fraction:.1%}"
+        table.add_row(point.what, point.variant, shape, *figures, *([point.bound_by] if explain else []))
+    Console(width=200).print(table)

@@ -1,0 +1,101 @@
+"""Experts with SwiGLU over a batch of rows: two grouped GEMMs, and what stands before them.
+
+Shape legend: R rows, D model width, X expanded rows, S slots, F expert width.
+
+    rows_RD ─(expand)─► gate and up, silu(gate) · up ─► hidden_XF ─► down ─► y_XD
+
+Prefill expands the rows first, since TMA reads blocks of neighbouring rows; decode, which is bound by reading weights,
+lets the GEMM read each row through the index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soloist.kernels.grouped_gemm import BLOCK, Tile, grouped_gemm
+from soloist.kernels.index import expand_kernel
+from soloist.kernels.quantise import quantise
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """How the two GEMMs of a batch are cut."""
+
+    gate_up: Tile
+    down: Tile
+    gather: bool
+
+
+# Measured on H100 (docs/exchange.md): the best of seven shapes each.
+FEW_ROWS = ExpertTiles(Tile(16, 64, 256, 4, 3), Tile(64, 128, 128, 4, 4), gather=True)
+SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
+MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), gather=False)
+FP8_ROWS = ExpertTiles(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), gather=False)
+FP8_BLOCKS = ExpertTiles(Tile(128, 64, BLOCK, 8, 4), Tile(128, 128, BLOCK, 8, 4), gather=False)
+
+
+def choose_tiles(rows_per_slot: float) -> ExpertTiles:
+    """For bf16 and fp16, by the expected number of expanded rows of a slot."""
+    if rows_per_slot <= 40:
+        return FEW_ROWS
+    return SOME_ROWS if rows_per_slot <= 96 else MANY_ROWS
+
+
+def fits(tiles: ExpertTiles, d_model: int, width: int) -> bool:
+    """Whether the tiles divide these experts."""
+    up, down = tiles.gate_up, tiles.down
+    return not (d_model % up.bk or width % up.bn or width % down.bk or d_model % down.bn)
+
+
+def expand_rows(rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, scale_R: Tensor | None = None,
+                dtype: torch.dtype | None = None, programs: int = 1056) -> Tensor:  # fmt: skip
+    """x_XD: each row once for every slot that it chose; times its scale where there is one."""
+    d = rows_RD.shape[1]
+    x_XD = torch.empty(len(row_X), d, dtype=dtype or rows_RD.dtype, device=rows_RD.device)
+    block = min(2048, 1 << (d - 1).bit_length())
+    chunks = -(-d // block)
+    expand_kernel[(max(1, min(programs, len(row_X) * chunks)),)](
+        rows_RD, scale_R, row_X, offsets_S, x_XD, SLOTS=len(offsets_S), D=d, BLOCK=block, CHUNKS=chunks,
+        SCALED=scale_R is not None, num_warps=max(1, block // 1024),
+    )  # fmt: skip
+    return x_XD
+
+
+def swiglu_experts(
+    rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, gate_up_SND: Tensor, down_SDF: Tensor, tiles: ExpertTiles
+) -> Tensor:
+    """y_XD, before gate weights. gate_up: `[S, 2F, D]`, gate above up; down: `[S, D, F]`; all of one dtype."""
+    x, index = (rows_RD, row_X) if tiles.gather else (expand_rows(rows_RD, row_X, offsets_S), None)
+    hidden_XF = grouped_gemm(x, gate_up_SND, offsets_S, tiles.gate_up, index, gated=True)
+    return grouped_gemm(hidden_XF, down_SDF, offsets_S, tiles.down)
+
+
+@dataclass(frozen=True)
+class Fp8Experts:
+    """Weights in fp8 with scales: a scale a row (`[S, N]`), or one for 128 × 128 elements (`[S, N/128, D/128]`)."""
+
+    gate_up_SND: Tensor
+    gate_up_scale: Tensor
+    down_SDF: Tensor
+    down_scale: Tensor
+
+    @property
+    def width(self) -> int | None:
+        """Columns that one scale of an activation covers."""
+        return BLOCK if self.gate_up_scale.dim() == 3 else None
+
+    def forward(self, rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, tiles: ExpertTiles) -> Tensor:
+        """y_XD in rows_RD's dtype. Rows and hidden activations are quantised on the way."""
+        x_XD = expand_rows(rows_RD, row_X, offsets_S)
+        q_XD, scale_XB = quantise(x_XD, self.width, offsets_S)
+        hidden_XF = grouped_gemm(
+            q_XD, self.gate_up_SND, offsets_S, tiles.gate_up, gated=True, scale_R=scale_XB,
+            scale_SN=self.gate_up_scale, dtype=rows_RD.dtype,
+        )  # fmt: skip
+        q_XF, scale_XB = quantise(hidden_XF, self.width, offsets_S)
+        return grouped_gemm(
+            q_XF, self.down_SDF, offsets_S, tiles.down, scale_R=scale_XB, scale_SN=self.down_scale, dtype=rows_RD.dtype
+        )
