@@ -70,7 +70,9 @@ class FakeExecutor:
 
     def run(self, batch: StepBatch) -> list[Sampled] | None:
         form = torch.tensor([[batch.step, batch.peak]])
-        assert (self.world.experts.all_gather_rows(form, where=f"step {batch.step}") == form).all()
+        for group in (self.world.experts, self.world.attention):
+            if group is not None:
+                assert (group.all_gather_rows(form, where=f"step {batch.step}") == form).all()
         seat, pipeline = self.world.seat, self.world.pipeline
         if pipeline and not seat.is_first_stage:
             assert (pipeline.recv((1, 2), torch.int64, seat.stage - 1, f"step {batch.step}") == form).all()

@@ -63,11 +63,9 @@ class Crew:
         """Everybody sends the front end its figures."""
         self._send(Tell())
 
-    def dismiss(self) -> None:
-        """Everybody may go."""
-        self._send(Shutdown())
-
     def close(self) -> None:
+        """Everybody may go, however it ended."""
+        self._send(Shutdown())
         if self._hub:
             self._hub.close()
 

@@ -74,7 +74,6 @@ class Leader:
                 self.launch(msgspec.structs.replace(batch, peak=peak))
             if state == State.LAND or len(self.flying) == self.scheduler.config.in_flight:
                 self.land()
-        self.crew.dismiss()
 
     # -- a step -----------------------------------------------------------------------------------------------------
     def agree(self, batch: StepBatch) -> tuple[State, int]:
