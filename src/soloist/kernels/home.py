@@ -69,7 +69,7 @@ def home_kernel(
     out_TD, group_TK, bases, flags, calls, failed, report, code, timeout_ns,
     tokens, capacity, first_row, me, from_at,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, GROUPS: tl.constexpr, TP: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, PULL: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, PULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out_TD: for each token the sum over its groups, each rounded once.
 
@@ -80,7 +80,7 @@ def home_kernel(
     await_all(flags, calls, failed, report, code, timeout_ns, RANKS)
     k = tl.arange(0, KP)
     width = tl.full((), D, tl.int64)
-    for unit in range(tl.program_id(0), tokens * CHUNKS, tl.num_programs(0)):
+    for unit in tl.range(tl.program_id(0), tokens * CHUNKS, tl.num_programs(0), num_stages=STAGES):
         t, chunk = unit // CHUNKS, unit % CHUNKS
         column = chunk * BLOCK + tl.arange(0, BLOCK)
         group_K = tl.load(group_TK + t * K + k, mask=k < K, other=-1).to(tl.int32)
