@@ -1,0 +1,177 @@
+"""The front end against ranks that are sockets in the same thread: readiness, waking, and who is to blame."""
+
+from __future__ import annotations
+
+import pytest
+
+from soloist.errors import CheckpointError, ClusterError, RequestError
+from soloist.frontend.frontend import FrontEnd
+from soloist.frontend.sockets import Hub, Spoke
+from soloist.frontend.wire import (
+    Abort,
+    Delta,
+    Loading,
+    RankError,
+    Ready,
+    Shutdown,
+    Submit,
+    ToFrontEnd,
+    Tokens,
+    ToLeader,
+    Wake,
+    WakeMe,
+)
+from soloist.scheduling.config import SchedulerConfig
+from soloist.scheduling.request import SamplingParams
+from soloist.scheduling.scheduler import SchedulerStats
+from soloist.specs.layout import Layout
+
+STATS = SchedulerStats(0, 1, 0, 1, 8, 0, 0, 0)
+SIZES = SchedulerConfig(blocks=8, block_size=4, max_positions=64)
+
+
+class World:
+    """A front end, and the ranks' ends of its connections."""
+
+    def __init__(self, folder, layout: str) -> None:
+        self.gone: dict[int, str] = {}
+        self.hub: Hub[ToFrontEnd] = Hub(f"ipc://{folder}/front", ToFrontEnd)
+        self.front = FrontEnd(Layout.parse(layout), 50, self.hub, 1.0, lambda: self.gone)
+        self.ranks = [Spoke(self.hub.address, rank, ToLeader) for rank in range(self.front.layout.size)]
+
+    def ready(self) -> World:
+        for rank, spoke in enumerate(self.ranks):
+            spoke.send(Ready(SIZES if rank in self.front.leaders else None))
+        self.front.wait_ready(5, lambda ranks: None)
+        return self
+
+    def close(self) -> None:
+        self.front.close()
+        for spoke in self.ranks:
+            spoke.close()
+
+
+@pytest.fixture
+def world(tmp_path):
+    worlds = []
+
+    def make(layout: str) -> World:
+        worlds.append(World(tmp_path, layout))
+        return worlds[-1]
+
+    yield make
+    for made in worlds:
+        made.close()
+
+
+def test_ready_means_every_rank(world):
+    ep2 = world("ep2")
+    seen = []
+    ep2.ranks[0].send(Loading(1000))
+    ep2.ranks[0].send(Ready(SIZES))
+    with pytest.raises(ClusterError, match=r"ranks \[1\] were not ready after start_deadline_s = 0.3"):
+        ep2.front.wait_ready(0.3, lambda ranks: seen.append(ranks[0].bytes_read))
+    assert seen[-1] == 1000
+
+
+def test_a_start_fails_with_the_ranks_own_error(world):
+    ep2 = world("ep2")
+    ep2.ranks[1].send(RankError("CheckpointError", "x.safetensors: truncated", "trace"))
+    with pytest.raises(CheckpointError, match="rank 1: x.safetensors: truncated") as failure:
+        ep2.front.wait_ready(5, lambda ranks: None)
+    assert failure.value.__notes__ == ["trace"]
+
+
+def test_only_leaders_get_work_and_only_their_replica_is_woken(world):
+    dp2 = world("dp2tp2").ready()
+    assert dp2.front.leaders == (0, 2)
+    request = dp2.front.submit([1, 2], SamplingParams(n=2, seed=1))
+    for leader, spoke in ((0, dp2.ranks[0]), (2, dp2.ranks[2])):
+        submit = spoke.receive(5)
+        assert isinstance(submit, Submit)
+        assert submit in [sequence.submit for sequence in request.sequences if sequence.leader == leader]
+    dp2.ranks[2].send(WakeMe(1))
+    dp2.ranks[2].send(WakeMe(1))
+    dp2.front.pump(5)
+    dp2.front.pump(0.05)
+    assert dp2.ranks[2].receive(5) == Wake(0, 1)
+    assert [spoke.receive(0.05) for spoke in dp2.ranks] == [None] * 4
+
+
+def test_leaders_that_step_together_are_woken_together_once_for_each_sleep(world):
+    ep4 = world("ep4").ready()
+    for rank, generation in ((1, 1), (3, 1), (3, 2), (0, 2), (2, 1)):
+        ep4.ranks[rank].send(WakeMe(generation))
+        ep4.front.pump(5)
+    for spoke in ep4.ranks:
+        assert [spoke.receive(1), spoke.receive(1), spoke.receive(0.05)] == [Wake(0, 1), Wake(0, 2), None]
+
+
+def test_tokens_reach_their_request_and_an_abort_its_leader(world):
+    ep2 = world("ep2").ready()
+    one, two = (ep2.front.submit([1], SamplingParams(max_tokens=3)) for _ in range(2))
+    first, second = (request.sequences[0].submit.sequence for request in (one, two))
+    ep2.ranks[0].send(Tokens(1, (Delta(first, (7,), "a", "stop"),), STATS))
+    assert ep2.front.pump(5) == [one]
+    assert one.done
+    assert ep2.front.ranks[0].stats == STATS
+    ep2.front.abort(two)
+    assert [type(ep2.ranks[1].receive(5)) for _ in range(2)] == [Submit, Abort]
+    ep2.ranks[1].send(Tokens(1, (Delta(second, (7,), "a"),), STATS))
+    assert ep2.front.pump(5) == []
+
+
+def test_a_request_that_cannot_fit_is_refused_at_the_door(world):
+    ep2 = world("ep2").ready()
+    with pytest.raises(RequestError, match="KV blocks"):
+        ep2.front.submit([1] * 30, SamplingParams(max_tokens=20))
+    assert ep2.ranks[0].receive(0.05) is None
+
+
+@pytest.mark.parametrize(
+    ("errors", "gone", "blamed"),
+    [
+        ([(0, "CommunicationError", "rank 1 is late"), (1, "ValueError", "bug")], {}, "rank 1: ValueError: bug"),
+        ([(1, "CapacityError", "no memory")], {}, "rank 1: no memory"),
+        ([(0, "CommunicationError", "rank 1 is late")], {1: "was killed by SIGKILL"}, "rank 1 was killed by SIGKILL"),
+        ([(0, "CommunicationError", "rank 1 is late")], {0: "ended with exit code 1"}, "rank 0: rank 1 is late"),
+        ([], {1: "ended with exit code 1"}, "rank 1 ended with exit code 1"),
+    ],
+)
+def test_the_rank_to_blame_is_named_not_the_first_to_complain(world, errors, gone, blamed):
+    ep2 = world("ep2").ready()
+    request = ep2.front.submit([1], SamplingParams())
+    for rank, kind, text in errors:
+        ep2.ranks[rank].send(RankError(kind, text, ""))
+    ep2.gone = gone
+    while not request.done:
+        ep2.front.pump(0.05)
+    assert request.error == blamed
+    with pytest.raises(ClusterError if "memory" not in blamed else Exception, match=blamed):
+        ep2.front.submit([1], SamplingParams())
+
+
+def test_a_leader_with_work_must_speak(world):
+    ep2 = world("ep2").ready()
+    request = ep2.front.submit([1], SamplingParams())
+    while not request.done:
+        ep2.front.pump(0.05)
+    assert request.error == "ranks [0] have work and said nothing for 2 s"
+
+
+def test_close_ends_ranks_and_requests_and_can_be_repeated(world):
+    ep2 = world("ep2").ready()
+    request = ep2.front.submit([1], SamplingParams())
+    ep2.front.close()
+    ep2.front.close()
+    assert request.error == "the engine was closed"
+    assert isinstance(ep2.ranks[1].receive(5), Shutdown)
+    with pytest.raises(ClusterError, match="closed"):
+        ep2.front.submit([1], SamplingParams())
+
+
+def test_an_address_in_use_is_told(world, tmp_path):
+    hub: Hub[ToFrontEnd] = Hub("tcp://127.0.0.1:*", ToFrontEnd)
+    with pytest.raises(ClusterError, match="cannot listen on tcp"):
+        Hub(hub.address, ToFrontEnd)
+    hub.close()
