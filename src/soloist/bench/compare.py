@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +10,15 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
 
 from soloist.bench.figures import Run, Series, Timing
-from soloist.engine.llm import LLM, RequestOutput
+from soloist.engine.console import read_prompts
+from soloist.engine.llm import LLM
+from soloist.engine.model import Model
 from soloist.engine.options import EngineOptions
-from soloist.errors import RequestError, SoloistError
+from soloist.engine.outputs import RequestOutput
+from soloist.errors import ConfigurationError, RequestError, SoloistError
 from soloist.scheduling.request import SamplingParams
 from soloist.specs.layout import Layout
 
@@ -44,6 +49,23 @@ def compare(
                 run = run_layout(model, layout, prompts, params, options, lambda: progress.advance(task))
                 series[str(layout)].runs.append(run)
     return list(series.values())
+
+
+def prompts_for(
+    model: str, options: EngineOptions, requests: int, tokens: int, file: Path | None, seed: int
+) -> list[list[int]]:
+    """`requests` prompts: the lines of `file` in turn, or random ids. Raises ConfigurationError."""
+    if requests < 1:
+        raise ConfigurationError.of("--requests", requests, "must be at least 1")
+    found = Model.find(model, options.random_weights is not None)
+    if file is None:
+        draw = random.Random(seed)
+        return [[draw.randrange(found.spec.vocab) for _ in range(tokens)] for _ in range(requests)]
+    if found.tokenizer is None:
+        raise ConfigurationError.of("--prompt-file", str(file), "this model has no tokenizer; use --prompt-tokens")
+    encode = Tokenizer.from_file(str(found.tokenizer)).encode
+    lines = [encode(str(text)).ids for text in read_prompts([], file, token_ids=False)]
+    return [lines[i % len(lines)] for i in range(requests)]
 
 
 def run_layout(

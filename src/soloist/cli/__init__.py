@@ -1,0 +1,64 @@
+"""The command line: one short function for each command. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+import soloist
+from soloist.cli import bench
+from soloist.cli.generate import generate
+from soloist.errors import ConfigurationError, RequestError, SoloistError
+
+USER_ERROR, FAILURE = 2, 1  # exit codes
+
+
+class Commands(TyperGroup):
+    """Prints an error as one red line, with its traceback only where that was asked for (-v)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SoloistError as error:
+            _print_error(error, str(error), ctx.params["verbose"])
+            raise typer.Exit(USER_ERROR if isinstance(error, ConfigurationError | RequestError) else FAILURE) from error
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def soloist_(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show tracebacks.")] = False,
+) -> None:
+    """Plan, run and serve Mixture-of-Experts language models with large expert parallelism."""
+    if version:
+        typer.echo(soloist.__version__)
+        raise typer.Exit
+
+
+app.command()(generate)
+app.add_typer(bench.app, name="bench")
+
+
+def _print_error(error: Exception, text: str, verbose: bool) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    if verbose:
+        console.print("".join(traceback.format_exception(error)), markup=False, highlight=False)
+    console.print(text, style="bold red", markup=False, highlight=False)
+
+
+def main() -> None:
+    """The `soloist` command. What arrives here as an exception is a mistake of ours."""
+    try:
+        app()
+    except Exception as error:
+        text = f"internal error (soloist -v … shows where): {type(error).__name__}: {error}"
+        _print_error(error, text, verbose=bool({"-v", "--verbose"} & set(sys.argv)))
+        sys.exit(FAILURE)
