@@ -23,7 +23,7 @@ def plot_compare(records: Sequence[Record], path: Path) -> None:
     first = records[0]
     figure.suptitle(
         f"{first['requests']} requests, {first['prompt_tokens']} prompt and {first['output_tokens']} output tokens, "
-        f"median of {first['runs']} runs"
+        + ("one run" if first["runs"] == 1 else f"median of {first['runs']} runs")
     )
     _bars(axes[0, 0], records, [("tps", "output tokens a second", 1)], "Throughput, tokens/s")
     _bars(axes[0, 1], records, [("tpot_p50_s", "p50", 1e3), ("tpot_p99_s", "p99", 1e3)], "TPOT, ms")
@@ -51,7 +51,9 @@ def _stack(axis: Axes, records: Sequence[Record], keys: Sequence[tuple[str, str,
     bottom = [0.0] * len(records)
     for key, label, factor in keys:
         values = [record[key] * factor for record in records]
-        axis.bar(_names(records), values, 0.6, bottom=bottom, label=label)
+        axis.bar(
+            _names(records), values, 0.6, bottom=bottom, label=label, color="lightgrey" if label == "waiting" else None
+        )
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     _finish(axis, records, title, legend=True)
 
@@ -61,4 +63,4 @@ def _finish(axis: Axes, records: Sequence[Record], title: str, legend: bool) -> 
     axis.set_xticks(range(len(records)), _names(records))
     axis.spines[["top", "right"]].set_visible(False)
     if legend:
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)

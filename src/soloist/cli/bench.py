@@ -58,7 +58,7 @@ def compare(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
     console = Console()
     series = bench.compare(model, [Layout.parse(text) for text in layouts], prompts, params, options, runs, console)
-    console.print(comparison(series, f"{model}: {len(prompts)} requests of {max_tokens} tokens, median of {runs} runs"))
+    console.print(comparison(series, f"{len(prompts)} requests of {max_tokens} tokens; medians of {runs} run(s)"))
     if check_greedy:
         console.print(bench.check_greedy(series), style="green", highlight=False)
     for path in bench.write(series, out):
