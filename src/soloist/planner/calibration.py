@@ -26,13 +26,24 @@ UNMEASURED = 0.35  # band of a prediction from physical priors alone
 MATCH = 0.01  # relative distance within which a point counts as measured
 
 
-class Fitted(Spec, frozen=True, kw_only=True):
+class Fitted(Spec, frozen=True, kw_only=True, dict=True):
     """One level's constants. `band`: typical relative error at rows left out of the fit; `points`: where rows lay."""
 
     constants: dict[str, float]
     band: float
     rows: int
     points: list[dict[str, float]] = []
+
+    @cached_property
+    def box(self) -> dict[str, tuple[float, float]]:
+        """Range of each coordinate of the points."""
+        names = self.points[0] if self.points else {}
+        return {name: (min(p[name] for p in self.points), max(p[name] for p in self.points)) for name in names}
+
+    @cached_property
+    def known(self) -> set[tuple[int, ...]]:
+        """The points, for looking one up."""
+        return {_rounded(point.items()) for point in self.points}
 
 
 class Calibration(Spec, frozen=True, kw_only=True, dict=True):
@@ -100,26 +111,28 @@ class Found(NamedTuple):
         return Estimate(seconds, min(0.6, self.fitted.band * stretch), origin)
 
     def _support(self, coordinates: tuple[tuple[str, float], ...]) -> tuple[Origin, float]:
-        points = self.fitted.points
-        if not points:
+        box = self.fitted.box
+        if not box:
             return "extrapolated", 2.0
-        if self.exact and any(_near(point, coordinates) for point in points):
-            return "measured", 1.0
-        outside = sum(_outside([point[name] for point in points], value) for name, value in coordinates)
+        outside = sum(_outside(box[name], value) for name, value in coordinates)
         if outside or not self.exact:
             return "extrapolated", 1.25 + 0.5 * outside
+        if _rounded(coordinates) in self.fitted.known:
+            return "measured", 1.0
         return "interpolated", 1.0
 
 
-def _near(point: dict[str, float], coordinates: Iterable[tuple[str, float]]) -> bool:
-    return all(abs(point[name] - value) <= MATCH * point[name] for name, value in coordinates)
+def _rounded(coordinates: Iterable[tuple[str, float]]) -> tuple[int, ...]:
+    """Equal for points within about 1 %."""
+    return tuple(round(log(max(value, 1e-9)) / MATCH) for _, value in coordinates)
 
 
-def _outside(values: list[float], value: float) -> float:
-    """How many doublings `value` lies outside the range of `values`."""
-    if value <= 0:
-        return 0.0
-    return max(0.0, log2(value / max(values)), log2(min(values) / value))
+def _outside(ends: tuple[float, float], value: float) -> float:
+    """How many doublings `value` lies outside `ends`."""
+    low, high = ends
+    if value > high * (1 + MATCH):
+        return log2(value / high)
+    return log2(low / value) if 0 < value < low * (1 - MATCH) else 0.0
 
 
 @cache

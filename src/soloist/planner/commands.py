@@ -2,16 +2,135 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
+from soloist.planner.explain import headline, name_of, one_expert_per_gpu, why
+from soloist.planner.kernels import Kernels
+from soloist.planner.layer import Deployment
+from soloist.planner.plan import plan_of
 from soloist.planner.plots import plot_validation
+from soloist.planner.precision import Precision
 from soloist.planner.refit import published_rows, refit
+from soloist.planner.runtime import Runtime
+from soloist.planner.score import Options, Score, Scorer
+from soloist.planner.search import Found, batches, search
 from soloist.planner.tables import PUBLISHED
 from soloist.planner.validate import Report, validate
+from soloist.specs.cluster import cluster as cluster_named
+from soloist.specs.layout import Layout
+from soloist.specs.model import ModelSpec
+from soloist.specs.workload import Load
+
+SHOWN = 12
+
+
+def run_plan(
+    model: ModelSpec, cluster: str, gpus: int, load: str = "prompt=1000,output=200", precision: str = "",
+    baseline: str = "", calibration: str | Path | None = None, library: str = "deepep-v1", system: str = "soloist",
+    out: str | Path | None = None, options: Options | None = None, rejected: bool = False,
+) -> int:  # fmt: skip
+    """Search all layouts, print the Pareto front and why the winner wins, write the plan file to `out`.
+
+    `rejected` prints every layout that was turned down. `system` is whose fixed costs and overlap are assumed.
+    """
+    spec, wanted = cluster_named(cluster), Load.parse(load)
+    used = _calibration(calibration)
+    dtypes = Precision.named(precision) if precision else Precision.of(model)
+    scorer = Scorer(Kernels(spec, used, library), Runtime.named(system, used), wanted)
+    found = search(model, spec, gpus, wanted, scorer, dtypes, options)
+    show = console()
+    _print_front(found, show)
+    for line in _conclusions(found, _baseline(baseline, gpus, found.best, scorer)):
+        show.print(line, highlight=False)
+    _print_rejections(found, show, everything=rejected)
+    if out:
+        plan_of(found.best, spec, wanted, used.name).save(out)
+        show.print(f"Plan written to {out}")
+    return 0
+
+
+def _calibration(path: str | Path | None) -> Calibration:
+    """A machine's own constants over the published ones."""
+    return Calibration.load(path).over(Calibration.published()) if path else Calibration.published()
+
+
+def _baseline(text: str, gpus: int, best: Score, scorer: Scorer) -> Score | None:
+    """The best batch of a layout that the user names; `dp` fills the GPUs that it leaves."""
+    if not text:
+        return None
+    layout = Layout.parse(text)
+    if layout.size != gpus:
+        times, rest = divmod(gpus, layout.size)
+        if rest or layout.dp > 1:
+            raise ConfigurationError.of("baseline", text, f"has {layout.size} GPUs, which do not fill {gpus}")
+        layout = msgspec.structs.replace(layout, dp=times)
+    d = best.deployment
+    other = Deployment(model=d.model, layout=layout, precision=d.precision, skew=d.skew)
+    most = scorer.most_sequences(other, best.options)
+    sizes = batches(scorer.load, layout, most)
+    if isinstance(sizes, str) or not sizes:
+        raise ConfigurationError.of("baseline", text, sizes if isinstance(sizes, str) else "does not fit into memory")
+    return max((scorer.score(other, best.options, size) for size in sizes), key=lambda s: s.rate_per_gpu)
+
+
+def _conclusions(found: Found, baseline: Score | None) -> list[str]:
+    """What the search says, in sentences."""
+    best, rivals = found.best, [s for s in found.scores if s.deployment.layout != found.best.deployment.layout]
+    lines = ["", f"Best: {headline(best)}"]
+    lines += [f"Why: {why(best, rivals[0])}"] if rivals else []
+    lines += [one_expert_per_gpu(best, found.single)]
+    if baseline:
+        total, per_gpu = best.output_rate.value / baseline.output_rate.value, best.rate_per_gpu / baseline.rate_per_gpu
+        lines += [
+            f"Baseline {headline(baseline)}",
+            f"Against the baseline: {total:.2f} x in all, {per_gpu:.2f} x per GPU.",
+        ]
+    memory = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in best.memory.items() if size >= 5e7)
+    return [*lines, f"Memory of the fullest GPU, GB: {memory}; {sum(best.memory.values()) / 1e9:.1f} in all."]
+
+
+def _print_front(found: Found, show: Console) -> None:
+    table = Table(title=f"Pareto front of {found.considered} layouts", title_justify="left")
+    for name in (
+        "layout",
+        "batch",
+        "TPOT ms",
+        "TTFT ms",
+        "tok/s",
+        "tok/s/GPU",
+        "GB",
+        "overlap",
+        "bottleneck",
+        "origin",
+    ):
+        table.add_column(name, justify="left" if name in ("layout", "bottleneck", "origin") else "right", no_wrap=True)
+    step = max(1, len(found.front) // SHOWN)
+    for score in found.front[::step]:
+        tpot = f"{1e3 * score.tpot.value:.1f} ± {score.tpot.band:.0%}"
+        table.add_row(
+            name_of(score.deployment), f"{score.batch:g}", tpot, f"{1e3 * score.ttft.value:.0f}",
+            f"{score.output_rate.value:,.0f}", f"{score.rate_per_gpu:,.1f}", f"{sum(score.memory.values()) / 1e9:.1f}",
+            "yes" if score.decode.is_overlapped else "no", score.decode.bottleneck, score.tpot.origin,
+        )  # fmt: skip
+    show.print(table)
+
+
+def _print_rejections(found: Found, show: Console, everything: bool) -> None:
+    counts: dict[str, list[str]] = {}
+    for rejection in found.rejections:
+        kind = rejection.layout if everything else re.sub(r"[\d.,]+", "N", rejection.reason)
+        counts.setdefault(kind, []).append(f"{rejection.layout}: {rejection.reason}")
+    show.print(f"Rejected {len(found.rejections)}:" if found.rejections else "None rejected.")
+    for lines in counts.values():
+        more = f" (and {len(lines) - 1} like it)" if len(lines) > 1 else ""
+        show.print(f"  {lines[0]}{more}", highlight=False)
 
 
 def run_validate(
@@ -19,8 +138,7 @@ def run_validate(
     calibration: str | Path | None = None,
 ) -> int:  # fmt: skip
     """Predictions against published (or `data`'s) tables. Status 1 where a table misses its bar on `check` rows."""
-    used = Calibration.load(calibration).over(Calibration.published()) if calibration else None
-    report = validate(data, used, cross)
+    report = validate(data, _calibration(calibration), cross)
     if plot:
         plot_validation(report, plot)
     if as_json:

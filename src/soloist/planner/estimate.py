@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 Origin = Literal["measured", "interpolated", "extrapolated", "bound"]
-ORIGINS: tuple[Origin, ...] = ("measured", "interpolated", "extrapolated", "bound")
+ORIGINS: dict[Origin, int] = {"measured": 0, "interpolated": 1, "extrapolated": 2, "bound": 3}
 MATTERS = 0.05  # a part below this share of a sum does not decide the sum's origin
 
 
@@ -40,7 +40,9 @@ class Estimate(NamedTuple):
 
     def worse(self, origin: Origin) -> Estimate:
         """At least as untrustworthy as `origin`."""
-        return Estimate(self.value, self.band, worst((self.origin, origin)))
+        if ORIGINS[self.origin] >= ORIGINS[origin]:
+            return self
+        return Estimate(self.value, self.band, origin)
 
 
 ZERO = Estimate(0.0, 0.0, "measured")
@@ -49,16 +51,14 @@ ZERO = Estimate(0.0, 0.0, "measured")
 def total(parts: Iterable[Estimate]) -> Estimate:
     """Sum. Half-widths add up, because the errors of one model are not independent."""
     terms = list(parts)
-    value = sum(t.value for t in terms)
+    value = width = 0.0
+    for part, band, _ in terms:
+        value += part
+        width += part * band
     if value <= 0:
         return ZERO
-    band = sum(t.value * t.band for t in terms) / value
-    return Estimate(value, band, worst(t.origin for t in terms if t.value >= MATTERS * value))
-
-
-def worst(origins: Iterable[Origin]) -> Origin:
-    """The least trustworthy."""
-    found: Origin = "measured"
-    for origin in origins:
-        found = origin if ORIGINS.index(origin) > ORIGINS.index(found) else found
-    return found
+    least = MATTERS * value
+    worst: Origin = "measured"
+    for part, _, origin in terms:
+        worst = origin if part >= least and ORIGINS[origin] > ORIGINS[worst] else worst
+    return Estimate(value, width / value, worst)

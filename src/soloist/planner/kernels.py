@@ -6,6 +6,7 @@ their error band and origin. Where nothing was measured for a kind of exchange, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 from soloist.planner import collectives, compute, exchange
@@ -16,13 +17,22 @@ from soloist.planner.estimate import ZERO, Estimate, Origin
 from soloist.planner.exchange import ExchangeShape
 from soloist.specs.cluster import ClusterSpec
 
+Parts = dict[str, Estimate]
+
 
 class Kernels:
     """Times on one cluster. `library` names whose exchange kernels are meant."""
 
     def __init__(self, cluster: ClusterSpec, calibration: Calibration, library: str = "deepep-v1") -> None:
         self.cluster, self.calibration, self.library = cluster, calibration, library
-        self._exchange: dict[tuple[str, str], Found | None] = {}
+        self._known: dict[object, Parts] = {}
+        self._constants: dict[tuple[str, str], Found | None] = {}
+
+    def once(self, key: object, make: Callable[[], Parts]) -> Parts:
+        """What several layouts have in common, computed once."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     @cached_property
     def _gemm(self) -> Found:
@@ -86,6 +96,9 @@ class Kernels:
 
     def exchange(self, shape: ExchangeShape, phase: str, skew: float = 1.0) -> Estimate:
         """Dispatch or combine of one layer."""
+        return self.once((shape, phase, skew), lambda: {phase: self._exchange_time(shape, phase, skew)})[phase]
+
+    def _exchange_time(self, shape: ExchangeShape, phase: str, skew: float) -> Estimate:
         found = self._found(shape.mode, phase)
         constants = found.constants if found else self._priors(shape.mode)
         seconds = exchange.exchange_seconds(shape, self.cluster, constants, skew)
@@ -95,14 +108,14 @@ class Kernels:
 
     def _found(self, mode: str, phase: str) -> Found | None:
         """Constants for this mode, of this library and GPU if there are any."""
-        if (phase, mode) not in self._exchange:
+        if (phase, mode) not in self._constants:
             fitted = self.calibration.fitted
             short = self.cluster.gpu.name.split("-")[0]
             names = (key.split("/")[-1] for key in fitted if key.startswith(f"{phase}/{mode}/{self.library}/"))
             fabric = next((name for name in names if short in name), "")
             known = f"{phase}/{mode}" in fitted
-            self._exchange[phase, mode] = self.calibration.find(phase, mode, self.library, fabric) if known else None
-        return self._exchange[phase, mode]
+            self._constants[phase, mode] = self.calibration.find(phase, mode, self.library, fabric) if known else None
+        return self._constants[phase, mode]
 
     def _priors(self, mode: str) -> dict[str, float]:
         return {name: prior.guess for name, prior in exchange.PRIORS[mode].items()}

@@ -6,12 +6,13 @@ Two kinds of parts: what computes and what communicates. Which of them overlap i
 from __future__ import annotations
 
 from functools import lru_cache
+from math import log
 from typing import NamedTuple
 
 from soloist.planner.compute import BYTES, PADDED_TOKENS, DecodeAttention, ExpertWork
 from soloist.planner.estimate import ZERO, Estimate, total
 from soloist.planner.exchange import ExchangeShape, Mode, row_bytes
-from soloist.planner.kernels import Kernels
+from soloist.planner.kernels import Kernels, Parts
 from soloist.planner.precision import Precision
 from soloist.planner.routing import activated, distinct, imbalance, straggler
 from soloist.planner.runtime import Runtime
@@ -56,9 +57,6 @@ class Batch(NamedTuple):
         return self.phase == "decode"
 
 
-Parts = dict[str, Estimate]
-
-
 def dense_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
     """A layer with a dense feed-forward."""
     matrices = 2 if d.model.expert.kind == "mlp" else 3
@@ -70,7 +68,7 @@ def dense_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime,
 
 def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
     """A layer with experts."""
-    parts = _attention_parts(d, batch, kernels, runtime, window)
+    parts = dict(_attention_parts(d, batch, kernels, runtime, window))
     load = expert_load(d, batch)
     fullest = load.fullest * runtime["imbalance"] if d.layout.ep > 1 else 1.0
     work = ExpertWork(
@@ -85,7 +83,10 @@ def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, w
     )
     parts["experts"] = kernels.experts(work).times(runtime["kernels"])
     if d.model.shared_width:
-        parts["shared experts"] = _feed_forward(d, batch, d.model.shared_width, 3, kernels, runtime)
+        key = ("shared", d.model.name, d.precision, d.layout.attention_ranks, batch.tokens, runtime.name)
+        width = d.model.shared_width
+        shared = kernels.once(key, lambda: {"shared experts": _feed_forward(d, batch, width, 3, kernels, runtime)})
+        parts |= shared
     return {**parts, **_exchange_parts(d, batch, load, kernels)}
 
 
@@ -105,13 +106,20 @@ def expert_load(d: Deployment, batch: Batch) -> ExpertLoad:
     pairs = tokens * model.router.top_k / ep
     reached = distinct(ep, max(model.experts, ep), model.router.top_k)
     replicas = max(0, d.held * ep - model.experts)
-    fullest = imbalance(d.skew, model.experts, ep, max(64, round(tokens)), replicas) if d.skew else 1.0
+    drawn = 4 ** round(log(max(64, tokens), 4))  # the law depends on tokens only weakly
+    fullest = imbalance(d.skew, model.experts, ep, drawn, replicas) if d.skew else 1.0
     copies = d.held * ep / model.experts  # tokens of an expert are shared by its replicas
     active = activated(d.held, model.experts, model.router.top_k, tokens / max(1.0, copies))
     return ExpertLoad(pairs, active, fullest * min(2.0, straggler(ep, pairs)), tokens * reached / ep)
 
 
 def _attention_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
+    """The attention half of a layer. It depends on the attention group alone, so layouts share it."""
+    key = (d.model.name, d.precision, d.layout.attention_ranks, batch, window, runtime.name)
+    return kernels.once(key, lambda: _attention_half(d, batch, kernels, runtime, window))
+
+
+def _attention_half(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
     ranks, width = d.layout.attention_ranks, d.model.d_model
     context = min(batch.context, window) if window else batch.context
     matrices = _projections(d.model, ranks, batch.is_decode)

@@ -11,7 +11,7 @@ from math import exp, lgamma, log, sqrt
 
 import numpy as np
 
-DRAWS = 64
+DRAWS, PACKED_DRAWS = 64, 8
 
 
 @lru_cache(maxsize=4096)
@@ -71,7 +71,7 @@ def power_law_loads(alpha: float, experts: int, tokens: int) -> np.ndarray:
     return drawn / drawn.sum(axis=1, keepdims=True)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def imbalance(alpha: float, experts: int, ranks: int, tokens: int, replicas: int = 0) -> float:
     """Expected max/mean of the ranks' loads under a power law, experts dealt to ranks in order of drawing.
 
@@ -80,25 +80,32 @@ def imbalance(alpha: float, experts: int, ranks: int, tokens: int, replicas: int
     if alpha <= 0 or ranks <= 1:
         return 1.0
     loads = power_law_loads(alpha, experts, tokens)
-    if replicas:
-        return float(np.mean([_packed(row, ranks, replicas) for row in loads[:16]]))
+    if replicas or ranks > experts:
+        slots = max(experts + replicas, ranks)
+        return float(np.mean([_packed(row, ranks, slots) for row in loads[:PACKED_DRAWS]]))
     edges = np.arange(ranks) * experts // ranks
-    sums = np.add.reduceat(loads, edges, axis=1)[:, :ranks] if experts >= ranks else loads
-    return float(np.mean(sums.max(axis=1)) * ranks)
+    return float(np.mean(np.add.reduceat(loads, edges, axis=1).max(axis=1)) * ranks)
 
 
-def _packed(loads: np.ndarray, ranks: int, replicas: int) -> float:
-    """Max/mean after replicating the hottest and packing slots, heaviest first, on the least loaded rank."""
-    counts = np.ones(len(loads), dtype=int)
-    for _ in range(replicas):
-        counts[np.argmax(loads / counts)] += 1
-    slots = np.sort(np.repeat(loads / counts, counts))[::-1]
-    each = -(-len(slots) // ranks)
-    load, held = np.zeros(ranks), np.zeros(ranks, dtype=int)
-    for slot in slots:
-        rank = int(np.argmin(np.where(held < each, load, np.inf)))
-        load[rank], held[rank] = load[rank] + slot, held[rank] + 1
-    return float(load.max() * ranks)
+def _packed(loads: np.ndarray, ranks: int, slots: int) -> float:
+    """Max/mean after replicating the hottest experts and packing slots: heaviest first, to and fro over the ranks."""
+    counts = _water_filled(loads, slots)
+    each = -(-slots // ranks)
+    shares = np.zeros(ranks * each)
+    filled = np.sort(np.repeat(loads / counts, counts))[::-1]
+    shares[: len(filled)] = filled
+    rounds = shares.reshape(each, ranks)
+    rounds[1::2] = rounds[1::2, ::-1].copy()
+    return float(rounds.sum(axis=0).max() * ranks)
+
+
+def _water_filled(loads: np.ndarray, slots: int) -> np.ndarray:
+    """Replicas of each expert so that the fullest replica is as small as `slots` slots allow."""
+    low, high = 0.0, float(loads.max())
+    for _ in range(40):
+        level = (low + high) / 2
+        low, high = (level, high) if np.ceil(loads / level).sum() > slots else (low, level)
+    return np.maximum(1, np.ceil(loads / high)).astype(int)
 
 
 def _log_choose(n: float, k: int) -> float:

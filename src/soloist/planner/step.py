@@ -11,11 +11,12 @@ fixed costs that both halves pay are less than what is hidden.
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from soloist.planner.estimate import Estimate, total
-from soloist.planner.kernels import Kernels
-from soloist.planner.layer import COMMUNICATION, Batch, Deployment, Parts, dense_parts, moe_parts
+from soloist.planner.kernels import Kernels, Parts
+from soloist.planner.layer import COMMUNICATION, Batch, Deployment, dense_parts, moe_parts
 from soloist.planner.runtime import Runtime
 from soloist.specs.model import ModelSpec
 
@@ -40,6 +41,7 @@ class StepModel:
 
     def __init__(self, deployment: Deployment, kernels: Kernels, runtime: Runtime, overlap: Overlap = "auto") -> None:
         self.deployment, self.kernels, self.runtime, self.overlap = deployment, kernels, runtime, overlap
+        self._known: dict[Batch, Parts] = {}  # a half batch is another batch's whole
 
     def decode(self, sequences: float, context: float, micro_batches: int = 0) -> StepCost:
         """One token for each of `sequences` sequences of every attention group, `context` tokens each on average.
@@ -99,6 +101,11 @@ class StepModel:
         return StepCost(total(parts.values()), parts, True)
 
     def _layers(self, batch: Batch) -> Parts:
+        if batch not in self._known:
+            self._known[batch] = self._sum_of_layers(batch)
+        return self._known[batch]
+
+    def _sum_of_layers(self, batch: Batch) -> Parts:
         parts: dict[str, list[Estimate]] = {}
         for (is_dense, window), count in _kinds(self.deployment.model, self.deployment.layout.pp).items():
             make = dense_parts if is_dense else moe_parts
@@ -114,6 +121,7 @@ class StepModel:
         return rate.times(self.runtime["kernels"])
 
 
+@lru_cache(maxsize=1024)
 def _kinds(model: ModelSpec, pp: int) -> dict[tuple[bool, int | None], float]:
     """Layers of one stage by kind, the whole model's mixture scaled to the stage with the most layers."""
     counts = Counter((layer in model.dense_layers, model.window(layer)) for layer in range(model.layers))

@@ -43,6 +43,13 @@ def layer_weights(spec: ModelSpec) -> tuple[LayerWeights, ...]:
     return tuple(LayerWeights(**layer) for layer in sums)
 
 
+@lru_cache(maxsize=1024)
+def _stage_weights(spec: ModelSpec, layers: range) -> LayerWeights:
+    """Sums over the layers of a stage."""
+    table = layer_weights(spec)
+    return LayerWeights(*(sum(column) for column in zip(*(table[i] for i in layers), strict=True)))
+
+
 def _cut(name: str, expert: int) -> str:
     if expert == 0:
         return "expert"
@@ -78,13 +85,13 @@ def rank_weights(spec: ModelSpec, seat: Seat, slots: float, precision: Precision
     width = _part(spec.expert.width, layout.tp, seat.tp_index)
     cut = 1 / layout.attention_ranks
     linear, experts, other = BYTES[precision.linear], BYTES[precision.experts], BYTES[precision.other]
-    layers = [layer_weights(spec)[i] for i in layout.stage_layers(seat.stage, spec.layers)]
+    x = _stage_weights(spec, layout.stage_layers(seat.stage, spec.layers))
     return {
-        "attention": sum(x.by_query * heads + x.by_kv * kv + x.replicated for x in layers) * linear,
-        "experts": sum(x.expert for x in layers) * slots * width * experts,
-        "shared experts": sum(x.shared for x in layers) * cut * linear,
-        "dense layers": sum(x.dense for x in layers) * cut * linear,
-        "router": sum(x.router for x in layers) * other,
+        "attention": (x.by_query * heads + x.by_kv * kv + x.replicated) * linear,
+        "experts": x.expert * slots * width * experts,
+        "shared experts": x.shared * cut * linear,
+        "dense layers": x.dense * cut * linear,
+        "router": x.router * other,
         "embedding and head": _vocabulary(spec, seat) * spec.d_model * other,
     }
 

@@ -1,0 +1,130 @@
+"""What one candidate layout does under a load: time per token, time to the first token, throughput, memory.
+
+Requests are served continuously: a decode step of every attention group's sequences, and between the steps the prefill
+of the prompts that arrive meanwhile, so TPOT = step + prefill of `prompt / output` tokens for every sequence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from soloist.planner.estimate import Estimate, total
+from soloist.planner.kernels import Kernels
+from soloist.planner.layer import Deployment
+from soloist.planner.memory import MemoryLoad, worst_rank
+from soloist.planner.runtime import Runtime
+from soloist.planner.step import Overlap, StepCost, StepModel
+from soloist.specs.model import Spec
+from soloist.specs.workload import Load
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # sequences of an attention group that are tried
+USABLE = 0.92  # share of a GPU's memory that is planned for
+
+
+class Options(Spec, frozen=True, kw_only=True):
+    """How a deployment is driven, apart from its layout."""
+
+    chunk_tokens: int = 8192  # of a prefill step and attention group
+    overlap: Overlap = "auto"
+    micro_batches: int = 0
+    spare_slots: int = 0
+
+
+class Score(NamedTuple):
+    """A deployment under a load. Rates are tokens/s of the whole deployment; `batch` sequences an attention group."""
+
+    deployment: Deployment
+    options: Options
+    batch: float
+    tpot: Estimate
+    ttft: Estimate
+    output_rate: Estimate
+    input_rate: Estimate
+    memory: dict[str, float]
+    decode: StepCost
+    prefill: StepCost
+
+    @property
+    def gpus(self) -> int:
+        return self.deployment.layout.size
+
+    @property
+    def rate_per_gpu(self) -> float:
+        """Output tokens/s and GPU."""
+        return self.output_rate.value / self.gpus
+
+    @property
+    def sequences(self) -> float:
+        """In flight in the whole deployment."""
+        return self.batch * self.deployment.layout.dp * self.deployment.layout.attention_groups
+
+
+class Scorer:
+    """Scores deployments on one cluster. Step models and prefill steps are kept, since many candidates share them."""
+
+    def __init__(self, kernels: Kernels, runtime: Runtime, load: Load) -> None:
+        self.kernels, self.runtime, self.load = kernels, runtime, load
+        self._models: dict[object, StepModel] = {}
+        self._steps: dict[object, StepCost] = {}
+
+    def most_sequences(self, deployment: Deployment, options: Options) -> float:
+        """Sequences of an attention group whose KV cache fits; below 1 where not even one does."""
+        none = sum(self._memory(deployment, options, 0).values())
+        one = sum(self._memory(deployment, options, 1).values()) - none
+        return (USABLE * 1e9 * self.kernels.cluster.gpu.memory_GB - none) / one
+
+    def score(self, deployment: Deployment, options: Options, batch: float) -> Score:
+        """`batch` sequences in flight in every attention group."""
+        load, layout = self.load, deployment.layout
+        decode = self._step("decode", deployment, options, batch)
+        prefill = self._step("prefill", deployment, options, options.chunk_tokens)
+        chunk = prefill.seconds.times(1 / options.chunk_tokens)
+        arriving = chunk.times(batch * load.prompt * (1 - load.prefix) / load.output)
+        tpot = total((decode.seconds, arriving))
+        groups = layout.dp * layout.attention_groups
+        return Score(
+            deployment=deployment,
+            options=options,
+            batch=batch,
+            tpot=tpot,
+            ttft=self._first_token(prefill, decode, options),
+            output_rate=tpot.inverse(batch * groups),
+            input_rate=prefill.seconds.inverse(options.chunk_tokens * groups),
+            memory=self._memory(deployment, options, batch),
+            decode=decode,
+            prefill=prefill,
+        )
+
+    def _first_token(self, prefill: StepCost, decode: StepCost, options: Options) -> Estimate:
+        """Prefill of one prompt behind the decode step that is running; queueing is the simulator's matter."""
+        chunks = max(1.0, self.load.prompt * (1 - self.load.prefix) / options.chunk_tokens)
+        return total((prefill.seconds.times(chunks), decode.seconds))
+
+    def _step(self, phase: str, deployment: Deployment, options: Options, tokens: float) -> StepCost:
+        """A step of one of the `dp` equal replicas."""
+        layout = deployment.layout
+        model = (layout.pp, layout.attention_ranks, layout.ep, layout.tp, deployment.slots, options)
+        key = (model, phase, tokens)
+        if model not in self._models:
+            self._models[model] = StepModel(deployment, self.kernels, self.runtime, options.overlap)
+        if key not in self._steps:
+            context = self.load.context if phase == "decode" else self.load.prompt / 2
+            step = self._models[model].decode if phase == "decode" else self._models[model].prefill
+            self._steps[key] = step(tokens, context, options.micro_batches)
+        return self._steps[key]
+
+    def _memory(self, deployment: Deployment, options: Options, batch: float) -> dict[str, float]:
+        load = MemoryLoad(
+            sequences=batch,
+            longest=self.load.longest,
+            step_tokens=options.chunk_tokens,
+            spare_slots=options.spare_slots,
+        )
+        return worst_rank(
+            deployment.model,
+            deployment.layout,
+            deployment.precision,
+            load,
+            deployment.mode or "normal",
+            deployment.slots,
+        )
