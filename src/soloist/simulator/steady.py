@@ -1,0 +1,87 @@
+"""The engine's scheduler, able to skip over rounds in which the same sequences decode and nothing else happens.
+
+A *round* of a batch under way is: it comes back with one token for each sequence, and the same sequences are scheduled
+again. Rounds of a group whose batches do not change need not be taken one by one. `steady_rounds` says how many that
+certainly are, `advance` takes them at once and leaves the same state as taking them singly.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import msgspec
+
+from soloist.scheduling.request import Chunk, StepBatch
+from soloist.scheduling.scheduler import Scheduler
+from soloist.scheduling.sequence import SequenceState
+
+TOKEN = 0  # what every simulated sequence is continued with
+
+
+class SteadyScheduler(Scheduler):
+    """A scheduler whose every answer is `TOKEN`, so that batches to come are known as long as nothing happens."""
+
+    def steady_rounds(self) -> int:
+        """Rounds that every batch under way can take unchanged if nobody arrives; 0 where that is not certain."""
+        batches = list(self._flying.values())
+        if self._ready or not batches or not self._keeps_shape([len(states) for states in batches]):
+            return 0
+        if self._waiting_count and not self._shuts_out():
+            return 0
+        states = [state for states in batches for state in states]
+        if any(state.pending != 1 or state.finish_reason for state in states):
+            return 0
+        blocks = self._pool.available // len(states) * self.config.block_size
+        return min(blocks, *(self._last_length(state) - 1 - len(state.tokens) for state in states))
+
+    def advance(self, batch: StepBatch, rounds: int) -> StepBatch:
+        """Take `rounds` rounds of a batch under way, at most `steady_rounds`. Returns the batch that is then under way.
+
+        Equals `rounds` times `update` with `TOKEN` and `schedule`, up to the numbers of steps and blocks.
+        """
+        if not rounds:
+            return batch
+        states = self._flying[batch.step]
+        chunks = tuple(self._advanced(state, rounds) for state in states)
+        return msgspec.structs.replace(batch, chunks=chunks)
+
+    def unfinished(self) -> dict[int, int]:
+        """Tokens that each sequence has been given so far, by its id."""
+        return {id: len(state.tokens) - state.prompt_length for id, state in self._sequences.items()}
+
+    def _advanced(self, state: SequenceState, rounds: int) -> Chunk:
+        length = len(state.tokens) + rounds
+        state.tokens += [TOKEN] * rounds
+        state.blocks += self._pool.take(self.config.blocks_for(length) - len(state.blocks))
+        state.computed = length - 1
+        self._offer(state)
+        return state.chunk(1)
+
+    def _offer(self, state: SequenceState) -> None:
+        """Let others find the blocks that are full, as `update` does."""
+        full = state.computed // self.config.block_size
+        if not self.config.prefix_caching or full <= state.cached:
+            return
+        digests = state.full_digests(self.config.block_size, full)
+        for index in range(state.cached, full):
+            self._pool.cache(state.blocks[index], digests[index])
+        state.cached = full
+
+    def _last_length(self, state: SequenceState) -> int:
+        """Tokens with which the sequence ends."""
+        return min(state.prompt_length + state.params.max_tokens, self.config.max_positions)
+
+    def _keeps_shape(self, sizes: list[int]) -> bool:
+        """A batch that comes back is scheduled whole: it would not be split, see `_share`."""
+        if max(sizes) == 1:
+            return True
+        even = ceil(len(self._running) / self.config.in_flight)
+        return len(sizes) == self.config.in_flight and max(sizes) <= even
+
+    def _shuts_out(self) -> bool:
+        """The oldest waiting sequence cannot be admitted before one that runs ends: blocks only become fewer."""
+        if len(self._running) >= self.config.max_running:
+            return True
+        if self.config.prefix_caching or self._waiting[0].finish_reason:
+            return False
+        return self.config.blocks_for(self._waiting[0].pending) > self._spare_blocks()
