@@ -51,14 +51,13 @@ def print_answers(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, c
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, echo: bool) -> int:
-    """Print the continuation as it comes; returns the number of tokens."""
-    count = 0
-    if echo:
-        print(_shown(prompt), end="", flush=True)
+    """Print the prompt, and the continuation as it comes; returns the number of tokens."""
+    count, head = 0, _shown(prompt) if echo else ""
     for part in llm.stream(prompt, params):
         count += len(part.tokens)
         text = part.text if llm.tokenizer else "".join(f" {token}" for token in part.tokens)
-        print(text, end="", flush=True)
+        print(head + text, end="", flush=True)
+        head = ""
     print()
     return count
 

@@ -1,0 +1,148 @@
+"""The command line: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import soloist
+from soloist import cli
+
+NOVELS = str(Path(__file__).parents[1] / "models" / "novels-moe-11m")
+PROMPT = "The old house upon the hill"
+
+
+def run(*arguments: str, **options) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments), **options)
+
+
+@pytest.fixture(scope="module")
+def answer() -> dict:
+    result = run("generate", NOVELS, PROMPT, "--device", "cpu", "--max-tokens", "8", "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_version():
+    assert run("--version").stdout == f"{soloist.__version__}\n"
+
+
+def test_help_is_quick_because_torch_is_not_imported():
+    code = (
+        "import sys; from typer.testing import CliRunner; from soloist import cli\n"
+        "assert CliRunner().invoke(cli.app, ['generate', '--help']).exit_code == 0\n"
+        "assert not {'torch', 'zmq', 'tokenizers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_json_has_all_there_is_to_know(answer):
+    (completion,) = answer["outputs"]
+    assert len(completion["tokens"]) == 8
+    assert completion["finish_reason"] == "length"
+    assert answer["error"] is None
+
+
+@pytest.mark.parametrize("form", ["--stream", "--no-stream"])
+def test_text_goes_to_stdout_and_the_summary_to_stderr(answer, form):
+    result = run("generate", NOVELS, PROMPT, "--layout", "ep2", "--device", "cpu", "--max-tokens", "8", form)
+    assert result.stdout == PROMPT + answer["outputs"][0]["text"] + "\n"
+    assert "novels-moe-11m on ep2: 8 tokens in" in result.stderr
+
+
+def test_prompts_come_from_files_stdin_and_ids(answer, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPT}\n\nShe said\n")
+    settings = ("--device", "cpu", "--max-tokens", "8", "--json")
+    from_file = run("generate", NOVELS, "--prompt-file", str(file), *settings).stdout.splitlines()
+    assert len(from_file) == 2
+    assert json.loads(from_file[0])["outputs"][0]["tokens"] == answer["outputs"][0]["tokens"]
+    ids = ",".join(map(str, answer["prompt_tokens"]))
+    from_stdin = run("generate", NOVELS, "--prompt-file", "-", "--token-ids", *settings, input=ids)
+    assert json.loads(from_stdin.stdout)["outputs"][0]["tokens"] == answer["outputs"][0]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((NOVELS,), "prompt = []: give at least one, or --prompt-file"),
+        ((NOVELS, "x", "--layout", "ep16x"), "layout = 'ep16x'"),
+        ((NOVELS, "x", "--set", "deadline_s"), "--set = 'deadline_s': write KEY=VALUE"),
+        ((NOVELS, "x", "--set", "deadlines=3"), "deadlines = '3': is no engine option"),
+        ((NOVELS, "x", "--device", "tpu"), "device = 'tpu'"),
+        ((NOVELS, "x y", "--token-ids"), "with --token-ids a prompt is a list of numbers"),
+        ((NOVELS, "--prompt-file", "/no/file"), "--prompt-file = '/no/file': cannot be read"),
+        (("no-model", "x"), "no-model"),
+        (("ref-16l", "x"), "give random_weights a seed"),
+        ((NOVELS, "x", "--temperature", "-1", "--device", "cpu"), "temperature = -1.0"),
+        ((NOVELS, "x", "--chat", "--device", "cpu"), "no chat template"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message):
+    result = run("generate", *arguments)
+    assert result.exit_code == cli.USER_ERROR
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_traceback_for_those_who_ask():
+    result = run("-v", "generate", "no-model", "x")
+    assert result.exit_code == cli.USER_ERROR
+    assert "Traceback" in result.stderr
+
+
+def test_a_failure_is_exit_code_1(tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes(Path(NOVELS, name).read_bytes())
+    result = run("generate", str(tmp_path), "x", "--device", "cpu")
+    assert result.exit_code == cli.FAILURE
+    assert "rank 0" in result.stderr
+
+
+def test_one_prompt_of_several_may_fail(answer):
+    settings = ("--device", "cpu", "--max-tokens", "8", "--no-stream", "--set", "max_positions=20")
+    result = run("generate", NOVELS, PROMPT, "x " * 30, *settings)
+    assert result.exit_code == cli.USER_ERROR
+    assert result.stdout.startswith(PROMPT + answer["outputs"][0]["text"])
+    assert "1 of 2 prompts were not answered" in result.stderr
+
+
+def start_rank(rank: int, size: int, port: int, layout: str) -> subprocess.Popen:
+    """As a launcher of ranks does: nothing but environment variables."""
+    environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "soloist", "generate", NOVELS, PROMPT]
+    command += ["--layout", layout, "--device", "cpu", "--max-tokens", "8"]
+    environment = os.environ | {key: str(value) for key, value in environment.items()}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ranks_that_others_start_join_and_rank_0_prints(answer):
+    port = free_port()
+    ranks = [start_rank(rank, 2, port, "tp2") for rank in range(2)]
+    outputs = [process.communicate(timeout=90) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert outputs[0][0] == PROMPT + answer["outputs"][0]["text"] + "\n"
+    assert outputs[1][0] == ""
+
+
+def test_joining_with_a_layout_of_another_size_names_both():
+    process = start_rank(0, 2, free_port(), "ep16")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.USER_ERROR
+    assert "WORLD_SIZE = 2: layout ep16 needs 16 ranks" in errors
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
