@@ -7,25 +7,7 @@ import pytest
 from soloist.errors import ConfigurationError
 from soloist.placement.placement import Placement
 from soloist.specs.layout import Layout
-from soloist.specs.model import AttentionSpec, ExpertSpec, ModelSpec, RopeSpec, RouterSpec
-
-
-def spec(experts: int = 6) -> ModelSpec:
-    return ModelSpec(
-        name="tiny",
-        family="qwen3_moe",
-        layers=3,
-        d_model=8,
-        vocab=11,
-        max_positions=32,
-        attention=AttentionSpec(heads=2, kv_heads=1, head_dim=4, v_head_dim=4, scale=0.5),
-        rope=RopeSpec(width=4),
-        experts=experts,
-        router=RouterSpec(top_k=2),
-        expert=ExpertSpec(width=5),
-        dense_layers=(0,),
-        dense_width=7,
-    )
+from tests.specs.models import tiny_spec as spec
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 6, 9, 18])

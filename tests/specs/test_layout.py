@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from soloist.errors import ConfigurationError
 from soloist.specs.layout import Layout, share
+from tests.specs.models import tiny_spec as spec
 
 degrees = st.integers(1, 4)
 
@@ -71,6 +72,7 @@ def test_nonsense_is_refused_by_name(text: str) -> None:
         Layout.parse(text)
 
 
-def test_more_stages_than_layers_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="pp <= 6"):
-        Layout.parse("pp8").stage_layers(0, 6)
+@pytest.mark.parametrize(("layout", "message"), [("pp8", "pp <= 3"), ("tp6", "tp <= 5"), ("attn12ep12", "attn <= 11")])
+def test_a_layout_that_cannot_cut_the_model_is_refused(layout: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Layout.parse(layout).check(spec())

@@ -65,6 +65,7 @@ class LLM:
         found = Model.find(model, self.options.random_weights is not None)
         self.spec = found.spec
         self.layout = Layout.parse(layout) if isinstance(layout, str) else layout
+        self.layout.check(self.spec)
         self.placement = placement_from(placement, self.spec, self.layout)
         self.tokenizer = _tokenizer(found.tokenizer)
         self._template = ChatTemplate.load(found.folder) if found.folder else None

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 
 from soloist.errors import ConfigurationError
-from soloist.specs.model import Spec
+from soloist.specs.model import ModelSpec, Spec
 
 
 class Layout(Spec, frozen=True, kw_only=True):
@@ -73,6 +73,17 @@ class Layout(Spec, frozen=True, kw_only=True):
         """Ranks in all."""
         return self.dp * self.pp * self.stage_ranks
 
+    def check(self, spec: ModelSpec) -> None:
+        """Raise ConfigurationError unless this layout can cut that model."""
+        for key, degree, most, what in (
+            ("pp", self.pp, spec.layers, "layers"),
+            ("tp", self.tp, spec.expert.width, "elements of an expert's width"),
+            ("attn", self.attention_ranks, spec.vocab, "rows of the vocabulary"),
+        ):
+            if degree > most:
+                remedy = f"the model has only {most} {what}; use {key} <= {most}"
+                raise ConfigurationError.of(f"layout.{key}", degree, remedy)
+
     def at(self, rank: int) -> Seat:
         """Where a rank sits."""
         assert 0 <= rank < self.size
@@ -82,8 +93,7 @@ class Layout(Spec, frozen=True, kw_only=True):
 
     def stage_layers(self, stage: int, layers: int) -> range:
         """The layers of a stage: neighbouring ones, the earlier stages taking the remainder."""
-        if layers < self.pp:
-            raise ConfigurationError.of("layout.pp", self.pp, f"the model has only {layers} layers; use pp <= {layers}")
+        assert layers >= self.pp, "checked by `check`"
         start, stop = share(layers, self.pp, stage)
         return range(start, stop)
 

@@ -1,0 +1,23 @@
+"""Tiny shapes for tests that need no weights."""
+
+from __future__ import annotations
+
+from soloist.specs.model import AttentionSpec, ExpertSpec, ModelSpec, RopeSpec, RouterSpec
+
+
+def tiny_spec(experts: int = 6) -> ModelSpec:
+    return ModelSpec(
+        name="tiny",
+        family="qwen3_moe",
+        layers=3,
+        d_model=8,
+        vocab=11,
+        max_positions=32,
+        attention=AttentionSpec(heads=2, kv_heads=1, head_dim=4, v_head_dim=4, scale=0.5),
+        rope=RopeSpec(width=4),
+        experts=experts,
+        router=RouterSpec(top_k=2),
+        expert=ExpertSpec(width=5),
+        dense_layers=(0,),
+        dense_width=7,
+    )
