@@ -94,12 +94,14 @@ def consecutive_rows(t: Transport) -> None:
 
 
 def overlapping_rows(t: Transport) -> None:
-    """Several exchanges under way, awaited in another order than started, with a reduction in between."""
+    """Several exchanges under way, awaited by every rank in an order of its own."""
     counts = [random_counts(call, t.size, 6) for call in range(4)]
-    pending = [t.start_rows(*_rows_arguments(t, i, counts[i], 7, torch.float32, False)) for i in range(4)]
-    assert t.all_reduce(torch.ones(3, device=t.device)).tolist() == [t.size] * 3
-    for i in (2, 0, 3, 1):
-        _expect_rows(t, i, counts[i], 7, torch.float32, pending[i].wait())
+    for reduction_between in (False, True):
+        pending = [t.start_rows(*_rows_arguments(t, i, counts[i], 7, torch.float32, False)) for i in range(4)]
+        if reduction_between:
+            assert t.all_reduce(torch.ones(3, device=t.device)).tolist() == [t.size] * 3
+        for i in ((2, 0, 3, 1), (3, 2, 1, 0))[t.rank % 2]:
+            _expect_rows(t, i, counts[i], 7, torch.float32, pending[i].wait())
 
 
 def reductions(t: Transport, exact: bool = True) -> None:
@@ -172,6 +174,17 @@ def messages(t: Transport) -> None:
         assert torch.equal(got.cpu(), normal(nth, source, shapes[nth % 4], torch.bfloat16))
 
 
+def slow_receiver(t: Transport) -> None:
+    """More messages than can be under way: the sender waits, nothing is lost or overwritten."""
+    if t.rank == 0:
+        for number in range(30):
+            t.send(torch.full((2, 3), number, device=t.device), 1)
+    if t.rank == 1:
+        time.sleep(SLOW_S)
+        for number in range(30):
+            assert t.recv((2, 3), torch.int64, 0).flatten().tolist() == [number] * 6
+
+
 def subgroups(t: Transport) -> None:
     """Halves that work at their own pace, twice the same members, and the whole between them."""
     half = range(t.rank % 2, t.size, 2)
@@ -235,6 +248,7 @@ CHECKS: tuple[Callable[[Transport], None], ...] = (
     gathers,
     shapes_of_rows,
     messages,
+    slow_receiver,
     subgroups,
     traffic,
     barriers,

@@ -8,7 +8,8 @@ library or a network has better ones (NCCL), `Transport` is implemented directly
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -67,6 +68,29 @@ class ExchangeTransport(Transport):
         mine = counts[self.rank]
         received, _ = self._start(rows_RW, counts, [mine] * self.size, where).wait()
         return ordered_sum(received.view(self.size, mine, *rows_RW.shape[1:]))
+
+
+class Exchange(ABC):
+    """Rows to and from every member, under way.
+
+    Exchanges end in the order of their starts, whichever of them is awaited first. That order is the same on all
+    members, so nobody waits for something that a peer would only do after another exchange.
+    """
+
+    def __init__(self, under_way: deque[Exchange]) -> None:
+        self._under_way = under_way
+        self._received: tuple[Tensor, list[int]] | None = None
+        under_way.append(self)
+
+    @abstractmethod
+    def receive(self) -> tuple[Tensor, list[int]]:
+        """Called once, when all earlier exchanges have ended."""
+
+    def wait(self) -> tuple[Tensor, list[int]]:
+        while self._received is None:
+            first = self._under_way.popleft()
+            first._received = first.receive()
+        return self._received
 
 
 def row_bytes(rows_RW: Tensor) -> int:

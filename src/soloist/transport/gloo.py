@@ -22,7 +22,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from soloist.errors import CommunicationError
 from soloist.transport.base import Transport
-from soloist.transport.exchange import ExchangeTransport, parts_of
+from soloist.transport.exchange import Exchange, ExchangeTransport, parts_of
 
 MESSAGE_TAG = 0  # of point-to-point messages; each exchange has two tags of its own, for counts and for rows
 TAGS = 1 << 30
@@ -45,6 +45,7 @@ class GlooTransport(ExchangeTransport):
         super().__init__(tuple(ranks), rank, deadline_s)
         self._store = store
         self._group: ProcessGroupGloo | None = self._connect()
+        self.under_way: deque[Exchange] = deque()
         self._tag = MESSAGE_TAG
         self._sent: defaultdict[int, deque[_Posted]] = defaultdict(deque)
         self._subgroups: defaultdict[tuple[int, ...], int] = defaultdict(int)
@@ -58,10 +59,10 @@ class GlooTransport(ExchangeTransport):
     # -- rows -------------------------------------------------------------------------------------------------------
     def _start(
         self, rows_RW: Tensor, send_counts: Sequence[int] | None, recv_counts: Sequence[int] | None, where: str
-    ) -> _Exchange:
+    ) -> _GlooExchange:
         self._tag = (self._tag + 2) % TAGS
         parts = parts_of(rows_RW, send_counts, self.size)
-        return _Exchange(self, parts, recv_counts, self._tag, where)
+        return _GlooExchange(self, parts, recv_counts, self._tag, where)
 
     # -- point to point ---------------------------------------------------------------------------------------------
     def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
@@ -114,15 +115,17 @@ class GlooTransport(ExchangeTransport):
 
     def close(self) -> None:
         self._sent.clear()
+        self.under_way.clear()
         self._group = None
 
 
-class _Exchange:
+class _GlooExchange(Exchange):
     """Rows to every member and from every member, under way."""
 
     def __init__(
         self, transport: GlooTransport, parts: Sequence[Tensor], counts: Sequence[int] | None, tag: int, where: str
     ) -> None:
+        super().__init__(transport.under_way)
         self.transport, self.where, self.tag, self.mine = transport, where, tag, parts[transport.rank]
         # Starting with the next rank spreads the load: not everybody sends to member 0 first.
         self.peers = [(transport.rank + i) % transport.size for i in range(1, transport.size)]
@@ -153,7 +156,7 @@ class _Exchange:
             self.transport.post_recv(parts[peer], peer, self.tag + 1, self.where) for peer in self.peers if counts[peer]
         ]
 
-    def wait(self) -> tuple[Tensor, list[int]]:
+    def receive(self) -> tuple[Tensor, list[int]]:
         if self.rows_RW is None:
             self.transport.finish(self.recvs, self.where)
             self._start_rows()

@@ -25,7 +25,7 @@ from torch.distributed import PrefixStore, Store
 
 from soloist.errors import CommunicationError
 from soloist.transport.base import Transport
-from soloist.transport.exchange import ExchangeTransport, row_bytes
+from soloist.transport.exchange import Exchange, ExchangeTransport, row_bytes
 from soloist.transport.shared_segment import (
     CLOSED,
     LANES,
@@ -53,7 +53,7 @@ class SharedMemoryTransport(ExchangeTransport):
         self._store, self._slab_bytes, self.members = store, slab_bytes, range(self.size)
         self._segment = self._join()
         self._lanes = [_Lane(self._segment, lane) for lane in range(LANES)]
-        self._under_way: deque[_Exchange] = deque()
+        self.under_way: deque[Exchange] = deque()
         self._started = 0
         self._outboxes: defaultdict[int, _Outbox] = defaultdict(_Outbox)
         self._inboxes: dict[tuple[int, int], memoryview] = {}
@@ -93,22 +93,12 @@ class SharedMemoryTransport(ExchangeTransport):
     # -- rows -------------------------------------------------------------------------------------------------------
     def _start(
         self, rows_RW: Tensor, send_counts: Sequence[int] | None, recv_counts: Sequence[int] | None, where: str
-    ) -> _Exchange:
-        if len(self._under_way) == LANES:
-            self._under_way[0].wait()
-        exchange = _Exchange(self, self._lanes[self._started % LANES], rows_RW, send_counts, where)
+    ) -> _LaneExchange:
+        if len(self.under_way) == LANES:
+            self.under_way[0].wait()
+        lane = self._lanes[self._started % LANES]
         self._started += 1
-        self._under_way.append(exchange)
-        return exchange
-
-    def finish_through(self, exchange: _Exchange) -> None:
-        """Receive everything up to this exchange, in the order of the starts.
-
-        The order is the same on all members, so nobody waits for a round of one exchange that a peer would only send
-        after another one.
-        """
-        while exchange.received is None:
-            self._under_way.popleft().receive()
+        return _LaneExchange(self, lane, rows_RW, send_counts, where)
 
     # -- point to point ---------------------------------------------------------------------------------------------
     def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
@@ -150,7 +140,7 @@ class SharedMemoryTransport(ExchangeTransport):
         """Tell the others. The memory goes with the transport: peers may still read what was sent."""
         self._leave(CLOSED)
         self._watch.close()
-        self._under_way.clear()
+        self.under_way.clear()
         self._inboxes.clear()
         for outbox in self._outboxes.values():
             outbox.close()
@@ -170,7 +160,7 @@ class _Lane:
         self.rounds = 0  # that went through this lane so far: every member arrives at the same number
 
 
-class _Exchange:
+class _LaneExchange(Exchange):
     """Rows to every member and from every member, under way in a lane. `send_counts = None`: all rows to all."""
 
     def __init__(
@@ -181,19 +171,14 @@ class _Exchange:
         send_counts: Sequence[int] | None,
         where: str,
     ) -> None:
+        super().__init__(transport.under_way)
         self.transport, self.lane, self.rows_RW, self.where = transport, lane, rows_RW, where
         self.width = row_bytes(rows_RW)
-        self.received: tuple[Tensor, list[int]] | None = None
         self._wait_for(lane.read_N)
         self._write_head(send_counts)
         self._publish(0)
 
-    def wait(self) -> tuple[Tensor, list[int]]:
-        self.transport.finish_through(self)
-        assert self.received is not None
-        return self.received
-
-    def receive(self) -> None:
+    def receive(self) -> tuple[Tensor, list[int]]:
         """Wait for everybody's rows and copy this member's share, round by round."""
         me, lane = self.transport.rank, self.lane
         self._wait_for(lane.published_N)
@@ -209,7 +194,7 @@ class _Exchange:
                 self._wait_for(lane.published_N)
             self._copy(target, heads, first)
             lane.read_N[me] = lane.rounds
-        self.received = rows_RW, counts
+        return rows_RW, counts
 
     def _wait_for(self, flags_N: np.ndarray) -> None:
         self.transport.wait_for(flags_N, self.lane.rounds, self.transport.members, self.where)
