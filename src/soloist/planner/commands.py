@@ -11,6 +11,7 @@ from rich.table import Table
 
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
+from soloist.planner.claims import Finding, findings
 from soloist.planner.explain import headline, name_of, one_expert_per_gpu, why
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Deployment
@@ -18,14 +19,18 @@ from soloist.planner.plan import plan_of
 from soloist.planner.plots import plot_validation
 from soloist.planner.precision import Precision
 from soloist.planner.refit import published_rows, refit
+from soloist.planner.report import CASE_COLUMNS, CLAIM_COLUMNS, case_row, claim_row, write_html
 from soloist.planner.runtime import Runtime
+from soloist.planner.scenarios import Case, Scenario, cases, load_scenarios
 from soloist.planner.score import Options, Score, Scorer
 from soloist.planner.search import Found, batches, search
+from soloist.planner.sweep import SweepPoint, sweep
 from soloist.planner.tables import PUBLISHED
 from soloist.planner.validate import Report, validate
 from soloist.specs.cluster import cluster as cluster_named
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
+from soloist.specs.presets import preset
 from soloist.specs.workload import Load
 
 SHOWN = 12
@@ -131,6 +136,55 @@ def _print_rejections(found: Found, show: Console, everything: bool) -> None:
     for lines in counts.values():
         more = f" (and {len(lines) - 1} like it)" if len(lines) > 1 else ""
         show.print(f"  {lines[0]}{more}", highlight=False)
+
+
+def run_scenarios(
+    html: str | Path | None = None, as_json: bool = False, scenarios: str | Path | None = None,
+    calibration: str | Path | None = None,
+) -> int:  # fmt: skip
+    """Claims of the reference deployments against bounds and predictions; `html` writes the report with EP sweeps."""
+    used, listed = _calibration(calibration), load_scenarios(scenarios)
+    every = {scenario.name: list(cases([scenario], used)) for scenario in listed}
+    found = {name: [finding for case in group for finding in findings(case)] for name, group in every.items()}
+    if as_json:
+        rows = [finding._asdict() for group in found.values() for finding in group]
+        print(msgspec.json.encode({"findings": rows}).decode())
+    else:
+        _print_scenarios(listed, every, found, console())
+    if html:
+        write_html(html, listed, every, found, _sweeps(used))
+    return 0
+
+
+def _sweeps(calibration: Calibration) -> dict[str, list[SweepPoint]]:
+    """The reference model and DeepSeek-V3 on H100 nodes, routing skewed as unbalanced traffic was found to be."""
+    load = Load.parse("prompt=2000,output=500,skew=0.8")
+    wanted = {"ref-16l": "bf16", "deepseek-v3": "fp8"}
+    return {
+        f"{name}, {dtype}, h100-ib, 32 sequences a GPU": sweep(
+            preset(name), "h100-ib", Precision.named(dtype), load, 32, calibration
+        )
+        for name, dtype in wanted.items()
+    }
+
+
+def _print_scenarios(
+    listed: list[Scenario], every: dict[str, list[Case]], found: dict[str, list[Finding]], show: Console
+) -> None:
+    for scenario in listed:
+        show.rule(scenario.name, align="left")
+        show.print(scenario.about)
+        show.print(_grid(CASE_COLUMNS, [case_row(case) for case in every[scenario.name]]))
+        show.print(_grid(CLAIM_COLUMNS, [claim_row(finding) for finding in found[scenario.name]]))
+
+
+def _grid(columns: tuple[str, ...], rows: list[list[str]]) -> Table:
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def run_validate(

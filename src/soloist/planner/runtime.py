@@ -34,11 +34,15 @@ class Runtime(Spec, frozen=True, kw_only=True):
 
     @classmethod
     def named(cls, name: str, calibration: Calibration) -> Runtime:
-        """A system of the calibration; what all systems have in common where it is not in there."""
+        """A system of the calibration; what all systems have in common where it is not in there.
+
+        Pipeline losses are not carried over: they are a matter of how one engine schedules.
+        """
         if "end_to_end/serving" not in calibration.fitted:
             return cls.assumed(name)
         found = calibration.find("end_to_end", "serving", name)
-        return cls(name=name, constants=found.constants, band=found.fitted.band, is_fitted=found.exact)
+        constants = found.constants if found.exact else {**found.constants, "pipeline": SYSTEM["pipeline"].guess}
+        return cls(name=name, constants=constants, band=found.fitted.band, is_fitted=found.exact)
 
     @classmethod
     def assumed(cls, name: str) -> Runtime:
