@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore
 
-from soloist.kernels.flags import await_kernel, signal_kernel
+from soloist.kernels.flags import LINE_BYTES, await_kernel, signal_kernel
 from soloist.timing import median_of_slowest
 from soloist.transport.symmetric import SymmetricGroup, Watch, Window
 
@@ -41,7 +41,7 @@ class Bench:
         store = PrefixStore("symmetric", dist.distributed_c10d._get_default_store())
         group = SymmetricGroup(store, rank, size, device)
         window = group.window(_FLAGS_BYTES)
-        calls = torch.zeros(1, dtype=torch.int64, device=device)
+        calls = torch.zeros(LINE_BYTES // 8, dtype=torch.int64, device=device)
         return cls(rank, size, group, window, Watch(rank, tuple(range(size)), device, deadline_s), calls)
 
     @property
@@ -50,12 +50,13 @@ class Bench:
 
     def barrier(self) -> None:
         """On the current stream: what follows begins on all ranks together."""
-        self.calls += 1
-        signal_kernel[(1,)](self.window.bases, 0, self.rank, RANKS=self.size, num_warps=1)
+        self.calls[0] += 1
+        signal_kernel[(1,)](self.window.bases, self.calls, 0, self.rank, PHASE=0, RANKS=self.size, num_warps=1)
         flags = self.window.view(0, (_FLAGS_BYTES // 8,), torch.int64)
         watch, number = self.watch, self.watch.number("the benchmark's barrier")
         await_kernel[(1,)](
-            flags, self.calls, watch.failed, watch.report, number, watch.timeout_ns, RANKS=self.size, num_warps=1
+            flags, self.calls, watch.failed, watch.report, number, watch.timeout_ns,
+            PHASE=0, RANKS=self.size, num_warps=1,
         )  # fmt: skip
 
     def seconds(self, *parts: Callable[[], object], repeats: int = 20, warm_up: int = 3) -> list[float]:

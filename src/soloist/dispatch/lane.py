@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soloist.errors import CapacityError
-from soloist.kernels.flags import FLAG_BYTES, PHASES
+from soloist.kernels.flags import LINE_BYTES, PHASES
 from soloist.transport.symmetric import Window
 
 FP8 = torch.float8_e4m3fn
@@ -70,15 +70,11 @@ class WindowPlan:
         self.weights = self._take(row_K)
         self.y = self._take(shape.rows * shape.d_model * shape.dtype.itemsize)
         self.home = self._take(shape.rows * shape.d_model * shape.dtype.itemsize)
-        self._flags = self._take(len(PHASES) * shape.ranks * FLAG_BYTES)
-        self._ranks = shape.ranks
+        self.flags = self._take(len(PHASES) * shape.ranks * LINE_BYTES)
 
     def _take(self, size: int) -> int:
         at, self.size = self.size, self.size + -(-size // 256) * 256
         return at
-
-    def flags(self, phase: str) -> int:
-        return self._flags + PHASES.index(phase) * self._ranks * FLAG_BYTES
 
 
 class Lane:
@@ -96,21 +92,13 @@ class Lane:
         self._rows = shape.rows
         self.slots_RK = window.view(self.at.slots, (shape.rows, shape.top_k), torch.int32)
         self.weights_RK = window.view(self.at.weights, (shape.rows, shape.top_k), torch.float32)
-        self.calls = empty(len(PHASES), FLAG_BYTES // 8, dtype=torch.int64, device=device)
+        self.flags = window.view(self.at.flags, (len(PHASES) * shape.ranks, LINE_BYTES // 8), torch.int64)
+        self.calls = empty(len(PHASES), LINE_BYTES // 8, dtype=torch.int64, device=device)
         # Zeroed once: entries behind the last offset are always valid rows, whoever reads them.
         self.row_X = empty(shape.rows * shape.most, dtype=torch.int64, device=device)
         self.weight_X = empty(shape.rows * shape.most, dtype=torch.float32, device=device)
         self.place_RK = empty(shape.rows * shape.top_k, dtype=torch.int32, device=device)
         self.offsets_S = empty(max(shape.slots, 1), dtype=torch.int32, device=device)
-
-    def flags(self, phase: str) -> Tensor:
-        """This rank's flags of a phase, by sender."""
-        ranks = self.window.ranks
-        return self.window.view(self.at.flags(phase), (ranks, FLAG_BYTES // 8), torch.int64)
-
-    def awaited(self, phase: str) -> tuple[Tensor, Tensor]:
-        """What a wait compares: the phase's flags, and how many calls had it."""
-        return self.flags(phase), self.calls[PHASES.index(phase)]
 
     def rows_RD(self, shape: ExchangeShape, rank: int | None = None) -> Tensor:
         return self.window.view(self.at.rows, (shape.rows, shape.d_model), shape.row_dtype, rank)

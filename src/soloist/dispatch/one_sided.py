@@ -5,8 +5,8 @@ Shape legend: T tokens of this rank, D model width, K top-k, R rows, X expanded 
     form       dispatch                                       combine
     latency    one kernel: choices and rows, flag             weighted rows straight home, flag; sum
     push       choices, flag; rows by kernel beside the       rows stay, flag; the sum reads them from the peers
-               index, flag
-    copy       the same, whole blocks by copy engine          whole blocks home by copy engine, flag; sum
+               index, flag                                    (from expanded rows: as in the latency form)
+    copy       the same, whole blocks by copy engine          the same; or whole blocks home by copy engine
 
 `rows_RD` has a row for every token that any rank could send (kernels/push.py): those that came are named by `row_X`,
 the others hold anything. The copy form sends tokens to groups that they did not choose as well, without using an SM: it
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from soloist.dispatch.base import ExpertBatch, SlotChoice
 from soloist.dispatch.lane import ExchangeShape, Lane
-from soloist.kernels.flags import await_kernel, signal_kernel
+from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
 from soloist.kernels.home import home_kernel, weigh_kernel
 from soloist.kernels.index import index_kernel
-from soloist.kernels.push import push_kernel
+from soloist.kernels.push import SPAN, push_kernel
 from soloist.transport.symmetric import Watch
 
 
@@ -48,7 +48,8 @@ class Form:
         return block, -(-d_model // block), max(1, min(16, block // 1024))
 
 
-LATENCY = Form("latency", block=2048)
+WEIGH_PROGRAMS = 2112  # belongs to the experts: no limit for the exchange
+LATENCY = Form("latency", programs=1056, block=2048)
 PUSH = Form("push")
 COPY = Form("copy")
 
@@ -136,47 +137,51 @@ class OneSidedDispatcher:
         if self.form.name == "latency":
             self._push(ticket, x_TD, "all", choices=True)
             return Arriving(self, ticket)
-        self._push(ticket, x_TD, "none", choices=True)
         with self.side.fork():
             self._send_rows(ticket, x_TD)
+        self._push(ticket, x_TD, "none", choices=True)
+        if self.form.name == "copy" and not self.shape.fp8:
+            ticket.lane.rows_RD(ticket.shape)[self._own_rows(ticket)].copy_(x_TD)
         return Arriving(self, ticket, self.side.mark())
 
     def _send_rows(self, ticket: Ticket, x_TD: Tensor) -> None:
         if self.form.name == "push":
             self._push(ticket, x_TD, "all", choices=False)
             return
-        lane, shape = ticket.lane, ticket.shape
-        first = shape.order(self.rank) * shape.capacity
-        block = slice(first, first + len(x_TD))
+        lane, shape, here = ticket.lane, ticket.shape, self._own_rows(ticket)
         if shape.fp8:
             self._push(ticket, x_TD, "own", choices=False)
-            x_TD = lane.rows_RD(shape)[block]
-        for step in range(1, shape.ranks + 1 - shape.fp8):
+            x_TD = lane.rows_RD(shape)[here]
+        for step in range(1, shape.ranks):
             peer = (self.rank + step) % shape.ranks
-            lane.rows_RD(shape, peer)[block].copy_(x_TD)
+            lane.rows_RD(shape, peer)[here].copy_(x_TD)
             if shape.fp8:
-                lane.scale_R(shape, peer)[block].copy_(lane.scale_R(shape)[block])
+                lane.scale_R(shape, peer)[here].copy_(lane.scale_R(shape)[here])
         self._signal(lane, "rows")
+
+    def _own_rows(self, ticket: Ticket) -> slice:
+        """Where this rank's tokens lie among the rows, here and with every peer."""
+        first = ticket.shape.order(self.rank) * ticket.shape.capacity
+        return slice(first, first + ticket.tokens)
 
     def _push(self, ticket: Ticket, x_TD: Tensor, rows: str, choices: bool) -> None:
         lane, shape, choice = ticket.lane, ticket.shape, ticket.choice
         block, chunks, warps = self.form.chunks(shape.d_model, whole=shape.fp8)
-        chunks = 1 if rows == "none" else chunks
-        at = lane.at
-        push_kernel[(max(1, min(self.form.programs, shape.capacity * chunks)),)](
+        at, units = lane.at, -(-shape.capacity * shape.top_k // SPAN) if rows == "none" else shape.capacity * chunks
+        push_kernel[(max(1, min(self.form.programs, units)),)](
             x_TD, choice.group_TK, choice.slot_TK, choice.weight_TK, lane.window.bases, lane.calls,
             len(x_TD), shape.capacity, shape.order(self.rank) * shape.capacity, self.rank, shape.tp,
-            at.rows, at.scales, at.slots, at.weights, at.flags("choices" if choices else "rows"),
+            at.rows, at.scales, at.slots, at.weights, at.flags,
             D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks,
             CHOICES=choices, ROWS=rows, QUANTISE=shape.fp8, SIGNAL=rows != "own",
-            STAGES=1 if rows == "none" else self.form.stages, num_warps=1 if rows == "none" else warps,
+            STAGES=self.form.stages, num_warps=2 if rows == "none" else warps,
         )  # fmt: skip
 
     def _receive(self, ticket: Ticket, sent: torch.cuda.Event | None) -> ExpertBatch:
         lane, shape = ticket.lane, ticket.shape
         block = min(1024, max(16, _power(shape.rows)))
         index_kernel[(max(shape.slots, 1),)](
-            lane.slots_RK, lane.weights_RK, *lane.awaited("choices"), *self._watching(ticket),
+            lane.slots_RK, lane.weights_RK, lane.flags, lane.calls, *self._watching(ticket),
             lane.row_X, lane.weight_X, lane.place_RK, lane.offsets_S, shape.rows,
             K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=8 if block > 256 else 4,
         )  # fmt: skip
@@ -194,7 +199,7 @@ class OneSidedDispatcher:
         return self._start_combine(y_RD.contiguous(), batch, expanded=False)
 
     def start_combine_expanded(self, y_XD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
-        """The same from the experts' results: their weighted sum, in fp32 and in order of slot, is done on the way."""
+        """The same from the experts' results: their weighted sum, in fp32 and in order of slot, goes straight home."""
         return self._start_combine(y_XD.contiguous(), batch, expanded=True)
 
     def room(self, batch: ExpertBatch) -> Tensor:
@@ -204,13 +209,11 @@ class OneSidedDispatcher:
     def _start_combine(self, y: Tensor, batch: ExpertBatch, expanded: bool) -> Returning:
         ticket = batch.ticket
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
-        if self.form.name == "latency":
+        if expanded or self.form.name == "latency":
             self._weigh(ticket, y, weigh=expanded, push=True)
             return Returning(self, ticket, pulled=False)
         room = self.room(batch)
-        if expanded:
-            self._weigh(ticket, y, weigh=True, push=False)
-        elif y.data_ptr() != room.data_ptr():
+        if y.data_ptr() != room.data_ptr():
             room.copy_(y)
         with self.side.fork():
             if not self.form.pull:
@@ -221,9 +224,9 @@ class OneSidedDispatcher:
     def _weigh(self, ticket: Ticket, y: Tensor, weigh: bool, push: bool) -> None:
         lane, shape = ticket.lane, ticket.shape
         block, chunks, warps = Form("", block=2048).chunks(shape.d_model)
-        weigh_kernel[(max(1, min(self.form.programs, shape.rows * chunks)),)](
-            y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.y_RD(shape),
-            shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags("home"),
+        weigh_kernel[(max(1, min(WEIGH_PROGRAMS, shape.rows * chunks)),)](
+            y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.calls, lane.y_RD(shape),
+            shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags,
             D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), MOST=shape.most, RANKS=shape.ranks, BLOCK=block,
             CHUNKS=chunks, WEIGH=weigh, PUSH=push, SIGNAL=push, num_warps=warps,
         )  # fmt: skip
@@ -242,7 +245,7 @@ class OneSidedDispatcher:
         block, chunks, warps = self.form.chunks(shape.d_model)
         self.side.join(sent)
         home_kernel[(max(1, min(self.form.programs, ticket.tokens * chunks)),)](
-            out_TD, ticket.choice.group_TK, lane.window.bases, *lane.awaited("home"), *self._watching(ticket),
+            out_TD, ticket.choice.group_TK, lane.window.bases, lane.flags, lane.calls, *self._watching(ticket),
             ticket.tokens, shape.capacity, shape.order(self.rank) * shape.capacity, self.rank,
             lane.at.y if pulled else lane.at.home,
             D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), GROUPS=shape.groups, TP=shape.tp,
@@ -256,12 +259,16 @@ class OneSidedDispatcher:
         return self.watch.failed, self.watch.report, ticket.number, self.watch.timeout_ns
 
     def _signal(self, lane: Lane, phase: str) -> None:
-        signal_kernel[(1,)](lane.window.bases, lane.at.flags(phase), self.rank, RANKS=self.shape.ranks, num_warps=1)
+        signal_kernel[(1,)](
+            lane.window.bases, lane.calls, lane.at.flags, self.rank,
+            PHASE=PHASES.index(phase), RANKS=self.shape.ranks, num_warps=1,
+        )  # fmt: skip
 
     def _await(self, ticket: Ticket, phase: str) -> None:
         lane = ticket.lane
         await_kernel[(1,)](
-            *lane.awaited(phase), *self._watching(ticket), RANKS=self.shape.ranks, num_warps=1
+            lane.flags, lane.calls, *self._watching(ticket),
+            PHASE=PHASES.index(phase), RANKS=self.shape.ranks, num_warps=1,
         )  # fmt: skip
 
     def dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> ExpertBatch:

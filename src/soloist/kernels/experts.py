@@ -30,16 +30,16 @@ class ExpertTiles:
 
 
 # Measured on H100 (docs/exchange.md): the best of seven shapes each.
-FEW_ROWS = ExpertTiles(Tile(16, 64, 256, 4, 3), Tile(64, 128, 128, 4, 4), gather=True)
+FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gather=True)
 SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
 MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), gather=False)
 FP8_ROWS = ExpertTiles(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), gather=False)
-FP8_BLOCKS = ExpertTiles(Tile(128, 64, BLOCK, 8, 4), Tile(128, 128, BLOCK, 8, 4), gather=False)
+FP8_BLOCKS = ExpertTiles(Tile(64, 128, BLOCK, 8, 4), Tile(128, 128, BLOCK, 8, 4), gather=False)
 
 
 def choose_tiles(rows_per_slot: float) -> ExpertTiles:
     """For bf16 and fp16, by the expected number of expanded rows of a slot."""
-    if rows_per_slot <= 40:
+    if rows_per_slot <= 24:
         return FEW_ROWS
     return SOME_ROWS if rows_per_slot <= 96 else MANY_ROWS
 
@@ -51,7 +51,7 @@ def fits(tiles: ExpertTiles, d_model: int, width: int) -> bool:
 
 
 def expand_rows(rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, scale_R: Tensor | None = None,
-                dtype: torch.dtype | None = None, programs: int = 1056) -> Tensor:  # fmt: skip
+                dtype: torch.dtype | None = None, programs: int = 4224) -> Tensor:  # fmt: skip
     """x_XD: each row once for every slot that it chose; times its scale where there is one."""
     d = rows_RD.shape[1]
     x_XD = torch.empty(len(row_X), d, dtype=dtype or rows_RD.dtype, device=rows_RD.device)

@@ -1,11 +1,12 @@
 """Clock, fences and waits: all that one GPU does to know what another one has done.
 
-A flag is an int64 in the memory of the rank that waits. It only grows: one call of the exchange adds `CALL` to each
-flag of a phase, however many programs of the sender share that, and the waiting rank compares it with the number of
-calls with that phase so far, which lies on its device as well. So nothing is reset, and a CUDA graph can be replayed.
+A flag is an int64 in the memory of the rank that waits: how many calls of the exchange its sender has brought through a
+phase. It only grows, and the waiting rank compares it with its own count of calls, which lies on its device as well. So
+nothing is reset between calls, and a CUDA graph can be replayed.
 
-Publishing is a release at system scope after a barrier of the program, waiting an acquire: what the sender's programs
-wrote before is seen by the programs that waited.
+Publishing: each program of a launch, after a barrier of its threads, counts itself in with release and acquire at the
+scope of the GPU; the last one raises the peers' flags with release at system scope. Waiting is an acquire at system
+scope. So what any of the sender's programs wrote before is seen by all programs that waited.
 
 No wait is endless. A flag that does not come in time leaves a code in the sender's entry of `report`, which is host
 memory; all later waits give up at once. The caller goes on with what is there, so the context survives.
@@ -17,9 +18,8 @@ from __future__ import annotations
 
 from soloist.kernels.language import AVAILABLE, INTERPRETED, tl, triton
 
-CALL = tl.constexpr(1 << 20)
-FLAG_BYTES = 128  # one flag a cache line
-STRIDE = tl.constexpr(FLAG_BYTES // 8)  # the same in flags
+LINE_BYTES = 128  # one flag a cache line
+LINE = tl.constexpr(LINE_BYTES // 8)  # the same in flags
 PHASES = ("choices", "rows", "home")  # of a call; the latency form has no phase "rows" of its own
 PHASE_CHOICES, PHASE_ROWS, PHASE_HOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -61,38 +61,38 @@ def remote(bases, peer, at, dtype: tl.constexpr):
 
 @triton.jit
 def count(calls, PHASE: tl.constexpr):
-    """One more call with this phase: the count stands first in line `PHASE` of `calls`."""
-    own = calls + PHASE * STRIDE
-    tl.store(own, tl.load(own) + 1)
+    """One more call with this phase. `calls` has a line for each: the count, then the programs counted in."""
+    tl.store(calls + PHASE * LINE, tl.load(calls + PHASE * LINE) + 1)
 
 
 @triton.jit
-def publish(bases, flags_at, me, RANKS: tl.constexpr):
+def publish(bases, calls, flags_at, me, PHASE: tl.constexpr, RANKS: tl.constexpr):
     """Tell every rank that all programs of this launch wrote what they had to write. Each program calls it last."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    share = tl.where(program == 0, CALL - (programs - 1), 1).to(tl.int64)
+    arrived = calls + PHASE * LINE + 1
     tl.debug_barrier()
-    for step in range(RANKS):
-        flag = remote(bases, (me + 1 + step) % RANKS, flags_at, tl.int64) + me * STRIDE
-        tl.atomic_add(flag, share, sem="release", scope="sys")
+    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.store(arrived, 0)
+        for step in tl.static_range(RANKS):
+            flags = remote(bases, (me + 1 + step) % RANKS, flags_at, tl.int64)
+            tl.atomic_add(flags + (PHASE * RANKS + me) * LINE, 1, sem="release", scope="sys")
 
 
 @triton.jit
-def await_all(flags, calls, failed, report, code, timeout_ns, RANKS: tl.constexpr):
+def await_all(flags, calls, failed, report, code, timeout_ns, PHASE: tl.constexpr, RANKS: tl.constexpr):
     """Returns when every rank has published this call's phase."""
-    target = tl.load(calls) * CALL
+    target = tl.load(calls + PHASE * LINE)
     for source in range(RANKS):
-        await_flag(flags + source * STRIDE, target, failed, report + source, code, timeout_ns)
+        await_flag(flags + (PHASE * RANKS + source) * LINE, target, failed, report + source, code, timeout_ns)
     tl.debug_barrier()
 
 
 @triton.jit
-def signal_kernel(bases, flags_at, me, RANKS: tl.constexpr):
+def signal_kernel(bases, calls, flags_at, me, PHASE: tl.constexpr, RANKS: tl.constexpr):
     """Publish what earlier work of the stream wrote. One program."""
-    publish(bases, flags_at, me, RANKS)
+    publish(bases, calls, flags_at, me, PHASE, RANKS)
 
 
 @triton.jit
-def await_kernel(flags, calls, failed, report, code, timeout_ns, RANKS: tl.constexpr):
+def await_kernel(flags, calls, failed, report, code, timeout_ns, PHASE: tl.constexpr, RANKS: tl.constexpr):
     """Hold the stream until every rank has published. One program."""
-    await_all(flags, calls, failed, report, code, timeout_ns, RANKS)
+    await_all(flags, calls, failed, report, code, timeout_ns, PHASE, RANKS)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from soloist.kernels.language import TensorDescriptor, tl, triton
 
-
 BLOCK = 128  # side of the blocks of weights that share a scale
 
 
@@ -117,10 +116,10 @@ def grouped_gemm_kernel(
     """out_XN = x_XD · weight_SND, by slot. D and N are multiples of BK and BN.
 
     weight: descriptor of `[S · N, D]`, blocks of `[BN, BK]`. GATED: of `[S · 2, N, D]`, gate before up, blocks of
-    `[2, BN, BK]`, and the result is silu(gate) · up: one product of twice the width, which keeps the tensor cores busier
-    than two. GATHER: `x` points to `rows_RD` and `row_X` says which row; otherwise it is a descriptor of `x_XD`, blocks
-    of `[BM, BK]`. SCALED: x and weight are fp8 with a scale a row: `scale_R` and `scale_SN`. BLOCKED: they are fp8 with a
-    scale for BK columns of a row of x, and for BK × BK elements of the weight.
+    `[2, BN, BK]`, and the result is silu(gate) · up: one product of twice the width, since two of half the width leave
+    the tensor cores waiting for shared memory. GATHER: `x` points to `rows_RD` and `row_X` says which row; otherwise it
+    is a descriptor of `x_XD`, blocks of `[BM, BK]`. SCALED: x and weight are fp8 with a scale a row: `scale_R` and
+    `scale_SN`. BLOCKED: they are fp8 with a scale for BK columns of a row of x, and for BK × BK elements of the weight.
     """
     WIDE: tl.constexpr = 2 * BN if GATED else BN
     programs, tile = tl.num_programs(0), tl.program_id(0)
@@ -136,6 +135,9 @@ def grouped_gemm_kernel(
     slot, first, end, n = 0, 0, 0, 0
     width = tl.full((), D, tl.int64)
     row_M = tl.zeros((BM,), tl.int64)
+    if BLOCKED:
+        low, high, scale_low, scale_high = 0, 0, 0.0, 0.0
+        from_M, scale_M = tl.zeros((BM,), tl.int64), tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, WIDE), tl.float32)
     ki = -1
     for _ in range(0, mine * (D // BK)):
@@ -146,6 +148,14 @@ def grouped_gemm_kernel(
             if GATHER:
                 at_M = first + tl.arange(0, BM)
                 row_M = tl.load(row_X + at_M, mask=at_M < end, other=0)
+            if BLOCKED:
+                # Rows behind the slot's end take the scales of its last one; what becomes of them is not stored.
+                from_M = row_M if GATHER else tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)
+                # Each half of the columns lies in one block of the weight.
+                low = (slot * (N * WIDE // BN) + n * BN) // BK * (D // BK)
+                high = (slot * (N * WIDE // BN) + n * BN + (N if GATED else WIDE // 2)) // BK * (D // BK)
+                scale_M = tl.load(scale_R + from_M * (D // BK))
+                scale_low, scale_high = tl.load(scale_SN + low), tl.load(scale_SN + high)
         if GATHER:
             a = tl.load(x + (row_M * width)[:, None] + (ki * BK + tl.arange(0, BK))[None, :])
         else:
@@ -155,10 +165,14 @@ def grouped_gemm_kernel(
         else:
             w = weight.load([slot * N + n * BN, ki * BK])
         if BLOCKED:
-            at_M = first + tl.arange(0, BM)
-            scale_M = tl.load(scale_R + (row_M if GATHER else at_M) * (D // BK) + ki, mask=at_M < end, other=0.0)
-            scale_N = tl.load(scale_SN + _weight_row(slot, n, N, BN, WIDE) // BK * (D // BK) + ki)
-            acc += tl.dot(a, w.T) * scale_M[:, None] * scale_N[None, :]
+            part = tl.dot(a, w.T)
+            # The next step's scales are on their way while the tensor cores work on this one's product.
+            following = tl.minimum(ki + 1, D // BK - 1)
+            next_M = tl.load(scale_R + from_M * (D // BK) + following)
+            next_low, next_high = tl.load(scale_SN + low + following), tl.load(scale_SN + high + following)
+            scale_N = tl.where(tl.arange(0, WIDE) < WIDE // 2, scale_low, scale_high)
+            acc += part * scale_M[:, None] * scale_N[None, :]
+            scale_M, scale_low, scale_high = next_M, next_low, next_high
         else:
             acc = tl.dot(a, w.T, acc)
         if ki == D // BK - 1:

@@ -11,7 +11,7 @@ powers of two.
 
 from __future__ import annotations
 
-from soloist.kernels.flags import await_all, publish, remote
+from soloist.kernels.flags import PHASE_HOME, await_all, publish, remote
 from soloist.kernels.language import tl, triton
 
 
@@ -29,7 +29,7 @@ def _weighted(y_XD, place_K, weight_X, count, column, D: tl.constexpr, MOST: tl.
 
 @triton.jit
 def weigh_kernel(
-    y_D, slots_RK, place_RK, weight_X, bases, out_RD,
+    y_D, slots_RK, place_RK, weight_X, bases, calls, out_RD,
     rows, capacity, me, groups, tp, home_at, flags_at,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, MOST: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, WEIGH: tl.constexpr, PUSH: tl.constexpr, SIGNAL: tl.constexpr,
@@ -61,7 +61,7 @@ def weigh_kernel(
             else:
                 tl.store(out_RD + row * width + column, y, mask=inside)
     if SIGNAL:
-        publish(bases, flags_at, me, RANKS)
+        publish(bases, calls, flags_at, me, PHASE_HOME, RANKS)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def home_kernel(
     from the windows of the ranks that made them, row `first_row + t`; otherwise from this rank's, where rank r put them
     in row `r · capacity + t`.
     """
-    await_all(flags, calls, failed, report, code, timeout_ns, RANKS)
+    await_all(flags, calls, failed, report, code, timeout_ns, PHASE_HOME, RANKS)
     k = tl.arange(0, KP)
     width = tl.full((), D, tl.int64)
     for unit in tl.range(tl.program_id(0), tokens * CHUNKS, tl.num_programs(0), num_stages=STAGES):

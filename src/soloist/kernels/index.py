@@ -5,7 +5,7 @@ Shape legend: R rows, K top-k, X expanded rows, S slots, D width. `KP` and `BLOC
 
 from __future__ import annotations
 
-from soloist.kernels.flags import await_all
+from soloist.kernels.flags import PHASE_CHOICES, await_all
 from soloist.kernels.language import tl, triton
 
 
@@ -21,7 +21,7 @@ def index_kernel(
     choice in order of slot lies among the expanded rows.
     """
     slot = tl.program_id(0)
-    await_all(flags, calls, failed, report, code, timeout_ns, RANKS)
+    await_all(flags, calls, failed, report, code, timeout_ns, PHASE_CHOICES, RANKS)
     k = tl.arange(0, KP)
     lower = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, rows, BLOCK):

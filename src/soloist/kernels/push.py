@@ -12,17 +12,25 @@ from __future__ import annotations
 
 from soloist.kernels.flags import PHASE_CHOICES, PHASE_HOME, PHASE_ROWS, count, publish, remote
 from soloist.kernels.language import tl, triton
+from soloist.kernels.quantise import to_fp8
 
-FP8_MAX = tl.constexpr(448.0)  # largest float8_e4m3fn
+SPAN = tl.constexpr(256)  # choices that a program sends at a time
 
 
 @triton.jit
-def _push_choice(group_K, slot_K, weight_K, bases, peer, row, slots_at, weights_at, K, KP: tl.constexpr, TP):
-    """Which slots of peer's group the row goes to: −1 for a choice of another group."""
-    k = tl.arange(0, KP)
-    here_K = group_K == peer // TP
-    tl.store(remote(bases, peer, slots_at, tl.int32) + row * K + k, tl.where(here_K, slot_K, -1), mask=k < K)
-    tl.store(remote(bases, peer, weights_at, tl.float32) + row * K + k, weight_K, mask=k < K)
+def _push_choices(
+    group_TK, slot_TK, weight_TK, bases, known, room, first, me, tp, slots_at, weights_at, RANKS: tl.constexpr
+):  # fmt: skip
+    """Entries `first …` of the choices to every rank: −1 where the choice is another group's, or there is no token."""
+    entry = first + tl.arange(0, SPAN)
+    group = tl.load(group_TK + entry, mask=entry < known, other=-1).to(tl.int32)
+    slot = tl.load(slot_TK + entry, mask=entry < known, other=-1).to(tl.int32)
+    weight = tl.load(weight_TK + entry, mask=entry < known, other=0.0)
+    for step in tl.static_range(RANKS):
+        peer = (me + 1 + step) % RANKS
+        slots, weights = remote(bases, peer, slots_at, tl.int32), remote(bases, peer, weights_at, tl.float32)
+        tl.store(slots + entry, tl.where(group == peer // tp, slot, -1), mask=entry < room)
+        tl.store(weights + entry, weight, mask=entry < room)
 
 
 @triton.jit
@@ -33,47 +41,45 @@ def push_kernel(
     CHUNKS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, QUANTISE: tl.constexpr, SIGNAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs share the chunks of `capacity` rows; tokens beyond `tokens` are noted as going nowhere.
+    """Programs share `capacity` tokens, those beyond `tokens` going nowhere, and the chunks of their rows.
 
-    CHOICES: send slots and gate weights, and count the call; without rows, as one whose rows follow. ROWS: "all" sends rows to every group chosen, "own" to
-    this rank alone, "none" to nobody. QUANTISE: rows in fp8 with one fp32 scale each (CHUNKS = 1). SIGNAL: publish.
-    STAGES: rows that a program loads ahead.
+    CHOICES: send slots and gate weights, and count the call; without rows, as one whose rows follow. ROWS: "all" sends
+    rows to every group chosen, "own" writes all rows to this rank alone, "none" to nobody. QUANTISE: rows in fp8 with
+    one fp32 scale each (CHUNKS = 1). SIGNAL: publish. STAGES: rows that a program loads ahead.
     """
     program = tl.program_id(0)
-    if CHOICES and program == 0:
-        count(calls, PHASE_CHOICES)
-        count(calls, PHASE_HOME)
-        if ROWS == "none":
-            count(calls, PHASE_ROWS)
-    k = tl.arange(0, KP)
-    width = tl.full((), D, tl.int64)
-    for unit in tl.range(program, capacity * CHUNKS, tl.num_programs(0), num_stages=STAGES):
-        t, chunk = unit // CHUNKS, unit % CHUNKS
-        known_K = k < tl.where(t < tokens, K, 0)
-        column = chunk * BLOCK + tl.arange(0, BLOCK)
-        inside = column < tl.where(t < tokens, D, 0)
-        row = first_row + t
-        group_K = tl.load(group_TK + t * K + k, mask=known_K, other=-1).to(tl.int32)
-        if ROWS != "none":
-            x = tl.load(x_TD + t * width + column, mask=inside, other=0.0)
+    if CHOICES:
+        if program == 0:
+            count(calls, PHASE_CHOICES)
+            count(calls, PHASE_HOME)
+            if ROWS == "none":
+                count(calls, PHASE_ROWS)
+        # The row of a token says where its choices lie.
+        slots_at += first_row * (4 * K)
+        weights_at += first_row * (4 * K)
+        for block in range(program, (capacity * K + SPAN - 1) // SPAN, tl.num_programs(0)):
+            _push_choices(
+                group_TK, slot_TK, weight_TK, bases, tokens * K, capacity * K, block * SPAN, me, tp,
+                slots_at, weights_at, RANKS,
+            )  # fmt: skip
+    if ROWS != "none":
+        k = tl.arange(0, KP)
+        width = tl.full((), D, tl.int64)
+        for unit in tl.range(program, tokens * CHUNKS, tl.num_programs(0), num_stages=STAGES):
+            t, chunk = unit // CHUNKS, unit % CHUNKS
+            column = chunk * BLOCK + tl.arange(0, BLOCK)
+            row = first_row + t
+            group_K = tl.load(group_TK + t * K + k, mask=k < K, other=-1).to(tl.int32)
+            x = tl.load(x_TD + t * width + column, mask=column < D, other=0.0)
             if QUANTISE:
-                scale = tl.maximum(tl.max(tl.abs(x.to(tl.float32)), 0) / FP8_MAX, 1e-12)
-                x = (x.to(tl.float32) / scale).to(tl.float8e4nv)
-        if CHOICES:
-            slot_K = tl.load(slot_TK + t * K + k, mask=known_K, other=-1).to(tl.int32)
-            weight_K = tl.load(weight_TK + t * K + k, mask=known_K, other=0.0)
-        for step in tl.static_range(RANKS):
-            peer = (me + 1 + step) % RANKS
-            if CHOICES and chunk == 0:
-                _push_choice(group_K, slot_K, weight_K, bases, peer, row, slots_at, weights_at, K, KP, tp)
-            if ROWS != "none":
-                wanted = tl.max((group_K == peer // tp).to(tl.int32), 0) > 0
-                if ROWS == "own":
-                    wanted = wanted & (peer == me)
+                x, scale_1 = to_fp8(x, 0)
+            for step in tl.static_range(RANKS):
+                peer = (me + 1 + step) % RANKS
+                chosen = tl.max((group_K == peer // tp).to(tl.int32), 0) > 0
+                wanted = peer == me if ROWS == "own" else chosen
                 if wanted:
-                    target = remote(bases, peer, rows_at, x.dtype) + row * width
-                    tl.store(target + column, x, mask=inside)
+                    tl.store(remote(bases, peer, rows_at, x.dtype) + row * width + column, x, mask=column < D)
                     if QUANTISE:
-                        tl.store(remote(bases, peer, scales_at, tl.float32) + row, scale)
+                        tl.store(remote(bases, peer, scales_at, tl.float32) + row + tl.arange(0, 1), scale_1)
     if SIGNAL:
-        publish(bases, flags_at, me, RANKS)
+        publish(bases, calls, flags_at, me, PHASE_CHOICES if CHOICES else PHASE_ROWS, RANKS)

@@ -59,7 +59,8 @@ class SymmetricGroup:
         from torch._C import _distributed_c10d as c10d
 
         # Symmetric memory finds ranks and store by the name of a process group; none of its collectives is used.
-        c10d._register_process_group(self.name, c10d.ProcessGroup(self.store, self.rank, self.size))
+        self._named = c10d.ProcessGroup(self.store, self.rank, self.size)
+        c10d._register_process_group(self.name, self._named)
         self._backend = c10d._SymmetricMemory
 
     def window(self, size: int) -> Window:
