@@ -22,14 +22,17 @@ class SteadyScheduler(Scheduler):
     """A scheduler whose every answer is `TOKEN`, so that batches to come are known as long as nothing happens."""
 
     def steady_rounds(self) -> int:
-        """Rounds that every batch under way can take unchanged if nobody arrives; 0 where that is not certain."""
+        """Rounds that every batch under way can take unchanged if nobody arrives; 0 where that is not certain.
+
+        A round in which a sequence gets its first token or its last one is not among them: that is news.
+        """
         batches = list(self._flying.values())
         if self._ready or not batches or not self._keeps_shape([len(states) for states in batches]):
             return 0
         if self._waiting_count and not self._shuts_out():
             return 0
         states = [state for states in batches for state in states]
-        if any(state.pending != 1 or state.finish_reason for state in states):
+        if any(_has_news(state) for state in states):
             return 0
         blocks = self._pool.available // len(states) * self.config.block_size
         return min(blocks, *(self._last_length(state) - 1 - len(state.tokens) for state in states))
@@ -85,3 +88,8 @@ class SteadyScheduler(Scheduler):
         if self.config.prefix_caching or self._waiting[0].finish_reason:
             return False
         return self.config.blocks_for(self._waiting[0].pending) > self._spare_blocks()
+
+
+def _has_news(state: SequenceState) -> bool:
+    """The batch under way is not just a decode of a sequence that goes on."""
+    return state.pending != 1 or len(state.tokens) == state.prompt_length or state.finish_reason is not None
