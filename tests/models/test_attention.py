@@ -58,13 +58,13 @@ def test_paged_attention_reads_the_cache_through_its_tables(window: int | None, 
             slot = table[position // block] * block + position % block
             cache_k[slot], cache_v[slot] = k[position], v[position]
         expected.append(dense(rows, k, v, kv_head, 0.3, window, sinks))
-    batch = PagedBatch([0, 2, 6, 7], lengths, torch.tensor(tables), block)
+    batch = PagedBatch.of([0, 2, 6, 7], lengths, torch.tensor(tables), block)
     found = paged_attention(q, cache_k, cache_v, batch, kv_head, 0.3, window, sinks)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_without_heads_returns_nothing() -> None:
-    batch = PagedBatch([0, 2], [2], torch.tensor([[0]]), 4)
+    batch = PagedBatch.of([0, 2], [2], torch.tensor([[0]]), 4)
     empty = torch.zeros(8, 0, 6)
     found = paged_attention(torch.zeros(2, 0, 6), empty, empty, batch, torch.zeros(0, dtype=torch.int64), 1.0)
     assert found.shape == (2, 0, 6)

@@ -27,7 +27,7 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
-    triton: Any = SimpleNamespace(jit=_Missing)
+    triton: Any = SimpleNamespace(jit=lambda kernel=None, **options: _Missing(kernel) if kernel else _Missing)
     tl: Any = SimpleNamespace(constexpr=lambda value: value)
     TensorDescriptor: Any = None
 

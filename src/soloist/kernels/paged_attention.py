@@ -19,8 +19,22 @@ class PagedBatch:
 
     query_starts: list[int]  # N + 1: rows of the step's tokens
     lengths: list[int]  # N: context including this step's tokens
-    tables_NM: Tensor  # int64: block ids, rows padded with 0
+    tables_NM: Tensor  # int32: block ids, rows padded with 0
     block_size: int
+    starts_N: Tensor  # int32, N + 1, and
+    lengths_N: Tensor  # int32, N: the two lists beside the tables, for kernels
+
+    @classmethod
+    def of(cls, query_starts: list[int], lengths: list[int], tables_NM: Tensor, block_size: int) -> PagedBatch:
+        """The lists are copied to where the tables are; the host does not wait."""
+        numbers = torch.tensor(query_starts + lengths, dtype=torch.int32).to(tables_NM.device, non_blocking=True)
+        starts_N, lengths_N = numbers.split([len(query_starts), len(lengths)])
+        return cls(query_starts, lengths, tables_NM.int(), block_size, starts_N, lengths_N)
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of the step of each sequence."""
+        return [stop - start for start, stop in zip(self.query_starts[:-1], self.query_starts[1:], strict=True)]
 
     def slots(self, index: int) -> Tensor:
         """Rows of the flat cache that hold a sequence's context, in order of position."""

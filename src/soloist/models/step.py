@@ -47,7 +47,7 @@ class StepInput:
                 for c, table in zip(chunks, blocks, strict=True)
             ]
         )
-        tables_NM = np.zeros((len(chunks), max((len(table) for table in blocks), default=0)), dtype=np.int64)
+        tables_NM = np.zeros((len(chunks), max((len(table) for table in blocks), default=0)), dtype=np.int32)
         for row, table in zip(tables_NM, blocks, strict=True):
             row[: len(table)] = table
         starts = [0, *np.cumsum([len(c.tokens) for c in chunks]).tolist()]
@@ -57,7 +57,7 @@ class StepInput:
             if chunk.samples or chunk.scores_prompt
         ]
         ids_T = _concatenate([np.asarray(c.tokens, dtype=np.int64) for c in chunks])
-        paged = PagedBatch(starts, [c.stop for c in chunks], _to(tables_NM, device), block_size)
+        paged = PagedBatch.of(starts, [c.stop for c in chunks], _to(tables_NM, device), block_size)
         cos, sin = rope.angles(_to(positions_T, device), dtype)
         rows = _to(_concatenate(wanted), device)
         return cls(_to(ids_T, device), _to(slots_T, device), paged, cos, sin, rows, replicated, f"step {batch.step}")

@@ -1,0 +1,179 @@
+"""Attention over a paged KV cache in Triton: how a step is cut into launches. Kernels: paged_attention_kernels.py.
+
+Shape legend: T tokens of the step, N sequences, H query heads, C KV heads, G query heads of a tile, S splits, Q and V
+widths of keys and values, M blocks of the longest table.
+
+Grids follow from shapes that the host knows, lengths and tables are read on the device: nothing waits for the GPU, and
+a step of single tokens can be captured in a CUDA graph and replayed with other lengths and tables of the same shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soloist.kernels.paged_attention import PagedBatch
+from soloist.kernels.paged_attention_kernels import merge_kernel, tile_kernel
+
+WIDEST = 512  # values; keys may be an eighth wider
+MOST_SPLITS = 128
+FEWEST_KEYS = 256  # of a split
+MERGED = 64  # columns of a program of the merge
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a launch is cut. Contexts are split until an SM has `per_sm` programs."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    per_sm: int
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Columns as powers of two: a key is `first` and `rest` (0: none) of them, a value `values`."""
+
+    key: int
+    value: int
+    first: int
+    rest: int
+    values: int
+
+    @classmethod
+    def of(cls, key: int, value: int, shared: bool) -> Widths:
+        """`shared`: a value is the first columns of its key."""
+        whole = _power_of_two(key)
+        first, rest = whole // 2, _power_of_two(max(1, key - whole // 2))
+        if whole == key or first + rest >= whole:
+            first, rest = whole, 0
+        return cls(key, value, first, rest, first if shared else _power_of_two(value))
+
+
+def _power_of_two(number: int, least: int = 16) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def tiling(widths: Widths, group: int, decode: bool) -> Tiling:
+    """For `group` query heads a KV head; the best of those measured on H100."""
+    if widths.values > 256:
+        return Tiling(64, 64, 8, 3, 2)
+    if decode:
+        return Tiling(min(64, _power_of_two(group)), 64, 4, 4, 4)
+    return Tiling(128, 64, 8, 3, 2)
+
+
+class HeadTiles:
+    """Which query heads a tile holds: those of one KV head, in several tiles where they are more than its rows."""
+
+    def __init__(self, kv_head_H: Tensor, rows: int) -> None:
+        kv_heads = kv_head_H.tolist()
+        groups = [[h for h, c in enumerate(kv_heads) if c == kv] for kv in range(max(kv_heads) + 1)]
+        largest = max(len(group) for group in groups)
+        self.each = -(-largest // rows)  # tiles of a KV head
+        self.heads = -(-largest // self.each)  # of a tile
+        padded = [group + [-1] * (self.each * self.heads - len(group)) for group in groups]
+        self.index_CG = torch.tensor(padded, dtype=torch.int32, device=kv_head_H.device).view(-1, self.heads)
+
+    def __len__(self) -> int:
+        return len(self.index_CG)
+
+
+class TritonPagedAttention:
+    """`paged_attention` of one layer, for bf16 and fp16 on a GPU, and fp32 and fp16 in Triton's interpreter."""
+
+    def __init__(
+        self,
+        kv_head_H: Tensor,
+        scale: float,
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
+        choose: Callable[[Widths, int, bool], Tiling] = tiling,
+    ) -> None:
+        self.kv_head_H, self.window, self.choose = kv_head_H, window, choose
+        self.scale = scale * math.log2(math.e)
+        self.sinks_H = None if sinks_H is None else sinks_H.float()
+        self.group = int(kv_head_H.bincount().max()) if len(kv_head_H) else 0
+        self.tiles: dict[int, HeadTiles] = {}
+
+    def __call__(self, q_THQ: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch) -> Tensor:
+        """out_THV; the arguments are those of `paged_attention`."""
+        out_THV = q_THQ.new_empty(*q_THQ.shape[:2], v_cache.shape[-1])
+        if out_THV.numel() == 0:
+            return out_THV
+        call = _Call(self, q_THQ, k_cache, v_cache, batch, out_THV)
+        # Prefill first: where it splits, its merge also writes rows of single tokens, of which it knows nothing.
+        counts = set(batch.counts)
+        if max(counts) > 1:
+            call.launch(decode=False)
+        if 1 in counts:
+            call.launch(decode=True)
+        return out_THV
+
+    def head_tiles(self, rows: int) -> HeadTiles:
+        if rows not in self.tiles:
+            self.tiles[rows] = HeadTiles(self.kv_head_H, rows)
+        return self.tiles[rows]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One step of one layer."""
+
+    layer: TritonPagedAttention
+    q_THQ: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    batch: PagedBatch
+    out_THV: Tensor
+
+    def launch(self, decode: bool) -> None:
+        """All sequences of one token, or all others."""
+        layer, batch, (tokens, heads, _) = self.layer, self.batch, self.q_THQ.shape
+        key, value, is_shared = self.k_cache.shape[-1], self.v_cache.shape[-1], self._is_shared()
+        widths = Widths.of(key, value, is_shared)
+        cut = layer.choose(widths, layer.group, decode)
+        tiles = layer.head_tiles(cut.rows)
+        sequences, blocks = batch.tables_NM.shape
+        grid = (len(tiles), sequences) if decode else (tokens // (cut.rows // tiles.heads) + sequences, len(tiles))
+        splits = self._splits(math.prod(grid), cut)
+        rows = sequences if decode else tokens
+        sums = stats = self.out_THV
+        if splits > 1:
+            sums = torch.empty(splits, rows, heads, value, dtype=torch.float32, device=self.out_THV.device)
+            stats = torch.empty(splits, rows, heads, 2, dtype=torch.float32, device=self.out_THV.device)
+        tile_kernel[(*grid, splits)](
+            self.q_THQ, self.k_cache, self.v_cache, self.out_THV, sums, stats, batch.starts_N, batch.lengths_N,
+            batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, heads,
+            *self.q_THQ.stride()[:2], *self.k_cache.stride()[:2], *self.v_cache.stride()[:2],
+            DECODE=decode, SPLIT=splits > 1, SINKS=layer.sinks_H is not None, WINDOW=layer.window or 0,
+            SHARED=is_shared, PAGE=batch.block_size, HEAD_TILES=tiles.each, G=tiles.heads, R=cut.rows, B=cut.keys,
+            Q=key, QA=widths.first, QX=widths.rest, V=value, VP=widths.values,
+            num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+        if splits > 1:
+            merge_kernel[(rows, heads, -(-value // MERGED))](
+                sums, stats, batch.starts_N, layer.sinks_H, self.out_THV, splits, heads,
+                DECODE=decode, SINKS=layer.sinks_H is not None, SP=_power_of_two(splits, 2), V=value, VB=MERGED,
+                num_warps=1 if splits <= 16 else 4,
+            )  # fmt: skip
+
+    def _is_shared(self) -> bool:
+        """Whether values are the first columns of the keys, as in the latent cache of MLA."""
+        k, v = self.k_cache, self.v_cache
+        return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[-1] <= k.shape[-1]
+
+    def _splits(self, programs: int, cut: Tiling) -> int:
+        wanted = -(-cut.per_sm * _processors(self.out_THV.device) // programs)
+        context = self.batch.tables_NM.shape[1] * self.batch.block_size
+        return max(1, min(wanted, context // FEWEST_KEYS, MOST_SPLITS))
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
