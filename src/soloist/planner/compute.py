@@ -121,7 +121,7 @@ def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float
         return grouped_seconds(pairs, row.experts, row.ffn, row.hidden, row.dtype, gpu, constants)
     exponent = re.search(r"power_law_(\d+(?:\.\d+)?)", row.routing)
     alpha = float(exponent[1]) if exponent else 0.0
-    fullest = pairs * imbalance(alpha, row.experts, row.ep, row.group_tokens)
+    fullest = pairs * imbalance(alpha, row.experts, row.ep, row.group_tokens, top_k=row.top_k)
     work = ExpertWork(
         pairs=fullest, active=activated(slots, row.experts, row.top_k, row.group_tokens), hidden=row.hidden,
         width=row.ffn, dtype=row.dtype, gathered=row.group_tokens / row.ep > PADDED_TOKENS,

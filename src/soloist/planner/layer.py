@@ -107,7 +107,7 @@ def expert_load(d: Deployment, batch: Batch) -> ExpertLoad:
     reached = distinct(ep, max(model.experts, ep), model.router.top_k)
     replicas = max(0, d.held * ep - model.experts)
     drawn = 4 ** round(log(max(64, tokens), 4))  # the law depends on tokens only weakly
-    fullest = imbalance(d.skew, model.experts, ep, drawn, replicas) if d.skew else 1.0
+    fullest = imbalance(d.skew, model.experts, ep, drawn, replicas, model.router.top_k) if d.skew else 1.0
     copies = d.held * ep / model.experts  # tokens of an expert are shared by its replicas
     active = activated(d.held, model.experts, model.router.top_k, tokens / max(1.0, copies))
     return ExpertLoad(pairs, active, fullest * min(2.0, straggler(ep, pairs)), tokens * reached / ep)

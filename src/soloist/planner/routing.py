@@ -11,7 +11,7 @@ from math import exp, lgamma, log, sqrt
 
 import numpy as np
 
-DRAWS, PACKED_DRAWS = 64, 8
+DRAWS, PACKED_DRAWS, REDRAWS = 64, 8, 50
 
 
 @lru_cache(maxsize=4096)
@@ -63,23 +63,36 @@ def straggler(ranks: int, pairs: float) -> float:
 
 
 @lru_cache(maxsize=256)
-def power_law_loads(alpha: float, experts: int, tokens: int) -> np.ndarray:
-    """`[DRAWS, experts]` share of all token-expert pairs that each expert gets."""
-    u = np.random.default_rng(0).random((DRAWS, experts))
+def power_law_loads(alpha: float, experts: int, tokens: int, top_k: int = 1) -> np.ndarray:
+    """`[DRAWS, experts]` share of all token-expert pairs that each expert gets.
+
+    No expert gets more than 1 / top_k, since a token chooses different ones; such draws are made again.
+    """
+    rng = np.random.default_rng(0)
+    loads = _power_law(rng.random((DRAWS, experts)), alpha, tokens)
+    for _ in range(REDRAWS):
+        wrong = loads.max(axis=1) > 1 / top_k
+        if not wrong.any():
+            return loads
+        loads[wrong] = _power_law(rng.random((int(wrong.sum()), experts)), alpha, tokens)
+    return np.minimum(loads, 1 / top_k)
+
+
+def _power_law(u: np.ndarray, alpha: float, tokens: int) -> np.ndarray:
     most, power = 0.8 * max(tokens, 2), 1.0 - alpha
     drawn = most**u if abs(power) < 1e-6 else ((most**power - 1.0) * u + 1.0) ** (1.0 / power)
     return drawn / drawn.sum(axis=1, keepdims=True)
 
 
 @lru_cache(maxsize=65536)
-def imbalance(alpha: float, experts: int, ranks: int, tokens: int, replicas: int = 0) -> float:
+def imbalance(alpha: float, experts: int, ranks: int, tokens: int, replicas: int = 0, top_k: int = 1) -> float:
     """Expected max/mean of the ranks' loads under a power law, experts dealt to ranks in order of drawing.
 
     `replicas` more slots than experts go to the hottest experts (water-filling), slots are packed by load.
     """
     if alpha <= 0 or ranks <= 1:
         return 1.0
-    loads = power_law_loads(alpha, experts, tokens)
+    loads = power_law_loads(alpha, experts, tokens, top_k)
     if replicas or ranks > experts:
         slots = max(experts + replicas, ranks)
         return float(np.mean([_packed(row, ranks, slots) for row in loads[:PACKED_DRAWS]]))
