@@ -182,6 +182,17 @@ def test_after_closing_nothing_is_answered():
         llm.generate([[1]], GREEDY)
 
 
+def test_when_a_rank_is_lost_the_others_are_ended():
+    llm = LLM(NOVELS, layout="ep2", device="cpu", random_weights=1, make_executor=FakeExecutor)
+    (_, survivor) = llm._ranks.processes
+    stream = llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))
+    next(stream)
+    llm._ranks.processes[0].kill()
+    with pytest.raises(ClusterError, match="rank 0 was killed by SIGKILL"):
+        list(stream)
+    assert not survivor.is_alive()
+
+
 def test_the_front_end_does_not_import_torch():
     code = "import sys, soloist.engine.llm; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

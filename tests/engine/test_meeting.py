@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from soloist.engine.meeting import Meeting, Place, place_from
-from soloist.errors import ConfigurationError
+from soloist.errors import ClusterError, ConfigurationError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
@@ -61,6 +63,20 @@ def test_addresses_are_found_where_they_were_announced(tmp_path):
     assert one.address("leader 0") == f"ipc://{tmp_path}/leader-0"
     one.announce("leader 0", "tcp://10.0.0.1:5")
     assert other.find("leader 0") == "tcp://10.0.0.1:5"
+
+
+def test_ranks_that_cannot_meet_are_told_where_they_tried(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ClusterError, match="rank 1 of 2 cannot meet the others at 127.0.0.1:1"):
+        Meeting.at_master(Place(1, 2, 1, 2), deadline_s=1)
+
+
+def test_a_name_that_nobody_announces_is_told(tmp_path):
+    meeting = Meeting.in_folder(tmp_path, Place(0, 1, 0, 1))
+    meeting.store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(ClusterError, match="nobody announced the leader 7 in time"):
+        meeting.find("leader 7")
 
 
 def test_without_a_folder_ranks_listen_on_any_port():

@@ -195,8 +195,11 @@ class LLM:
         return booked
 
     def _pump(self) -> None:
+        """Take in what the ranks have sent. Where one is lost the others are ended, and the cause is raised."""
         with self._lock:
             self._front.pump()
+            if self._front.failure:
+                self.close()
             self._front.raise_failure()
 
     def _abort(self, booked: Sequence[Request | RequestError]) -> None:

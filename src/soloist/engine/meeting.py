@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soloist.engine.options import EngineOptions
-from soloist.errors import ConfigurationError
+from soloist.errors import ClusterError, ConfigurationError
 from soloist.placement.placement import Placement
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
@@ -102,16 +102,23 @@ class Meeting:
 
     @classmethod
     def at_master(cls, place: Place, deadline_s: float) -> Meeting:
-        """For ranks that somebody else started, at MASTER_ADDR and MASTER_PORT (by default 127.0.0.1:29500)."""
+        """For ranks that somebody else started, at MASTER_ADDR and MASTER_PORT (by default 127.0.0.1:29500).
+
+        Raises ClusterError if they cannot be met within `deadline_s`.
+        """
         from datetime import timedelta
 
         from torch.distributed import rendezvous
 
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
-        timeout = timedelta(seconds=deadline_s)
-        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timeout))
-        return cls(place, store, host=_own_address(os.environ["MASTER_ADDR"]))
+        master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        try:
+            store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=deadline_s)))
+            return cls(place, store, host=_own_address(os.environ["MASTER_ADDR"]))
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = f"rank {place.rank} of {place.size} cannot meet the others at {master} ({error})"
+            raise ClusterError(f"{reason}: check MASTER_ADDR, MASTER_PORT, and that rank 0 was started") from error
 
     def address(self, name: str) -> str:
         """Where `name` may listen, as ZeroMQ writes it."""
@@ -121,8 +128,11 @@ class Meeting:
         self.store.set(f"address of {name}", address)
 
     def find(self, name: str) -> str:
-        """The address of `name`; waits until it is announced, as long as the store's timeout."""
-        return self.store.get(f"address of {name}").decode()
+        """The address of `name`, waited for as long as the store's timeout. Raises ClusterError if it never comes."""
+        try:
+            return self.store.get(f"address of {name}").decode()
+        except RuntimeError as error:
+            raise ClusterError(f"rank {self.place.rank}: nobody announced the {name} in time ({error})") from error
 
 
 def _own_address(master: str) -> str:

@@ -53,12 +53,16 @@ def run_rank(
 def serve(
     job: Job, world: World, meeting: Meeting, inbox: Spoke[ToLeader], device: torch.device, make_executor: MakeExecutor
 ) -> None:
-    """Load, then lead or follow."""
-    runner = make_executor(job, world, device, lambda total: inbox.send(Loading(total)))
+    """Load, then lead or follow. A leader can be found before it has loaded, however long that takes."""
+
+    def report(bytes_read: int) -> None:
+        inbox.send(Loading(bytes_read))
+
     if not world.seat.is_leader:
-        follow(runner, world.seat, meeting, inbox.send)
+        follow(make_executor(job, world, device, report), world.seat, meeting, inbox.send)
         return
     with closing(Crew(world.seat, meeting, job.options.deadline_s)) as crew:
+        runner = make_executor(job, world, device, report)
         blocks = crew.agree_on_blocks(runner.kv_blocks, job.options.start_deadline_s)
         runner.allocate(blocks)
         sizes = scheduler_sizes(job, blocks)

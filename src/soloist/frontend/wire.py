@@ -19,7 +19,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 # -- front end → leader ---------------------------------------------------------------------------------------------
-class Submit(Message):
+class Submit(Message, frozen=True):
     """Continue a prompt. `sequence` is unique within the front end."""
 
     sequence: int
@@ -27,35 +27,35 @@ class Submit(Message):
     params: SamplingParams
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Forget a sequence; nothing is reported for it any more."""
 
     sequence: int
 
 
-class Wake(Message):
+class Wake(Message, frozen=True):
     """Leave sleep number `generation` of world `epoch`, or do not begin it."""
 
     epoch: int
     generation: int
 
 
-class Tell(Message):
+class Tell(Message, frozen=True):
     """Send the front end your figures. Sent to every leader, and by each of them to its peers."""
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     """Leave the step loop. Sent to every leader, and by each of them to its peers."""
 
 
 # -- rank → front end -----------------------------------------------------------------------------------------------
-class Loading(Message):
+class Loading(Message, frozen=True):
     """Bytes of weights that this rank has read so far."""
 
     bytes_read: int
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """The rank serves. A leader says what it schedules onto."""
 
     sizes: SchedulerConfig | None = None
@@ -74,7 +74,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None  # with finish_reason "error"
 
 
-class Tokens(Message):
+class Tokens(Message, frozen=True):
     """What one step of one leader brought, or a refusal between steps. `stats` are the scheduler's figures after it."""
 
     step: int
@@ -82,7 +82,7 @@ class Tokens(Message):
     stats: SchedulerStats
 
 
-class Figures(Message):
+class Figures(Message, frozen=True):
     """What a rank did since it was last asked: seconds of each phase, bytes to each rank, memory, routing."""
 
     rank: int
@@ -95,13 +95,13 @@ class Figures(Message):
     routing: bytes = b""  # what the rank recorded (placement/recording.py); with options.record only
 
 
-class WakeMe(Message):
+class WakeMe(Message, frozen=True):
     """A leader in sleep number `generation` has got work."""
 
     generation: int
 
 
-class RankError(Message):
+class RankError(Message, frozen=True):
     """The rank is lost. `kind` is the exception's class, `trace` where it was raised."""
 
     kind: str
@@ -115,23 +115,23 @@ class RankError(Message):
 
 
 # -- leader ↔ peers -------------------------------------------------------------------------------------------------
-class Allocate(Message):
+class Allocate(Message, frozen=True):
     """Make the KV cache: blocks that every rank of the sequences can hold."""
 
     blocks: int
 
 
-class Step(Message):
+class Step(Message, frozen=True):
     batch: StepBatch
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """A peer has loaded; `kv_blocks` fit on it."""
 
     kv_blocks: int
 
 
-class Result(Message):
+class Result(Message, frozen=True):
     """What the sampler chose in a step."""
 
     step: int

@@ -25,7 +25,10 @@ class WeightSource(Reader, Protocol):
     dtype: it is added to scores that differ by less than bfloat16 resolves.
     """
 
-    bytes_read: int
+    @property
+    def bytes_read(self) -> int:
+        """Bytes taken from files so far."""
+        ...
 
 
 def dtype_of(param: Param, dtype: torch.dtype) -> torch.dtype:
