@@ -17,7 +17,6 @@ from soloist.bench.load import Load, check_batch, check_home
 from soloist.bench.report import Ceilings, Point, commit
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
 from soloist.dispatch.one_sided import Form, OneSidedDispatcher
-from soloist.kernels.experts import expand_rows
 from soloist.transport.symmetric import Watch
 
 
@@ -93,10 +92,8 @@ class ExchangeRun:
         y_XD = torch.randn(shape.rows * shape.most, shape.d_model, device=self.bench.device).to(shape.dtype)
 
         def call() -> None:
-            batch = self.dispatcher.start_dispatch(self.x_TD, self.choice).wait()
-            if expand:
-                scale_R = batch.ticket.lane.scale_R(shape) if shape.fp8 else None
-                expand_rows(batch.rows_RD, batch.row_X, batch.offsets_S, scale_R, shape.dtype)
+            arriving = self.dispatcher.start_dispatch(self.x_TD, self.choice)
+            batch = arriving.wait_expanded()[0] if expand else arriving.wait()
             self.dispatcher.start_combine_expanded(y_XD, batch).wait()
 
         def many() -> None:

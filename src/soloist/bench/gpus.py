@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,7 +60,9 @@ class Bench:
             PHASE=0, RANKS=self.size, num_warps=1,
         )  # fmt: skip
 
-    def seconds(self, *parts: Callable[[], object], repeats: int = 20, warm_up: int = 3) -> list[float]:
+    def seconds(
+        self, *parts: Callable[[], object], repeats: int = 20, warm_up: int = 3, pause_s: float = 0.0
+    ) -> list[float]:
         """For each of `parts`, run one after the other, the median over repeats of the slowest rank.
 
         Before each part all ranks meet on the GPU. A sleep at the start lets the host run ahead of it.
@@ -69,6 +72,9 @@ class Bench:
         for _ in range(warm_up + repeats):
             torch.cuda._sleep(_HEAD_START)
             marks.append([self._timed(part) for part in parts])
+            if pause_s:
+                torch.cuda.synchronize()
+                time.sleep(pause_s)
         torch.cuda.synchronize()
         self.watch.check()
         own = [[1e-3 * a.elapsed_time(b) for a, b in spans] for spans in marks[warm_up:]]

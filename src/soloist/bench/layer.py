@@ -58,8 +58,8 @@ class LayerRun:
 
         return draw(2 * self.width, load.d_model), draw(load.d_model, self.width)
 
-    def experts(self, batch: ExpertBatch) -> Tensor:
-        return swiglu_experts(batch.rows_RD, batch.row_X, batch.offsets_S, self.gate_up, self.down, self.tiles)
+    def experts(self, batch: ExpertBatch, x_XD: Tensor | None = None) -> Tensor:
+        return swiglu_experts(batch.rows_RD, batch.row_X, batch.offsets_S, self.gate_up, self.down, self.tiles, x_XD)
 
     def parts(self) -> list[tuple[Tensor, SlotChoice]]:
         """The tokens in chunks."""
@@ -73,8 +73,8 @@ class LayerRun:
         arriving = self.dispatcher.start_dispatch(*parts[0])
         for i in range(self.chunks):
             following = self.dispatcher.start_dispatch(*parts[i + 1]) if i + 1 < self.chunks else None
-            batch = arriving.wait()
-            going.append(self.dispatcher.start_combine_expanded(self.experts(batch), batch))
+            batch, x_XD = (arriving.wait(), None) if self.tiles.gather else arriving.wait_expanded()
+            going.append(self.dispatcher.start_combine_expanded(self.experts(batch, x_XD), batch))
             if i:
                 out.append(going[i - 1].wait())
             arriving = following
@@ -129,8 +129,11 @@ class LayerRun:
         bound = f"{flops / 1e12:.3f} TFLOP" if compute > memory else f"{weights / 1e9:.2f} GB of weights"
         return max(compute, memory), bound
 
-    def measure(self, calls: int = 1, repeats: int = 15) -> tuple[float, float]:
-        """Seconds of the layer and of the layer without its exchange, both as graphs."""
+    def measure(self, calls: int = 1, repeats: int = 15, pause_s: float = 0.0) -> tuple[float, float]:
+        """Seconds of the layer and of the layer without its exchange, both as graphs.
+
+        `pause_s` between repeats keeps a GPU from lowering its clocks under a load that only a benchmark has.
+        """
 
         def times(work: Callable[[], object]) -> Callable[[], None]:
             def many() -> None:
@@ -141,7 +144,7 @@ class LayerRun:
 
         alone = self.without_exchange()
         alone()
-        layer, bare = self.bench.seconds(times(self.forward), times(alone), repeats=repeats)
+        layer, bare = self.bench.seconds(times(self.forward), times(alone), repeats=repeats, pause_s=pause_s)
         return layer / calls, bare / calls
 
 

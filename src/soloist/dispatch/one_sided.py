@@ -26,7 +26,7 @@ from soloist.dispatch.base import ExpertBatch, SlotChoice
 from soloist.dispatch.lane import ExchangeShape, Lane
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
 from soloist.kernels.home import home_kernel, weigh_kernel
-from soloist.kernels.index import index_kernel
+from soloist.kernels.index import index_kernel, spread_kernel
 from soloist.kernels.push import SPAN, push_kernel
 from soloist.transport.symmetric import Watch
 
@@ -38,6 +38,7 @@ class Form:
     name: str  # latency, push, copy
     programs: int = 528
     block: int = 8192  # elements of a row that a program moves at a time
+    weigh_block: int = 2048  # the same for the weighted sum
     stages: int = 1  # of them that it loads ahead
     pull: bool = True  # push and copy forms: the sum reads from the peers instead of having blocks copied home
 
@@ -48,7 +49,7 @@ class Form:
         return block, -(-d_model // block), max(1, min(16, block // 1024))
 
 
-WEIGH_PROGRAMS = 2112  # belongs to the experts: no limit for the exchange
+WEIGH_PROGRAMS, SPREAD_PROGRAMS = 2112, 4224  # what belongs to the experts: no limit for the exchange
 LATENCY = Form("latency", programs=1056, block=2048)
 PUSH = Form("push")
 COPY = Form("copy")
@@ -59,7 +60,7 @@ def choose_form(shape: ExchangeShape, latency_tokens: int = 512) -> Form:
     if shape.capacity <= latency_tokens:
         return LATENCY
     visited = 1 - (1 - 1 / shape.groups) ** shape.top_k
-    return COPY if visited > 0.7 else PUSH
+    return COPY if visited > 0.9 else PUSH
 
 
 @dataclass(frozen=True)
@@ -140,17 +141,15 @@ class OneSidedDispatcher:
         with self.side.fork():
             self._send_rows(ticket, x_TD)
         self._push(ticket, x_TD, "none", choices=True)
-        if self.form.name == "copy" and not self.shape.fp8:
-            ticket.lane.rows_RD(ticket.shape)[self._own_rows(ticket)].copy_(x_TD)
-        return Arriving(self, ticket, self.side.mark())
+        return Arriving(self, ticket, self.side.mark(), x_TD)
 
     def _send_rows(self, ticket: Ticket, x_TD: Tensor) -> None:
         if self.form.name == "push":
-            self._push(ticket, x_TD, "all", choices=False)
+            self._push(ticket, x_TD, "all" if self.shape.fp8 else "peers", choices=False)
             return
         lane, shape, here = ticket.lane, ticket.shape, self._own_rows(ticket)
         if shape.fp8:
-            self._push(ticket, x_TD, "own", choices=False)
+            self._push(ticket, x_TD, "stage", choices=False)
             x_TD = lane.rows_RD(shape)[here]
         for step in range(1, shape.ranks):
             peer = (self.rank + step) % shape.ranks
@@ -173,25 +172,38 @@ class OneSidedDispatcher:
             len(x_TD), shape.capacity, shape.order(self.rank) * shape.capacity, self.rank, shape.tp,
             at.rows, at.scales, at.slots, at.weights, at.flags,
             D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks,
-            CHOICES=choices, ROWS=rows, QUANTISE=shape.fp8, SIGNAL=rows != "own",
+            CHOICES=choices, ROWS=rows, QUANTISE=shape.fp8, SIGNAL=rows not in ("own", "stage"),
             STAGES=self.form.stages, num_warps=2 if rows == "none" else warps,
         )  # fmt: skip
 
-    def _receive(self, ticket: Ticket, sent: torch.cuda.Event | None) -> ExpertBatch:
+    def _receive(self, ticket: Ticket) -> ExpertBatch:
+        """The index, which needs the choices alone."""
         lane, shape = ticket.lane, ticket.shape
-        block = min(1024, max(16, _power(shape.rows)))
+        block = min(2048 if shape.rows > 4096 else 1024, max(16, _power(shape.rows)))
         index_kernel[(max(shape.slots, 1),)](
             lane.slots_RK, lane.weights_RK, lane.flags, lane.calls, *self._watching(ticket),
             lane.row_X, lane.weight_X, lane.place_RK, lane.offsets_S, shape.rows,
-            K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=8 if block > 256 else 4,
+            K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=max(4, block // 128),
         )  # fmt: skip
-        if self.form.name != "latency":
-            self.side.join(sent)
-            self._await(ticket, "rows")
         expanded = shape.rows * shape.most
         return ExpertBatch(
             lane.rows_RD(shape), lane.row_X[:expanded], lane.weight_X[:expanded], lane.offsets_S[: shape.slots], ticket
         )
+
+    def _receive_rows(self, ticket: Ticket, sent: torch.cuda.Event | None) -> None:
+        self.side.join(sent)
+        self._await(ticket, "rows")
+
+    def _spread(self, ticket: Ticket, rows: Tensor, scale_R: Tensor | None, first: int, x_XD: Tensor) -> None:
+        """Rows `first …` of the batch to where they stand among the expanded ones."""
+        lane, shape = ticket.lane, ticket.shape
+        block, chunks, warps = Form("", block=2048).chunks(shape.d_model)
+        if len(rows):
+            spread_kernel[(min(SPREAD_PROGRAMS, len(rows) * chunks),)](
+                rows, scale_R, lane.slots_RK, lane.place_RK, x_XD, first, len(rows),
+                D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), MOST=shape.most, BLOCK=block, CHUNKS=chunks,
+                SCALED=scale_R is not None, num_warps=warps,
+            )  # fmt: skip
 
     # -- combine ------------------------------------------------------------------------------------------------
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
@@ -223,7 +235,7 @@ class OneSidedDispatcher:
 
     def _weigh(self, ticket: Ticket, y: Tensor, weigh: bool, push: bool) -> None:
         lane, shape = ticket.lane, ticket.shape
-        block, chunks, warps = Form("", block=2048).chunks(shape.d_model)
+        block, chunks, warps = Form("", block=self.form.weigh_block).chunks(shape.d_model)
         weigh_kernel[(max(1, min(WEIGH_PROGRAMS, shape.rows * chunks)),)](
             y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.calls, lane.y_RD(shape),
             shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags,
@@ -280,14 +292,40 @@ class OneSidedDispatcher:
 
 @dataclass(frozen=True)
 class Arriving:
-    """A dispatch under way."""
+    """A dispatch under way. `x_TD`: this rank's own tokens, where they are still to be put among the rows."""
 
     dispatcher: OneSidedDispatcher
     ticket: Ticket
     sent: torch.cuda.Event | None = None
+    x_TD: Tensor | None = None
 
     def wait(self) -> ExpertBatch:
-        return self.dispatcher._receive(self.ticket, self.sent)
+        dispatcher, ticket = self.dispatcher, self.ticket
+        batch = dispatcher._receive(ticket)
+        if self.x_TD is not None:
+            if not ticket.shape.fp8:
+                dispatcher._push(ticket, self.x_TD, "own", choices=False)
+            dispatcher._receive_rows(ticket, self.sent)
+        return batch
+
+    def wait_expanded(self) -> tuple[ExpertBatch, Tensor]:
+        """The batch and x_XD in the model's dtype. Own rows are expanded while the others are still travelling, and
+        stand in `rows_RD` only where they travel as fp8."""
+        dispatcher, ticket = self.dispatcher, self.ticket
+        batch, shape = dispatcher._receive(ticket), ticket.shape
+        x_XD = torch.empty(len(batch.row_X), shape.d_model, dtype=shape.dtype, device=batch.row_X.device)
+        scale_R = ticket.lane.scale_R(shape) if shape.fp8 else None
+        own = dispatcher._own_rows(ticket)
+        early = self.x_TD is not None and not shape.fp8
+        if early:
+            dispatcher._spread(ticket, self.x_TD, None, own.start, x_XD)
+        if self.x_TD is not None:
+            dispatcher._receive_rows(ticket, self.sent)
+        rest = [slice(0, own.start), slice(own.start + shape.capacity, shape.rows)] if early else [slice(0, shape.rows)]
+        for part in rest:
+            scale = None if scale_R is None else scale_R[part]
+            dispatcher._spread(ticket, batch.rows_RD[part], scale, part.start, x_XD)
+        return batch, x_XD
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gat
 SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
 MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), gather=False)
 FP8_ROWS = ExpertTiles(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), gather=False)
-FP8_BLOCKS = ExpertTiles(Tile(64, 128, BLOCK, 8, 4), Tile(128, 128, BLOCK, 8, 4), gather=False)
+FP8_BLOCKS = ExpertTiles(Tile(64, 128, BLOCK, 8, 3), Tile(64, 128, BLOCK, 4, 3, 2), gather=False)
 
 
 def choose_tiles(rows_per_slot: float) -> ExpertTiles:
@@ -65,10 +65,16 @@ def expand_rows(rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, scale_R: Tens
 
 
 def swiglu_experts(
-    rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, gate_up_SND: Tensor, down_SDF: Tensor, tiles: ExpertTiles
-) -> Tensor:
-    """y_XD, before gate weights. gate_up: `[S, 2F, D]`, gate above up; down: `[S, D, F]`; all of one dtype."""
-    x, index = (rows_RD, row_X) if tiles.gather else (expand_rows(rows_RD, row_X, offsets_S), None)
+    rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, gate_up_SND: Tensor, down_SDF: Tensor, tiles: ExpertTiles,
+    x_XD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y_XD, before gate weights. gate_up: `[S, 2F, D]`, gate above up; down: `[S, D, F]`; all of one dtype.
+
+    `x_XD`: the expanded rows, where somebody has made them already.
+    """
+    if x_XD is None and not tiles.gather:
+        x_XD = expand_rows(rows_RD, row_X, offsets_S)
+    x, index = (rows_RD, row_X) if x_XD is None else (x_XD, None)
     hidden_XF = grouped_gemm(x, gate_up_SND, offsets_S, tiles.gate_up, index, gated=True)
     return grouped_gemm(hidden_XF, down_SDF, offsets_S, tiles.down)
 
@@ -89,8 +95,8 @@ class Fp8Experts:
 
     def forward(self, rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, tiles: ExpertTiles) -> Tensor:
         """y_XD in rows_RD's dtype. Rows and hidden activations are quantised on the way."""
-        x_XD = expand_rows(rows_RD, row_X, offsets_S)
-        q_XD, scale_XB = quantise(x_XD, self.width, offsets_S)
+        q_RD, scale_RB = quantise(rows_RD, self.width)
+        q_XD, scale_XB = expand_rows(q_RD, row_X, offsets_S), scale_RB[row_X]
         hidden_XF = grouped_gemm(
             q_XD, self.gate_up_SND, offsets_S, tiles.gate_up, gated=True, scale_R=scale_XB,
             scale_SN=self.gate_up_scale, dtype=rows_RD.dtype,

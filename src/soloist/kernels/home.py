@@ -17,11 +17,14 @@ from soloist.kernels.language import tl, triton
 
 @triton.jit
 def _weighted(y_XD, place_K, weight_X, count, column, D: tl.constexpr, MOST: tl.constexpr, LEN: tl.constexpr):
-    """fp32, in order of slot. Unrolled, so that all terms are on their way at once."""
+    """fp32, in order of slot. Unrolled, so that all terms are on their way at once.
+
+    Places behind the row's last one are left from earlier calls: they name an expanded row, whose term is not read.
+    """
     total = tl.zeros((LEN,), tl.float32)
     for j in tl.static_range(MOST):
-        place = tl.load(place_K + j, mask=j < count, other=0).to(tl.int64)
-        weight = tl.load(weight_X + place, mask=j < count, other=0.0)
+        place = tl.load(place_K + j).to(tl.int64)
+        weight = tl.where(j < count, tl.load(weight_X + place), 0.0)
         term = tl.load(y_XD + place * D + column, mask=column < tl.where(j < count, D, 0), other=0.0)
         total += weight * term.to(tl.float32)
     return total

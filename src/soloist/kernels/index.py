@@ -61,3 +61,27 @@ def expand_kernel(
         if SCALED:
             value = (value.to(tl.float32) * tl.load(scale_R + row)).to(x_XD.dtype.element_ty)
         tl.store(x_XD + x * width + column, value, mask=column < D)
+
+
+@triton.jit
+def spread_kernel(
+    rows_RD, scale_R, slots_RK, place_RK, x_XD, first_row, rows,
+    D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """The same for `rows` rows, of which the first is row `first_row` of the batch: each is read once."""
+    k = tl.arange(0, KP)
+    width = tl.full((), D, tl.int64)
+    for unit in range(tl.program_id(0), rows * CHUNKS, tl.num_programs(0)):
+        given, chunk = unit // CHUNKS, unit % CHUNKS
+        row = first_row + given
+        column = chunk * BLOCK + tl.arange(0, BLOCK)
+        slot_K = tl.load(slots_RK + row * K + k, mask=k < K, other=-1)
+        count = tl.sum((slot_K >= 0).to(tl.int32), 0)
+        value = tl.load(rows_RD + given * width + column, mask=column < D, other=0.0)
+        if SCALED:
+            value = value.to(tl.float32) * tl.load(scale_R + given)
+        for j in tl.static_range(MOST):
+            place = tl.load(place_RK + row * K + j) * width
+            inside = column < tl.where(j < count, D, 0)
+            tl.store(x_XD + place + column, value.to(x_XD.dtype.element_ty), mask=inside)

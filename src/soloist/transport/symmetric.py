@@ -76,10 +76,10 @@ class SymmetricGroup:
         return Window(self.rank, bases, tuple(views), (own, handle))
 
 
-def windows_in_process(ranks: int, size: int) -> list[Window]:
-    """The windows of ranks that live in this process, on the CPU."""
-    held = tuple(torch.zeros(size, dtype=torch.uint8) for _ in range(ranks))
-    bases = torch.tensor([bytes_.data_ptr() for bytes_ in held], dtype=torch.int64)
+def windows_in_process(ranks: int, size: int, device: torch.device | str = "cpu") -> list[Window]:
+    """The windows of ranks that live in this process, on one device, and run in turn."""
+    held = tuple(torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(ranks))
+    bases = torch.tensor([bytes_.data_ptr() for bytes_ in held], dtype=torch.int64, device=device)
     return [Window(rank, bases, held) for rank in range(ranks)]
 
 
