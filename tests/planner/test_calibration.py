@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from soloist.planner.estimate import Estimate, total
 from soloist.planner.exchange import ExchangeShape
 from soloist.planner.fitting import Prior, centred, fit
 from soloist.planner.kernels import Kernels
+from soloist.planner.refit import calibrate_from
+from soloist.planner.validate import validate
 from soloist.specs.cluster import cluster
 
 
@@ -77,3 +80,21 @@ def test_a_sum_is_as_good_as_its_worst_part_that_matters() -> None:
     assert both.band == pytest.approx((10 * 0.02 + 5 * 0.2) / 15)
     assert total([solid, shaky.times(0.001)]).origin == "measured"
     assert total([]).value == 0
+
+
+def test_own_measurements_make_a_calibration_and_are_validated(tmp_path: Path) -> None:
+    shape = {"library": "nccl", "fabric": "2xH100-NVLink", "gpus": 2, "collective": "all_reduce"}
+    lines = [
+        {"what": "collectives", "shape": {**shape, "bytes": size}, "us": us, "machine": "here", "ceiling": 1}
+        for size, us in ((2**20, 40.0), (2**26, 251.0), (2**28, 894.0))
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in [*lines, {"what": "weather"}]))
+    own = calibrate_from(path, "mine")
+    assert set(own.fitted) == {"collectives/nccl"}
+    both = own.over(Calibration.published())
+    report = validate(path, both)
+    assert report.mape("collectives", "fit") < 0.1
+    path.write_text("not json")
+    with pytest.raises(ConfigurationError, match="line 1"):
+        validate(path)

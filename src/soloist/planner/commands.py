@@ -26,6 +26,7 @@ from soloist.planner.score import Options, Score, Scorer
 from soloist.planner.search import Found, batches, search
 from soloist.planner.sweep import SweepPoint, sweep
 from soloist.planner.tables import PUBLISHED
+from soloist.planner.translate import advise
 from soloist.planner.validate import Report, validate
 from soloist.specs.cluster import cluster as cluster_named
 from soloist.specs.layout import Layout
@@ -58,6 +59,24 @@ def run_plan(
     if out:
         plan_of(found.best, spec, wanted, used.name).save(out)
         show.print(f"Plan written to {out}")
+    return 0
+
+
+def run_advise(
+    command: str, cluster: str, load: str = "prompt=1000,output=200", model: ModelSpec | None = None,
+    calibration: str | Path | None = None,
+) -> int:  # fmt: skip
+    """`plan --from`: another engine's deployment as it is, and the change of its flags that would gain most."""
+    found = advise(command, cluster_named(cluster), Load.parse(load), _calibration(calibration), model)
+    show = console()
+    show.print(f"As it is: {headline(found.current)}", highlight=False)
+    if found.best is None:
+        show.print(f"No other layout that {found.command.engine} can express is expected to be faster.")
+    else:
+        show.print(f"Best change: {headline(found.best)}", highlight=False)
+        show.print(f"Expected gain: {found.gain:+.0%} tokens per GPU, with these flags: {found.flags}", highlight=False)
+    for note in found.notes:
+        show.print(f"- {note}", highlight=False)
     return 0
 
 

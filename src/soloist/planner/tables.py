@@ -118,6 +118,48 @@ def read_table(name: str, folder: str | Path | None = None) -> list[Row]:
     return [_row(TABLES[name], line, f"{path} line {number}") for number, line in enumerate(lines, 2)]
 
 
+def read_measurements(path: str | Path) -> dict[str, list[Row]]:
+    """Rows of our own measurements by table: JSON lines `{"what": table, "shape": {columns…}, "us": …, …}`.
+
+    The measured value goes into the table's column `us`, `dispatch_us` or `combine_us` (by `shape.phase`), or `value`.
+    Records of other kinds are left alone. Raises ConfigurationError, naming file and line.
+    """
+    tables: dict[str, list[Row]] = {name: [] for name in TABLES}
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ConfigurationError.of("measurements", str(path), f"cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
+        try:
+            record = msgspec.json.decode(line, type=Measurement)
+        except msgspec.DecodeError as error:
+            raise ConfigurationError(f"{where}: {error}; a record has what, shape and us") from error
+        if record.what in TABLES:
+            tables[record.what].append(_row(TABLES[record.what], record.columns(), where))
+    return tables
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+    """One record of a measurement file. Fields beyond these (machine, ceiling, commit) are for people."""
+
+    what: str
+    shape: dict[str, str | float | None] = {}
+    us: float | None = None
+    role: str = "fit"
+    source: str = "own measurement"
+
+    def columns(self) -> dict[str, str | None]:
+        """As a table's columns."""
+        value = "us"
+        if self.what == "all_to_all":
+            value = f"{self.shape.get('phase', 'dispatch')}_us"
+        filled = {"role": self.role, "source": self.source, **self.shape}
+        if self.us is not None:
+            filled[value] = self.us
+        return {key: None if cell is None else str(cell) for key, cell in filled.items()}
+
+
 @cache
 def published(kind: type[R]) -> tuple[R, ...]:
     """Rows of that kind that come with Soloist, all roles."""

@@ -17,7 +17,7 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, left_out, predict_row
 from soloist.planner.deployments import end_to_end
 from soloist.planner.domains import ATTENTION, COLLECTIVES, COMBINE, DISPATCH, EXPERTS, Domain
-from soloist.planner.tables import TABLES, Row, read_table
+from soloist.planner.tables import TABLES, Row, read_measurements, read_table
 
 ROLES = ("fit", "check")
 BARS = {"all_to_all": 0.08, "collectives": 0.10, "moe_gemm": 0.08, "end_to_end": 0.15}
@@ -72,11 +72,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def validate(folder: str | Path | None = None, calibration: Calibration | None = None, cross: bool = False) -> Report:
     """Predict every row of the tables in `folder` (CSV files named as in `TABLES`), the published ones by default.
 
+    `folder` may also be one file of our own measurements, as JSON lines.
+
     `cross` adds the leave-one-out errors of the fit rows, which takes some seconds. Raises ConfigurationError for a
     folder without any table and for rows that cannot be read.
     """
     calibration = calibration or Calibration.published()
-    tables = {name: read_table(name, folder) for name in TABLES}
+    own = folder is not None and Path(folder).is_file()
+    tables = read_measurements(str(folder)) if own else {name: read_table(name, folder) for name in TABLES}
     if not any(tables.values()):
         raise ConfigurationError.of("data", str(folder), f"holds none of {', '.join(f'{n}.csv' for n in TABLES)}")
     rows: list[RowReport] = []

@@ -1,0 +1,87 @@
+"""Another engine's deployment in our vocabulary: what it is predicted to do, and the change that would gain most."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from soloist.errors import ConfigurationError
+from soloist.planner.calibration import Calibration
+from soloist.planner.engines import Command, cannot, launch_flags, read_command
+from soloist.planner.explain import name_of, why
+from soloist.planner.kernels import Kernels
+from soloist.planner.layer import Deployment
+from soloist.planner.precision import Precision
+from soloist.planner.runtime import Runtime
+from soloist.planner.score import Options, Score, Scorer
+from soloist.planner.search import search
+from soloist.specs.cluster import ClusterSpec
+from soloist.specs.model import ModelSpec
+from soloist.specs.presets import names, preset
+from soloist.specs.workload import Load
+
+
+class Advice(NamedTuple):
+    """`best` and `flags` are those of the best change that the engine can express; None where none gains."""
+
+    command: Command
+    current: Score
+    best: Score | None
+    flags: str
+    gain: float  # tokens/s and GPU of the best over the current, minus one
+    notes: list[str]
+
+
+def advise(
+    text: str, cluster: ClusterSpec, load: Load, calibration: Calibration, model: ModelSpec | None = None
+) -> Advice:
+    """Raises ConfigurationError for a command, model or layout that cannot be read, or that does not fit."""
+    command = read_command(text)
+    spec = model or model_of(command.model)
+    precision = Precision.named(command.precision) if command.precision else _released(spec)
+    scorer = Scorer(Kernels(cluster, calibration), Runtime.named(command.engine, calibration), load)
+    current = _current(command, spec, precision, scorer)
+    found = search(spec, cluster, command.layout.size, load, scorer, precision)
+    notes = [*command.notes]
+    able = [s for s in found.scores if launch_flags(command.engine, s.deployment, s.decode.is_overlapped)]
+    if found.best not in able:
+        notes.append(
+            f"The best of all, {name_of(found.best.deployment)}: {cannot(command.engine, found.best.deployment)}."
+        )
+    best = able[0] if able and able[0].rate_per_gpu > current.rate_per_gpu else None
+    if best is None:
+        return Advice(command, current, None, "", 0.0, notes)
+    flags = launch_flags(command.engine, best.deployment, best.decode.is_overlapped) or ""
+    gain = best.rate_per_gpu / current.rate_per_gpu - 1
+    if gain < current.tpot.band:
+        notes.append(f"The gain is within the prediction's band of {current.tpot.band:.0%}: measure before you change.")
+    return Advice(command, current, best, flags, gain, [*notes, why(best, current)])
+
+
+def model_of(name: str) -> ModelSpec:
+    """A preset by the last part of a hub id. Raises ConfigurationError, naming the presets."""
+    short = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    known = [preset_name for preset_name in names() if short.startswith(preset_name)]
+    if short.startswith("deepseek-r1"):
+        known = ["deepseek-v3"]
+    if not known:
+        raise ConfigurationError.of("model", name, f"is no preset ({', '.join(names())}); give its config.json")
+    return preset(max(known, key=len))
+
+
+def _released(spec: ModelSpec) -> Precision:
+    """DeepSeek-V3 is released in fp8; the others in their own data type."""
+    return Precision.named("fp8") if spec.name.startswith("deepseek-v3") else Precision.of(spec)
+
+
+def _current(command: Command, spec: ModelSpec, precision: Precision, scorer: Scorer) -> Score:
+    """The deployment as it stands, at the load's batch, its own limit, or the largest that fits."""
+    layout, experts = command.layout, spec.experts
+    slots = -(-(experts + command.redundant) // layout.ep) if command.redundant else 0
+    deployment = Deployment(model=spec, layout=layout, precision=precision, slots=slots, skew=scorer.load.skew)
+    options = Options(overlap="on" if command.is_overlapped else "off")
+    most = scorer.most_sequences(deployment, options)
+    if most < 1:
+        raise ConfigurationError.of("from", str(layout), f"{spec.name} does not fit on these GPUs in this layout")
+    wanted = scorer.load.sequences or command.sequences
+    groups = layout.dp * layout.attention_groups
+    return scorer.score(deployment, options, min(most, wanted / groups if wanted else 128.0))
