@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from soloist.errors import CheckpointError, RequestError
+from soloist.errors import CheckpointError, ConfigurationError, RequestError
 
 Message = Mapping[str, Any]  # at least role and content
 
@@ -32,11 +32,14 @@ class ChatTemplate:
             raise CheckpointError(f"chat template, line {error.lineno}: {error.message}") from error
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate | None:
-        """From `chat_template.jinja` or `tokenizer_config.json`; None if the checkpoint has none."""
-        config = _read(folder / "tokenizer_config.json")
-        file = folder / "chat_template.jinja"
-        source = file.read_text() if file.exists() else config.get("chat_template")
+    def load(cls, folder: Path | None, chosen: Path | None = None) -> ChatTemplate | None:
+        """The file chosen, or `chat_template.jinja` or `tokenizer_config.json` of a checkpoint; None if there is none.
+
+        Raises ConfigurationError where the chosen file cannot be read.
+        """
+        config = _read(folder / "tokenizer_config.json") if folder else {}
+        file = chosen or (folder / "chat_template.jinja" if folder else None)
+        source = _text(file) if chosen or (file and file.exists()) else config.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
         if source is None:
@@ -54,6 +57,13 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise RequestError(f"messages: the chat template refuses them: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError.of("chat_template", str(path), f"cannot be read: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

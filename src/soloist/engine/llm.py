@@ -39,6 +39,7 @@ class LLM:
     model: a checkpoint's folder, a hub id, or the name of a preset together with `random_weights`, a seed.
     placement: a Placement or its file; by default neighbouring experts lie together.
     options: an `EngineOptions`, or its fields as keywords.
+    chat_template: a Jinja file that replaces the checkpoint's own.
 
     A prompt is a text or a list of token ids. Among several prompts, one that cannot be served has an `error` in its
     output and harms no other; a single prompt raises it as RequestError. When a rank is lost, ClusterError is raised.
@@ -55,6 +56,7 @@ class LLM:
         placement: Placement | str | Path | None = None,
         options: EngineOptions | None = None,
         *,
+        chat_template: Path | None = None,
         show_progress: bool = True,
         make_executor: Callable[..., Any] | None = None,
         **fields: Any,
@@ -68,16 +70,14 @@ class LLM:
         self.layout.check(self.spec)
         self.placement = placement_from(placement, self.spec, self.layout)
         self.tokenizer = _tokenizer(found.tokenizer)
-        self._template = ChatTemplate.load(found.folder) if found.folder else None
+        self.template = ChatTemplate.load(found.folder, chat_template)
         job = Job(self.spec, self.layout, self.placement, self.options, found.folder, found.tokenizer)
         self._lock = threading.RLock()
         self._ranks = launch(job, make_executor)
-        self._front = FrontEnd(
-            self.layout, self.spec.vocab, self._ranks.hub, self.options.deadline_s, self._ranks.ended
-        )
+        self.front = FrontEnd(self.layout, self.spec.vocab, self._ranks.hub, self.options.deadline_s, self._ranks.ended)
         try:
             with LoadingBar(self.layout.size, show_progress) as bar:
-                self._front.wait_ready(self.options.start_deadline_s, bar.update)
+                self.front.wait_ready(self.options.start_deadline_s, bar.update)
         except BaseException:
             self.close()
             raise
@@ -118,25 +118,25 @@ class LLM:
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as the model's tokens, up to where it answers."""
-        if self._template is None:
+        if self.template is None:
             raise RequestError("messages: this model has no chat template; use generate")
-        return self._encode(self._template.render(messages), add_special_tokens=False)
+        return self._encode(self.template.render(messages), add_special_tokens=False)
 
     # -- the engine itself ------------------------------------------------------------------------------------------
     def stats(self) -> dict[int, SchedulerStats]:
         """What the leaders' schedulers looked like after their last step."""
-        return {rank: report.stats for rank, report in self._front.ranks.items() if report.stats}
+        return {rank: report.stats for rank, report in self.front.ranks.items() if report.stats}
 
     def figures(self) -> dict[int, Figures]:
         """What every rank did since the last call: phases (with `measure`), bytes sent, memory."""
         with self._lock:
-            return self._front.figures()
+            return self.front.figures()
 
     def close(self) -> None:
         """End the ranks and remove everything temporary. Idempotent."""
         with self._lock:
-            patience_s = 0.0 if self._front.failure else CLOSE_S
-            self._front.close()
+            patience_s = 0.0 if self.front.failure else CLOSE_S
+            self.front.close()
             self._ranks.close(patience_s)
 
     def __enter__(self) -> LLM:
@@ -187,7 +187,7 @@ class LLM:
             try:
                 tokens = prompt()
                 with self._lock:
-                    request = self._front.submit(tokens, wish)
+                    request = self.front.submit(tokens, wish)
                     request.on_done = on_done
                 booked.append(request)
             except RequestError as error:
@@ -197,16 +197,16 @@ class LLM:
     def _pump(self) -> None:
         """Take in what the ranks have sent. Where one is lost the others are ended, and the cause is raised."""
         with self._lock:
-            self._front.pump()
-            if self._front.failure:
+            self.front.pump()
+            if self.front.failure:
                 self.close()
-            self._front.raise_failure()
+            self.front.raise_failure()
 
     def _abort(self, booked: Sequence[Request | RequestError]) -> None:
         with self._lock:
             for request in booked:
                 if isinstance(request, Request):
-                    self._front.abort(request)
+                    self.front.abort(request)
 
     def _encoded(self, prompt: Prompt) -> Tokens:
         return lambda: self.tokens(prompt) if isinstance(prompt, str) else prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from soloist import errors
 from soloist.errors import ClusterError, SoloistError
@@ -89,11 +90,15 @@ class FrontEnd:
         self.requests.fail_all(str(self.failure))
         self.hub.close()
 
-    def figures(self) -> dict[int, Figures]:
-        """What every rank did since it was last asked. Raises ClusterError if one does not answer in time."""
+    def ask_figures(self) -> None:
+        """Have every rank tell what it did since it was last asked: `RankReport.figures`, None until it has."""
         for report in self.ranks.values():
             report.figures = None
         self.hub.send(self.leaders, Tell())
+
+    def figures(self) -> dict[int, Figures]:
+        """What every rank did since it was last asked. Raises ClusterError if one does not answer in time."""
+        self.ask_figures()
         end = time.monotonic() + self.deadline_s
         while missing := [rank for rank, report in self.ranks.items() if report.figures is None]:
             self.pump(POLL_S)
@@ -120,16 +125,19 @@ class FrontEnd:
         for sequence in self.requests.abort(request):
             self.hub.send([sequence.leader], Abort(sequence.submit.sequence))
 
-    def pump(self, timeout_s: float = POLL_S) -> list[Request]:
+    def pump(self, timeout_s: float = POLL_S, most: int | None = None) -> list[Request]:
         """Take in what the ranks have sent, waiting for the first message. Returns the requests that gained something.
 
-        A failure of the ranks is kept in `failure`, not raised here.
+        most: messages to take in at once; None takes all there are. A failure of the ranks is kept in `failure`, not
+        raised here.
         """
         touched: list[Request] = []
         received = self.hub.receive(timeout_s)
-        while received is not None:
+        for taken in count(1):
+            if received is None:
+                break
             touched += self._take(*received)
-            received = self.hub.receive(0)
+            received = None if taken == most else self.hub.receive(0)
         if self.failure is None and (trouble := self._trouble()):
             self.failure = self._cause(trouble)
             touched += self.requests.fail_all(str(self.failure))
@@ -139,6 +147,11 @@ class FrontEnd:
         """Raise what the ranks failed with, if they did."""
         if self.failure:
             raise self.failure
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that a sequence may reach on every leader, prompt and continuation together."""
+        return min(report.sizes.longest_sequence for report in self.ranks.values() if report.sizes)
 
     def _check_fits(self, prompt: int, max_tokens: int) -> None:
         """Refuse at the door what some leader could never finish."""

@@ -76,14 +76,21 @@ class Request:
         return next((sequence.error for sequence in self.sequences if sequence.error), None)
 
 
+Observer = Callable[[Request, SequenceState, Delta, float], None]  # the float: when the token before came, or NaN
+
+
 class Requests:
-    """Accepts requests, chooses their leaders and keeps account of them until they end."""
+    """Accepts requests, chooses their leaders and keeps account of them until they end.
+
+    `observe` is told every delta after it has been booked.
+    """
 
     def __init__(self, leaders: Sequence[int], vocab: int) -> None:
         self.leaders, self.vocab = tuple(leaders), vocab
         self._waiting: dict[int, tuple[Request, int]] = {}  # sequence → request, index in it
         self._load = dict.fromkeys(self.leaders, 0)  # sum of the costs of a leader's waiting sequences
         self._next_sequence = 0
+        self.observe: Observer | None = None
 
     def accept(self, prompt: Sequence[int], params: SamplingParams) -> Request:
         """Book a request. Raises RequestError for one that no rank needs to see to refuse it."""
@@ -109,8 +116,10 @@ class Requests:
             return None
         request, index = self._waiting[delta.sequence]
         state = request.sequences[index]
-        before = state.cost
+        before, last_token_s = state.cost, state.last_token_s
         state.apply(delta)
+        if self.observe:
+            self.observe(request, state, delta, last_token_s)
         self._load[state.leader] += state.cost - before
         request.news.append((index, delta))
         if delta.finish_reason:
