@@ -69,15 +69,35 @@ class Partition:
         moved = 0.0 if p.move_SP is None else p.move_SP[np.arange(self.slots), part_S].sum()
         return p.rows * self.rows_P.sum() + p.nic * self.rows_P.max() + p.load * self.load_P.max() + float(moved)
 
-    def improve(self, most: int = 100_000) -> int:
-        """Swap the best pair until none improves; returns the number of swaps."""
-        for done in range(most):
-            change_SS = self.changes()
-            best = int(change_SS.argmin())
-            if change_SS.flat[best] > -LEAST_GAIN * max(1.0, abs(self.value)):
-                return done
-            self.swap(*divmod(best, self.slots))
-        return most
+    def improve(self) -> int:
+        """Swap until no pair improves; returns the number of swaps.
+
+        In a round the best pair goes first, then the best of the parts that the round has not touched yet: their gains
+        are nearly what they were, and a swap that turns out to gain nothing is taken back.
+        """
+        swaps = 0
+        while True:
+            change_SS, found = self.changes(), 0
+            while change_SS.min() < -LEAST_GAIN * max(1.0, abs(self.value)):
+                a, b = divmod(int(change_SS.argmin()), self.slots)
+                if not self._try(a, b):
+                    break
+                found += 1
+                busy_S = np.isin(self.part_S[:-1], self.part_S[[a, b]])
+                change_SS[busy_S] = np.inf
+                change_SS[:, busy_S] = np.inf
+            if not found:
+                return swaps
+            swaps += found
+
+    def _try(self, a: int, b: int) -> bool:
+        """Swap, and back if that was no gain."""
+        before = self.value
+        self.swap(a, b)
+        if self.value < before:
+            return True
+        self.swap(a, b)
+        return False
 
     def changes(self) -> Array:
         """`[S, S]` what the swap of two slots adds to the objective; infinite where it is not allowed."""
