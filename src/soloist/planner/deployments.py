@@ -24,6 +24,7 @@ from soloist.specs.presets import preset
 
 CHUNK_TOKENS = 8192  # of a prefill step where a row does not say
 TYPICAL_TPOT_S = 1 / 21  # of a served deployment whose batch is not published: 20-22 tokens/s and user
+TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 ALIASES = {"deepseek-r1": "deepseek-v3", "deepseek-v3-0324": "deepseek-v3"}
 
 
@@ -71,11 +72,12 @@ def predict(row: DeploymentRow, calibration: Calibration, runtime: Runtime) -> f
     """The row's metric in its own unit. Raises ConfigurationError for a metric or unit that is not modelled."""
     found = setting(row)
     model = StepModel(found.deployment, Kernels(found.cluster, calibration), runtime)
-    if row.metric == "tpot":
-        return {"ms": 1e3, "s": 1.0, "us": 1e6}[row.unit] * _tpot(row, found, model)
-    if row.metric.endswith("throughput") and row.unit in ("tok/s", "tok/s/GPU"):
+    if row.metric == "tpot" and row.unit in TIME_UNITS:
+        return TIME_UNITS[row.unit] * _tpot(row, found, model)
+    shares = {"tok/s": 1.0, "tok/s/GPU": row.gpus, "tok/s/node": row.gpus / found.cluster.gpus_per_node}
+    if row.metric.endswith("throughput") and row.unit in shares:
         rate = _input_rate(row, found, model) if row.phase == "prefill" else _output_rate(row, found, model)
-        return rate / row.gpus if row.unit == "tok/s/GPU" else rate
+        return rate / shares[row.unit]
     raise ConfigurationError.of("metric", f"{row.metric} in {row.unit}", "is not modelled")
 
 

@@ -25,7 +25,11 @@ COMMUNICATION = ("dispatch", "combine", "attention exchange", "expert exchange")
 
 
 class Deployment(Spec, frozen=True, kw_only=True):
-    """What runs where. `slots`: of an expert group in a layer, 0: every expert once. `skew`: routing's power law."""
+    """What runs where. `slots`: of an expert group in a layer, 0: every expert once. `skew`: routing's power law.
+
+    `node_copies` and `rank_copies`: distinct nodes and expert groups of a token, where a routing trace told them
+    (`routing.traced_copies`); the formulas for even routing otherwise.
+    """
 
     model: ModelSpec
     layout: Layout
@@ -33,6 +37,8 @@ class Deployment(Spec, frozen=True, kw_only=True):
     slots: int = 0
     skew: float = 0.0
     mode: Mode | None = None  # None: the fastest of those that the cluster can do
+    node_copies: float | None = None
+    rank_copies: float | None = None
 
     @property
     def held(self) -> int:
@@ -104,7 +110,7 @@ def expert_load(d: Deployment, batch: Batch) -> ExpertLoad:
     model, ep = d.model, d.layout.ep
     tokens = batch.tokens * d.layout.attention_groups
     pairs = tokens * model.router.top_k / ep
-    reached = distinct(ep, max(model.experts, ep), model.router.top_k)
+    reached = d.rank_copies or distinct(ep, max(model.experts, ep), model.router.top_k)
     replicas = max(0, d.held * ep - model.experts)
     drawn = 4 ** round(log(max(64, tokens), 4))  # the law depends on tokens only weakly
     fullest = imbalance(d.skew, model.experts, ep, drawn, replicas, model.router.top_k) if d.skew else 1.0
@@ -209,6 +215,8 @@ def exchange_shape(d: Deployment, batch: Batch, kernels: Kernels, mode: Mode, dt
         experts=d.model.experts,
         groups=router.groups,
         kept_groups=router.kept_groups,
+        node_copies=d.node_copies,
+        rank_copies=d.rank_copies,
     )
 
 

@@ -50,6 +50,20 @@ def _hit(usable: float, held: float, top_k: int) -> float:
     return 1.0 - exp(_log_choose(usable - held, top_k) - _log_choose(usable, top_k))
 
 
+def traced_copies(expert_ids_TK: np.ndarray, group_of_expert: np.ndarray, groups_per_node: int) -> tuple[float, float]:
+    """Distinct nodes and distinct groups of a token, averaged over a routing trace of one layer.
+
+    `expert_ids_TK` int [tokens, top-k]; `group_of_expert` int [experts], each expert in one group.
+    """
+    group_TK = group_of_expert[expert_ids_TK]
+    return _mean_distinct(group_TK // groups_per_node), _mean_distinct(group_TK)
+
+
+def _mean_distinct(values_TK: np.ndarray) -> float:
+    ordered = np.sort(values_TK, axis=1)
+    return float(1 + (np.diff(ordered, axis=1) != 0).sum(axis=1).mean())
+
+
 def activated(slots: float, experts: int, top_k: int, tokens: float) -> float:
     """Expected experts among `slots` that at least one of `tokens` tokens chose: slots · (1 − (1 − k/E)^tokens)."""
     if top_k >= experts:

@@ -103,7 +103,8 @@ class Scorer:
     def _step(self, phase: str, deployment: Deployment, options: Options, tokens: float) -> StepCost:
         """A step of one of the `dp` equal replicas."""
         layout = deployment.layout
-        model = (layout.pp, layout.attention_ranks, layout.ep, layout.tp, deployment.slots, options)
+        traced = (deployment.node_copies, deployment.rank_copies)
+        model = (layout.pp, layout.attention_ranks, layout.ep, layout.tp, deployment.slots, traced, options)
         key = (model, phase, tokens)
         if model not in self._models:
             self._models[model] = StepModel(deployment, self.kernels, self.runtime, options.overlap)
