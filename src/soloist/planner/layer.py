@@ -93,7 +93,7 @@ def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, w
         width = d.model.shared_width
         shared = kernels.once(key, lambda: {"shared experts": _feed_forward(d, batch, width, 3, kernels, runtime)})
         parts |= shared
-    return {**parts, **_exchange_parts(d, batch, load, kernels)}
+    return {**parts, **_exchange_parts(d, batch, load, kernels, runtime)}
 
 
 class ExpertLoad(NamedTuple):
@@ -177,22 +177,24 @@ def _feed_forward(
     return total((up, kernels.matmul(batch.tokens, d.model.d_model, cut, dtype))).times(runtime["kernels"])
 
 
-def _exchange_parts(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels) -> Parts:
+def _exchange_parts(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, runtime: Runtime) -> Parts:
     """How rows reach the experts: dispatch and combine, or replication and all-reduce, whichever is faster."""
     tp, width = d.layout.tp, d.model.d_model
     size = batch.tokens * width * 2
     if d.layout.ep == 1:
         return {"expert exchange": kernels.collective("all_reduce", tp, size)}
-    options = [_dispatched(d, batch, load, kernels, mode) for mode in _modes(d, kernels, batch)]
+    options = [_dispatched(d, batch, load, kernels, mode, runtime) for mode in _modes(d, kernels, batch)]
     if d.layout.attention_groups == 1:
         options.append({"expert exchange": kernels.collective("all_reduce", d.layout.stage_ranks, size)})
     return min(options, key=lambda parts: sum(part.value for part in parts.values()))
 
 
-def _dispatched(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, mode: Mode) -> Parts:
+def _dispatched(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, mode: Mode, runtime: Runtime) -> Parts:
     tp, width = d.layout.tp, d.model.d_model
     parts = {
-        phase: kernels.exchange(exchange_shape(d, batch, kernels, mode, dtype), phase, load.fullest if d.skew else 1.0)
+        phase: kernels.exchange(
+            exchange_shape(d, batch, kernels, mode, dtype), phase, load.fullest if d.skew else 1.0
+        ).times(runtime["waiting"])
         for phase, dtype in (("dispatch", d.precision.dispatch), ("combine", d.precision.combine))
     }
     if tp > 1:

@@ -17,6 +17,7 @@ SYSTEM: dict[str, Prior] = {
     "overlap_prefill": Prior(0.7, 0.15, 0.95),  # share of the shorter of compute and exchange that is hidden, as two-
     # batch overlap was measured to gain: 27-35 % in prefill, -27 % at 32 and +25.5 % at 256 tokens a GPU in decode
     "overlap_decode": Prior(0.75, 0.04, 0.95),
+    "waiting": Prior(1.2, 0.1),  # dispatch and combine in a running system over the unit test: ranks arrive apart
     "imbalance": Prior(1.1, 0.05),  # fullest over mean expert group after balancing
     "pipeline": Prior(0.85, 0.25, 1.0),  # share of time in which the stages of a pipeline full of prefill chunks work
 }
