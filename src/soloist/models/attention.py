@@ -10,6 +10,7 @@ returns a partial sum over its heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,9 @@ class LayerCache:
 
 class GroupedQueryAttention:
     """Classic attention: `heads` query heads share `kv_heads` keys and values."""
+
+    q_norm: Any  # a Tensor where the model has it
+    k_norm: Any
 
     def __init__(
         self, spec: ModelSpec, source: WeightSource, layer: int, heads: Heads, group: Transport | None, rope: Rope
@@ -173,6 +177,8 @@ class LatentAttention:
     up-projection is applied to the query, the value up-projection to the mixed latent, so that attention is that of
     one KV head of width L + W.
     """
+
+    q_a_norm: Any  # a Tensor where the query is of low rank
 
     def __init__(
         self, spec: ModelSpec, source: WeightSource, layer: int, heads: Heads, group: Transport | None, rope: Rope

@@ -13,6 +13,7 @@ dense and shared feed-forward, cut over its attention group; and the slots that 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ from soloist.transport.base import Transport
 
 class Block:
     """One layer: attention and feed-forward, each with its norm and its residual."""
+
+    dense: Any  # a FeedForward in a dense layer
 
     def __init__(
         self,
@@ -90,6 +93,9 @@ class Block:
 
 class Decoder:
     """The layers of one pipeline stage on one rank, with the embedding on the first and the output head on the last."""
+
+    embedding: Any  # a Tensor on the first stage, and on the last one where it is the output head
+    head: Any
 
     def __init__(
         self,
