@@ -15,8 +15,9 @@ from torch import Tensor
 from soloist.bench.gpus import Bench, captured
 from soloist.bench.load import Load, check_batch, check_home
 from soloist.bench.report import Ceilings, Point, commit
+from soloist.dispatch.forms import Form
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
-from soloist.dispatch.one_sided import Form, OneSidedDispatcher
+from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.transport.symmetric import Watch
 
 

@@ -18,7 +18,8 @@ from soloist.bench.gpus import Bench, captured
 from soloist.bench.load import Load
 from soloist.bench.report import Ceilings, Point, commit
 from soloist.dispatch.base import ExpertBatch, SlotChoice
-from soloist.dispatch.one_sided import Form, OneSidedDispatcher
+from soloist.dispatch.forms import Form
+from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.kernels.experts import ExpertTiles, choose_tiles, swiglu_experts
 
 LANES = 3  # a chunk being computed, one on its way there, one on its way home

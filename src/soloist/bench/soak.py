@@ -14,7 +14,7 @@ from soloist.bench.exchange import one_sided
 from soloist.bench.gpus import Bench, captured
 from soloist.bench.load import Load
 from soloist.dispatch.base import SlotChoice
-from soloist.dispatch.one_sided import Form
+from soloist.dispatch.forms import Form
 
 
 @dataclass

@@ -41,6 +41,7 @@ class ExpertBatch:
     weight_X: Tensor  # fp32 gate weight
     offsets_S: Tensor  # int32: end of each slot's expanded rows
     ticket: object  # opened by `combine` alone
+    dense: bool = True  # every row came; otherwise those that `row_X` does not name hold anything
 
 
 class PendingBatch(Protocol):

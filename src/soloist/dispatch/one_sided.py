@@ -2,20 +2,12 @@
 
 Shape legend: T tokens of this rank, D model width, K top-k, R rows, X expanded rows.
 
-    form       dispatch                                       combine
-    latency    one kernel: choices and rows, flag             weighted rows straight home, flag; sum
-    push       choices, flag; rows by kernel beside the       rows stay, flag; the sum reads them from the peers
-               index, flag                                    (from expanded rows: as in the latency form)
-    copy       the same, whole blocks by copy engine          the same; or whole blocks home by copy engine
-
 `rows_RD` has a row for every token that any rank could send (kernels/push.py): those that came are named by `row_X`,
-the others hold anything. The copy form sends tokens to groups that they did not choose as well, without using an SM: it
-pays where most tokens go to most groups.
+the others hold anything.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 
@@ -23,6 +15,7 @@ import torch
 from torch import Tensor
 
 from soloist.dispatch.base import ExpertBatch, SlotChoice
+from soloist.dispatch.forms import Form, SideStream, choose_form
 from soloist.dispatch.lane import ExchangeShape, Lane
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
 from soloist.kernels.home import home_kernel, weigh_kernel
@@ -30,37 +23,7 @@ from soloist.kernels.index import index_kernel, spread_kernel
 from soloist.kernels.push import SPAN, push_kernel
 from soloist.transport.symmetric import Watch
 
-
-@dataclass(frozen=True)
-class Form:
-    """How a call is carried out. No kernel takes more SMs than `programs`."""
-
-    name: str  # latency, push, copy
-    programs: int = 528
-    block: int = 8192  # elements of a row that a program moves at a time
-    weigh_block: int = 2048  # the same for the weighted sum
-    stages: int = 1  # of them that it loads ahead
-    pull: bool = True  # push and copy forms: the sum reads from the peers instead of having blocks copied home
-
-    def chunks(self, d_model: int, whole: bool = False) -> tuple[int, int, int]:
-        """BLOCK, CHUNKS and warps for rows of `d_model`; `whole` rows in one piece."""
-        block = 1 << (d_model - 1).bit_length()
-        block = block if whole else min(block, self.block)
-        return block, -(-d_model // block), max(1, min(16, block // 1024))
-
-
 WEIGH_PROGRAMS, SPREAD_PROGRAMS = 2112, 4224  # what belongs to the experts: no limit for the exchange
-LATENCY = Form("latency", programs=1056, block=2048)
-PUSH = Form("push")
-COPY = Form("copy")
-
-
-def choose_form(shape: ExchangeShape, latency_tokens: int = 512) -> Form:
-    """By size, and by the share of groups that a token goes to under uniform routing."""
-    if shape.capacity <= latency_tokens:
-        return LATENCY
-    visited = 1 - (1 - 1 / shape.groups) ** shape.top_k
-    return COPY if visited > 0.9 else PUSH
 
 
 @dataclass(frozen=True)
@@ -75,27 +38,6 @@ class Ticket:
     @property
     def tokens(self) -> int:
         return len(self.choice.group_TK)
-
-
-class SideStream:
-    """Work beside the current stream; on the CPU it is done at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def fork(self) -> AbstractContextManager[object]:
-        if self.stream is None:
-            return nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self.stream)
-
-    def mark(self) -> torch.cuda.Event | None:
-        """The work given so far."""
-        return None if self.stream is None else self.stream.record_event()
-
-    def join(self, mark: torch.cuda.Event | None) -> None:
-        if mark is not None:
-            torch.cuda.current_stream().wait_event(mark)
 
 
 @dataclass(frozen=True)
@@ -145,7 +87,7 @@ class OneSidedDispatcher:
 
     def _send_rows(self, ticket: Ticket, x_TD: Tensor) -> None:
         if self.form.name == "push":
-            self._push(ticket, x_TD, "all" if self.shape.fp8 else "peers", choices=False)
+            self._push(ticket, x_TD, "all", choices=False)
             return
         lane, shape, here = ticket.lane, ticket.shape, self._own_rows(ticket)
         if shape.fp8:
@@ -187,7 +129,12 @@ class OneSidedDispatcher:
         )  # fmt: skip
         expanded = shape.rows * shape.most
         return ExpertBatch(
-            lane.rows_RD(shape), lane.row_X[:expanded], lane.weight_X[:expanded], lane.offsets_S[: shape.slots], ticket
+            lane.rows_RD(shape),
+            lane.row_X[:expanded],
+            lane.weight_X[:expanded],
+            lane.offsets_S[: shape.slots],
+            ticket,
+            dense=False,
         )
 
     def _receive_rows(self, ticket: Ticket, sent: torch.cuda.Event | None) -> None:
@@ -303,14 +250,16 @@ class Arriving:
         dispatcher, ticket = self.dispatcher, self.ticket
         batch = dispatcher._receive(ticket)
         if self.x_TD is not None:
-            if not ticket.shape.fp8:
+            if dispatcher.form.name == "copy" and not ticket.shape.fp8:
                 dispatcher._push(ticket, self.x_TD, "own", choices=False)
             dispatcher._receive_rows(ticket, self.sent)
         return batch
 
     def wait_expanded(self) -> tuple[ExpertBatch, Tensor]:
-        """The batch and x_XD in the model's dtype. Own rows are expanded while the others are still travelling, and
-        stand in `rows_RD` only where they travel as fp8."""
+        """The batch and x_XD in the model's dtype: own rows are expanded while the others are still travelling.
+
+        `rows_RD` is not to be used: in the copy form own rows do not stand in it.
+        """
         dispatcher, ticket = self.dispatcher, self.ticket
         batch, shape = dispatcher._receive(ticket), ticket.shape
         x_XD = torch.empty(len(batch.row_X), shape.d_model, dtype=shape.dtype, device=batch.row_X.device)

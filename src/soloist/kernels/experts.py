@@ -32,7 +32,7 @@ class ExpertTiles:
 # Measured on H100 (docs/exchange.md): the best of seven shapes each.
 FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gather=True)
 SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
-MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), gather=False)
+MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 4), gather=False)
 FP8_ROWS = ExpertTiles(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), gather=False)
 FP8_BLOCKS = ExpertTiles(Tile(64, 128, BLOCK, 8, 3), Tile(64, 128, BLOCK, 4, 3, 2), gather=False)
 

@@ -44,9 +44,9 @@ def push_kernel(
     """Programs share `capacity` tokens, those beyond `tokens` going nowhere, and the chunks of their rows.
 
     CHOICES: send slots and gate weights, and count the call; without rows, as one whose rows follow. ROWS: "all" sends
-    rows to every group chosen, "peers" leaves out this rank, "own" the others; "stage" writes all rows here, chosen or
-    not; "none" sends none. QUANTISE: rows in fp8 with one fp32 scale each (CHUNKS = 1). SIGNAL: publish. STAGES: rows
-    that a program loads ahead.
+    rows to every group chosen, "own" to this rank where chosen, "stage" to this rank always, "none" to nobody.
+    QUANTISE: rows in fp8 with one fp32 scale each (CHUNKS = 1). SIGNAL: publish. STAGES: rows that a program loads
+    ahead.
     """
     program = tl.program_id(0)
     if CHOICES:
@@ -76,12 +76,10 @@ def push_kernel(
                 x, scale_1 = to_fp8(x, 0)
             for step in tl.static_range(RANKS):
                 peer = (me + 1 + step) % RANKS
-                wanted = tl.max((group_K == peer // tp).to(tl.int32), 0)
-                if ROWS == "stage":
-                    wanted = 1
                 # The last step is this rank itself.
-                if ROWS == "all" or (ROWS == "peers") == (step < RANKS - 1):
-                    if wanted > 0:
+                if ROWS == "all" or step == RANKS - 1:
+                    wanted = tl.max((group_K == peer // tp).to(tl.int32), 0)
+                    if ROWS == "stage" or wanted > 0:
                         tl.store(remote(bases, peer, rows_at, x.dtype) + row * width + column, x, mask=column < D)
                         if QUANTISE:
                             tl.store(remote(bases, peer, scales_at, tl.float32) + row + tl.arange(0, 1), scale_1)

@@ -1,0 +1,72 @@
+"""How a one-sided exchange is carried out, and the stream beside it.
+
+    form       dispatch                                       combine
+    latency    one kernel: choices and rows, flag             weighted rows straight home, flag; sum
+    push       choices, flag; rows by kernel beside the       rows stay, flag; the sum reads them from the peers
+               index, flag                                    (from expanded rows: as in the latency form)
+    copy       the same, whole blocks by copy engine          the same; or whole blocks home by copy engine
+
+The copy form sends tokens to groups that they did not choose as well, without using an SM: it pays where most tokens go
+to most groups.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from soloist.dispatch.lane import ExchangeShape
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a call is carried out. No kernel takes more SMs than `programs`."""
+
+    name: str  # latency, push, copy
+    programs: int = 528
+    block: int = 8192  # elements of a row that a program moves at a time
+    weigh_block: int = 2048  # the same for the weighted sum
+    stages: int = 1  # of them that it loads ahead
+    pull: bool = True  # push and copy forms: the sum reads from the peers instead of having blocks copied home
+
+    def chunks(self, d_model: int, whole: bool = False) -> tuple[int, int, int]:
+        """BLOCK, CHUNKS and warps for rows of `d_model`; `whole` rows in one piece."""
+        block = 1 << (d_model - 1).bit_length()
+        block = block if whole else min(block, self.block)
+        return block, -(-d_model // block), max(1, min(16, block // 1024))
+
+
+LATENCY = Form("latency", programs=1056, block=2048)
+PUSH = Form("push")
+COPY = Form("copy")
+
+
+def choose_form(shape: ExchangeShape, latency_tokens: int = 512) -> Form:
+    """By size, and by the share of groups that a token goes to under uniform routing."""
+    if shape.capacity <= latency_tokens:
+        return LATENCY
+    visited = 1 - (1 - 1 / shape.groups) ** shape.top_k
+    return COPY if visited > 0.7 else PUSH
+
+
+class SideStream:
+    """Work beside the current stream; on the CPU it is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fork(self) -> AbstractContextManager[object]:
+        if self.stream is None:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The work given so far."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def join(self, mark: torch.cuda.Event | None) -> None:
+        if mark is not None:
+            torch.cuda.current_stream().wait_event(mark)
