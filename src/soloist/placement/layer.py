@@ -134,9 +134,9 @@ class LayerSearch:
             ids_TK = sample.ids_LTK[self.layer, ::step]
             return ids_TK, np.ones(len(ids_TK))
         together_EE = self.trace.together_LEE[self.layer]
-        if self.trace.model.top_k == 1:
-            return np.arange(len(together_EE))[:, None], np.diagonal(together_EE).astype(float)
         first, second = np.nonzero(np.triu(together_EE, 1))
+        if not len(first):  # one choice a token, or nothing known of pairs
+            return np.arange(len(together_EE))[:, None], np.diagonal(together_EE).astype(float)
         return np.stack([first, second], axis=1), together_EE[first, second] / (self.trace.model.top_k - 1)
 
     def problem_of(self, expert_S: Array) -> Problem:

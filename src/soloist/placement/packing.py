@@ -33,9 +33,8 @@ def pack(
 ) -> Array:
     """`[S]` part of each slot: the heaviest first, into the lightest part that has room and lacks its expert.
 
-    Experts with most replicas come first, since they have the least choice; replicas of an expert come together in a
-    part only where there is no other way. cost_P: parts of lower cost are filled first. kept_S: the part of slots that
-    have one already, else -1. Longest processing time first (Graham 1969).
+    Longest processing time first (Graham 1969). Replicas of an expert come together in a part only where there is no
+    other way. cost_P: parts of lower cost are filled first. kept_S: the part of slots that have one already, else -1.
     """
     part_S = np.full(len(load_S), -1) if kept_S is None else kept_S.copy()
     parts, settled = len(room_P), part_S >= 0
@@ -43,9 +42,8 @@ def pack(
     free_P = room_P - np.bincount(part_S[settled], minlength=parts)
     held_EP = np.zeros((expert_S.max(initial=0) + 1, parts), np.int64)
     np.add.at(held_EP, (expert_S[settled], part_S[settled]), 1)
-    replicas_S = np.minimum(np.bincount(expert_S)[expert_S], parts)
     cost_P = np.zeros(parts) if cost_P is None else cost_P
-    for slot in np.lexsort((-load_S, -replicas_S)):
+    for slot in np.argsort(-load_S, kind="stable"):
         if part_S[slot] < 0:
             part = np.lexsort((load_P, cost_P, held_EP[expert_S[slot]], free_P <= 0))[0]
             part_S[slot] = part

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ class Sample:
     @property
     def tokens(self) -> int:
         return len(self.token_T)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Sample]) -> Sample:
+        """One after the other."""
+        names = vars(parts[0])
+        return cls(**{n: np.concatenate([vars(part)[n] for part in parts], axis=int(n == "ids_LTK")) for n in names})
 
     def first(self, tokens: int) -> Sample:
         """The first `tokens` of it."""
