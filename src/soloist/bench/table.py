@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -31,7 +32,9 @@ def comparison(series: Sequence[Series], title: str) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for label, key, factor, form in ROWS:
-        table.add_row(
-            label, *(format(record[key] * factor if factor != 1 else record[key], form) for record in records)
-        )
+        table.add_row(label, *(_cell(record[key], factor, form) for record in records))
     return table
+
+
+def _cell(value: Any, factor: float, form: str) -> str:
+    return format(value if factor == 1 else value * factor, form)

@@ -39,7 +39,7 @@ class ChatTemplate:
         """
         config = _read(folder / "tokenizer_config.json") if folder else {}
         file = chosen or (folder / "chat_template.jinja" if folder else None)
-        source = _text(file) if chosen or (file and file.exists()) else config.get("chat_template")
+        source = _text(file) if file and (chosen or file.exists()) else config.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
         if source is None:

@@ -157,10 +157,8 @@ class GroupedQueryAttention:
 
         A KV head that two ranks hold counts once.
         """
-        a, owned = (
-            self.spec,
-            slice(*_scaled(tuple(i - self.heads.kv[0] for i in self.heads.kv_owned), self.spec.head_dim)),
-        )
+        a, (first, last) = self.spec, self.heads.kv_owned
+        owned = slice((first - self.heads.kv[0]) * a.head_dim, (last - self.heads.kv[0]) * a.head_dim)
         squares_T2 = torch.stack([q.float().square().sum(-1), k[:, owned].float().square().sum(-1)], dim=-1)
         if self.group is not None:
             squares_T2 = self.group.all_reduce(squares_T2, self.where)

@@ -109,7 +109,10 @@ def ordered_sum(parts: Tensor) -> Tensor:
     wide = parts.float() if dtype.is_floating_point and dtype != torch.float64 else parts
     total = wide[0].clone()
     # numpy's additions cost a third of torch's for the few kilobytes of a decoding step.
-    add, into, rest = (np.add, total.numpy(), wide.numpy()[1:]) if parts.is_cpu else (torch.add, total, wide[1:])
-    for part in rest:
-        add(into, part, out=into)
+    if parts.is_cpu:
+        for part in wide.numpy()[1:]:
+            np.add(total.numpy(), part, out=total.numpy())
+    else:
+        for part in wide[1:]:
+            total += part
     return total.to(dtype)

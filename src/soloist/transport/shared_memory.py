@@ -261,4 +261,4 @@ def as_bytes(x_N: Tensor) -> memoryview:
         return memoryview(b"")
     if x_N.itemsize < 4 and x_N.is_floating_point():  # numpy does not know all of these
         x_N = x_N.view(torch.int8 if x_N.itemsize == 1 else torch.int16)
-    return memoryview(x_N.numpy()).cast("B")
+    return x_N.numpy().data.cast("B")
