@@ -31,7 +31,8 @@ class Linear:
     def step(self, work: StepWork) -> StepTime:
         attention = 1e-6 * float((work.decode_context + work.prefill_context).max())
         experts = 1e-3 * work.imbalance * int(work.tokens.sum()) / work.alive
-        return StepTime(0.01 + attention + experts, 0.002, {"attention": attention, "experts": experts, "dispatch": 0.01})
+        parts = {"attention": attention, "experts": experts, "dispatch": 0.01}
+        return StepTime(sum(parts.values()), 0.002, {**parts, "step": 0.002})
 
 
 def requests(*rows: tuple[float, int, int], shared: int = 0, in_flight: int = 0) -> Arrivals:

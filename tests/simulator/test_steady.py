@@ -53,7 +53,7 @@ class Driver:
         return flying, stats, self.scheduler.unfinished(), [entry for entry in self.log if entry]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=1, max_size=12),
     gaps=st.lists(st.integers(0, 12), min_size=12, max_size=12),

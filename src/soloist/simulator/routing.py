@@ -16,12 +16,12 @@ import numpy as np
 from scipy.special import ndtr
 
 from soloist.errors import ConfigurationError
-from soloist.placement.packing import pack, water_fill
+from soloist.placement.balance import imbalance
 from soloist.placement.placement import Placement
 from soloist.specs.model import Spec
 
 TOKENS = 4096  # for which the power law is drawn; it depends on them only weakly
-Balance = Callable[[np.ndarray], Placement]
+Balance = Callable[[Placement, np.ndarray], Placement]
 
 
 class Drift(Spec, frozen=True, kw_only=True):
@@ -46,15 +46,17 @@ class Drift(Spec, frozen=True, kw_only=True):
 class Routing:
     """The popularity of experts over time, and the placement that it meets.
 
-    `balance` turns observed loads (float64 [L, E]) into a placement of these layers; `model_layers` is how many MoE
-    layers have to move.
+    `balance` makes a new placement of the one there is and of observed loads (float64 [L, E]), such as
+    `placement/balance.py` does in the runtime.
     """
 
-    def __init__(self, drift: Drift, placement: Placement, balance: Balance, model_layers: int, seed: int = 0) -> None:
-        self.drift, self.placement, self.balance = drift, placement, balance
+    def __init__(self, drift: Drift, placement: Placement, balance: Balance, seed: int = 0) -> None:
+        self.drift, self.balance = drift, balance
         self.interval_s = drift.interval_s
         self.imbalance, self.rebalancings = 1.0, 0
-        self._scale = model_layers / drift.layers
+        whole, layers = placement.slots, range(drift.layers)
+        self.placement = Placement(experts=placement.experts, slots=tuple(whole[i % len(whole)] for i in layers))
+        self._scale = len(whole) / drift.layers
         self._random = np.random.default_rng(seed)
         self._z_LE = self._random.standard_normal((drift.layers, placement.experts))
         self._seen_LE = np.zeros_like(self._z_LE)
@@ -79,20 +81,8 @@ class Routing:
         if now - self._balanced_s >= self.drift.rebalance_s:
             stall_s = self._rebalance()
             self._balanced_s = now
-        self.imbalance = float(np.mean([load_G.max() / load_G.mean() for load_G in self.loads()]))
+        self.imbalance = imbalance(self.placement, self.popularity_LE)
         return stall_s
-
-    def loads(self) -> list[np.ndarray]:
-        """`[G]` share of the rows of each expert group, for each simulated layer; replicas share evenly."""
-        return [
-            np.array([sum(share_E[expert] for expert in group) for group in self._slots(self.placement, layer)])
-            for layer, share_E in enumerate(self.popularity_LE / self._replicas_LE())
-        ]
-
-    def _replicas_LE(self) -> np.ndarray:
-        layers = range(self.drift.layers)
-        rows = ([expert for group in self._slots(self.placement, layer) for expert in group] for layer in layers)
-        return np.array([np.bincount(row, minlength=self.placement.experts) for row in rows])
 
     def _wander(self, elapsed_s: float) -> None:
         kept = exp(-elapsed_s / self.drift.drift_s)
@@ -101,25 +91,10 @@ class Routing:
 
     def _rebalance(self) -> float:
         """A new placement for what was seen since the last one."""
-        before, self.placement = self.placement, self.balance(self._seen_LE)
+        before, self.placement = self.placement, self.balance(self.placement, self._seen_LE)
         self._seen_LE = np.zeros_like(self._z_LE)
         self.rebalancings += 1
         moved_G = np.zeros(before.groups)
-        for layer in range(self.drift.layers):
-            pairs = zip(self._slots(self.placement, layer), self._slots(before, layer), strict=True)
-            moved_G += [len(set(new) - set(old)) for new, old in pairs]
+        for old, new in zip(before.slots, self.placement.slots, strict=True):
+            moved_G += [len(set(wanted) - set(held)) for wanted, held in zip(new, old, strict=True)]
         return float(moved_G.max()) * self._scale * self.drift.move_s
-
-    def _slots(self, placement: Placement, layer: int) -> tuple[tuple[int, ...], ...]:
-        return placement.slots[layer % len(placement.slots)]
-
-
-def spread(load_LE: np.ndarray, groups: int, slots: int) -> Placement:
-    """Replicas by water-filling over `slots` slots a group, packed by load alone, as EPLB's global policy does."""
-    room_G = np.full(groups, slots)
-    layers: list[tuple[tuple[int, ...], ...]] = []
-    for load_E, count_E in zip(load_LE, water_fill(load_LE, groups * slots, groups), strict=True):
-        expert_S = np.repeat(np.arange(len(load_E)), count_E)
-        group_S = pack((load_E / count_E)[expert_S], expert_S, room_G)
-        layers.append(tuple(tuple(expert_S[group_S == group].tolist()) for group in range(groups)))
-    return Placement(experts=load_LE.shape[1], slots=tuple(layers))

@@ -23,6 +23,7 @@ from soloist.simulator.ledger import Ledger, StepLog
 from soloist.simulator.losses import Loss
 from soloist.simulator.replica import Landed, Launched, Replica, Submission
 from soloist.simulator.routing import Routing
+from soloist.simulator.steady import TOKEN
 from soloist.specs.layout import Layout
 
 ARRIVAL, LOSS, TURN = range(3)  # order of what happens at one moment
@@ -45,7 +46,8 @@ class Simulation:
         skip: bool = True,
         observe: Observer | None = None,
     ) -> None:
-        self.layout, self.requests, self.routing, self.observe = layout, requests, routing, observe
+        self.layout, self.sizes, self.requests = layout, sizes, requests
+        self.routing, self.observe = routing, observe
         groups = layout.attention_groups
         self.replicas = [Replica(sizes, groups, layout.pp, cost, skip) for _ in range(layout.dp)]
         self.load = np.zeros((layout.dp, groups))  # tokens that each group still has to do; infinite: lost
@@ -66,6 +68,11 @@ class Simulation:
         self.clock.run()
         assert not self._left, "a request was lost"
         return self
+
+    @property
+    def end_s(self) -> float:
+        """When the last step ended."""
+        return float(self.steps["end_s"].max(initial=0.0))
 
     # -- arrivals ---------------------------------------------------------------------------------------------------
     def _expect(self) -> None:
@@ -98,8 +105,10 @@ class Simulation:
 
     def _prompt(self, request: int) -> list[int]:
         """Ids of the shared prefix, of the request's own prompt, and of the tokens that it got before a loss."""
-        shared, own = int(self.requests.shared[request]), PROMPT_STRIDE * (request + 1)
         count = int(self.requests.prompts[request] + self.ledger.done[request])
+        if not self.sizes.prefix_caching:
+            return [TOKEN] * count
+        shared, own = int(self.requests.shared[request]), PROMPT_STRIDE * (request + 1)
         return [*range(shared), *range(own + shared, own + count)]
 
     def _end(self) -> None:

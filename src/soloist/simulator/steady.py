@@ -7,10 +7,13 @@ certainly are, `advance` takes them at once and leaves the same state as taking 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 
 import msgspec
 
+from soloist.scheduling.blocks import BlockPool
+from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.request import Chunk, StepBatch
 from soloist.scheduling.scheduler import Scheduler
 from soloist.scheduling.sequence import SequenceState
@@ -18,8 +21,34 @@ from soloist.scheduling.sequence import SequenceState
 TOKEN = 0  # what every simulated sequence is continued with
 
 
+class CountedBlocks(BlockPool):
+    """A pool whose blocks have no identity: enough where no prefix is cached, and as quick for a large cache."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(0)
+        self.total = self._left = total
+
+    @property
+    def available(self) -> int:
+        return self._left
+
+    def take(self, count: int) -> tuple[int, ...]:
+        assert count <= self._left
+        self._left -= count
+        return (0,) * count
+
+    def release(self, blocks: Sequence[int]) -> None:
+        self._left += len(blocks)
+        assert self._left <= self.total
+
+
 class SteadyScheduler(Scheduler):
     """A scheduler whose every answer is `TOKEN`, so that batches to come are known as long as nothing happens."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        if not config.prefix_caching:
+            self._pool = CountedBlocks(config.blocks)
 
     def steady_rounds(self) -> int:
         """Rounds that every batch under way can take unchanged if nobody arrives; 0 where that is not certain.

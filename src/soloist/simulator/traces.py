@@ -118,8 +118,9 @@ def _item(where: str, item: dict[str, Any]) -> Entry:
 
 
 def _conversation(where: str, turns: Any) -> Entry:
-    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    if len(texts) < 2 or not all(isinstance(text, str) for text in texts[:2]):
+    values = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    texts = [text for text in values[:2] if isinstance(text, str)]
+    if len(texts) < 2:
         raise ConfigurationError.of(f"{where}.conversations", turns, "must hold two turns with a text as their value")
-    prompt, output = (max(1, round(len(text) / CHARACTERS)) for text in texts[:2])
+    prompt, output = (max(1, round(len(text) / CHARACTERS)) for text in texts)
     return Entry(None, prompt, output)
