@@ -80,3 +80,16 @@ def test_plot(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot_validation(report, tmp_path / "validation.png")
     assert (tmp_path / "validation.png").stat().st_size > 10_000
+
+
+def test_other_spellings_and_unknown_types(tmp_path: Path) -> None:
+    for table in ("all_to_all", "moe_gemm", "collectives"):
+        (tmp_path / f"{table}.csv").write_text((PUBLISHED / f"{table}.csv").read_text())
+    path = tmp_path / "moe_gemm.csv"
+    path.write_text(path.read_text().replace("bf16,4096", "bfloat16,4096").replace("bf16,2048", "int2,2048"))
+    path = tmp_path / "collectives.csv"
+    path.write_text(path.read_text().replace("all_to_all", "alltoall"))
+    found = validate(tmp_path)
+    assert found.mape("collectives", "check") <= BARS["collectives"]
+    assert len(found.skipped) == 1
+    assert "int2" in found.skipped[0]

@@ -13,12 +13,17 @@ from typing import NamedTuple
 
 import msgspec
 
+from soloist.errors import ConfigurationError
 from soloist.planner.fitting import Constants, Prior
 from soloist.planner.routing import activated, imbalance
 from soloist.planner.tables import AttentionRow, ExpertRow
 from soloist.specs.cluster import GpuSpec
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5625}  # fp4 with its scales
+SPELLINGS = {
+    "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float8": "fp8", "fp8_e4m3": "fp8",
+    "nvfp4": "fp4", "mxfp4": "fp4",
+}  # fmt: skip
 PADDED_TOKENS = 512  # tokens of a rank up to which engines pad to experts instead of gathering
 TILE = 64  # rows of a GEMM tile: fewer cost as much
 
@@ -60,6 +65,14 @@ class ExpertWork(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "bf16"
     gathered: bool = False
     slowdown: float = 1.0  # of the arithmetic, against the calibrated kernels
+
+
+def dtype_named(text: str) -> str:
+    """A data type by any usual name. Raises ConfigurationError for an unknown one."""
+    name = SPELLINGS.get(text.lower(), text.lower())
+    if name not in BYTES:
+        raise ConfigurationError.of("dtype", text, f"unknown; known are {', '.join(BYTES)}")
+    return name
 
 
 def matmul_seconds(m: float, n: float, k: float, dtype: str, gpu: GpuSpec, constants: Constants) -> float:
@@ -116,15 +129,15 @@ def stream_seconds(moved: float, gpu: GpuSpec, constants: Constants) -> float:
 def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float:
     """Seconds for a row of the `moe_gemm` table. Rows measured with ep = 1 time one grouped matrix multiplication."""
     pairs = row.group_tokens * row.top_k / row.ep
-    slots = row.experts / row.ep
+    slots, dtype = row.experts / row.ep, dtype_named(row.dtype)
     if row.ep == 1:
-        return grouped_seconds(pairs, row.experts, row.ffn, row.hidden, row.dtype, gpu, constants)
+        return grouped_seconds(pairs, row.experts, row.ffn, row.hidden, dtype, gpu, constants)
     exponent = re.search(r"power_law_(\d+(?:\.\d+)?)", row.routing)
     alpha = float(exponent[1]) if exponent else 0.0
     fullest = pairs * imbalance(alpha, row.experts, row.ep, row.group_tokens, top_k=row.top_k)
     work = ExpertWork(
         pairs=fullest, active=activated(slots, row.experts, row.top_k, row.group_tokens), hidden=row.hidden,
-        width=row.ffn, dtype=row.dtype, gathered=row.group_tokens / row.ep > PADDED_TOKENS,
+        width=row.ffn, dtype=dtype, gathered=row.group_tokens / row.ep > PADDED_TOKENS,
     )  # fmt: skip
     return experts_seconds(work, gpu, constants)
 

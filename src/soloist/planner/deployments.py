@@ -47,8 +47,10 @@ def setting(row: DeploymentRow) -> Setting:
 
 
 def _layout(text: str, gpus: int) -> tuple[Layout, int]:
-    """`ep32 dp32`, `tp8`, `tp8 ep8`, `pp2`; data parallelism of attention is what tensor parallelism leaves."""
-    degrees = {kind: int(size) for kind, size in re.findall(r"\b(ep|tp|pp)(\d+)", text)}
+    """`ep32 dp32`, `tp8`, `tp8 ep8`, `tp2+ep`, `pp2` and expert slots of a GPU; with EP, dp counts attention groups."""
+    degrees = {kind: int(size) for kind, size in re.findall(r"(?<![a-z])(ep|tp|pp|dp)(\d+)", text)}
+    if re.search(r"\bep\b", text):
+        degrees["ep"] = degrees.get("tp", 1)
     slots = re.search(r"\((\d+) routed", text)
     pp, ep, tp = degrees.get("pp", 1), degrees.get("ep", 1), degrees.get("tp", 1)
     if not degrees or gpus % (pp * max(ep, tp)):
@@ -56,7 +58,8 @@ def _layout(text: str, gpus: int) -> tuple[Layout, int]:
     stage = gpus // pp
     if ep == 1:
         return Layout(pp=pp, tp=tp, dp=stage // tp), 0
-    return Layout(pp=pp, attn_tp=tp, ep=ep, dp=stage // ep), int(slots[1]) if slots else 0
+    attention = max(1, ep // degrees["dp"]) if "dp" in degrees else tp
+    return Layout(pp=pp, attn_tp=attention, ep=ep, dp=stage // ep), int(slots[1]) if slots else 0
 
 
 @lru_cache(maxsize=64)

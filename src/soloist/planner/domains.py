@@ -58,7 +58,13 @@ def _exchange(phase: str) -> Domain:
 def _predict_collective(constants: Constants, row: CollectiveRow) -> float:
     cluster = exchange.fabric(row.fabric, min(row.gpus, _node_of(row)))
     direct = "custom" in row.library
-    return 1e6 * collectives.collective_seconds(row.collective, row.gpus, row.bytes, cluster, constants, direct)
+    kind = COLLECTIVE_SPELLINGS.get(row.collective.replace("_", "").lower(), row.collective)
+    return 1e6 * collectives.collective_seconds(kind, row.gpus, row.bytes, cluster, constants, direct)
+
+
+COLLECTIVE_SPELLINGS = {
+    "allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter", "alltoall": "all_to_all",
+}  # fmt: skip
 
 
 def _node_of(row: CollectiveRow) -> int:

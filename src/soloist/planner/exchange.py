@@ -24,7 +24,7 @@ from typing import Literal
 
 import msgspec
 
-from soloist.errors import ConfigurationError
+from soloist.planner.compute import BYTES, dtype_named
 from soloist.planner.fitting import Constants, Prior
 from soloist.planner.routing import distinct, limited_distinct
 from soloist.planner.tables import ExchangeRow
@@ -32,6 +32,10 @@ from soloist.specs.cluster import ClusterSpec, preset_clusters, preset_gpus
 
 Mode = Literal["low_latency", "two_sided", "ragged", "normal"]
 PHASES = ("dispatch", "combine")
+MODES: dict[str, Mode] = {
+    "low_latency": "low_latency", "ll": "low_latency", "two_sided": "two_sided", "one_sided": "two_sided",
+    "ragged": "ragged", "normal": "normal",
+}  # fmt: skip
 INFINIBAND_US, EFA_US = 4.0, 15.0  # one-way delay of a small message
 ROUNDS = 4  # counts, payload, flag and acknowledgement cross the network one after the other
 
@@ -122,20 +126,19 @@ def latency_seconds(nodes: int, cluster: ClusterSpec, constants: Constants) -> f
 
 def row_bytes(width: int, dtype: str) -> float:
     """Bytes of one activation row; fp8 carries a fp32 scale for every 128 elements, fp4 a byte for every 16."""
-    table = {"fp8": 1 + 4 / 128, "fp4": 0.5 + 1 / 16, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
-    if dtype not in table:
-        raise ConfigurationError.of("dtype", dtype, f"unknown; known are {', '.join(table)}")
-    return width * table[dtype]
+    scales = {"fp8": 4 / 128, "fp4": 1 / 16}
+    name = dtype_named(dtype)
+    return width * ({**BYTES, "fp4": 0.5}[name] + scales.get(name, 0.0))
 
 
 @lru_cache(maxsize=4096)
 def shape_of(row: ExchangeRow, phase: str) -> ExchangeShape:
-    """What one phase of a published measurement exchanged. Unknown modes count as `ragged`.
+    """What one phase of a published measurement exchanged. Unknown modes count as `normal`.
 
     pplx's kernels have no hierarchical mode: they send one copy for each expert whatever the batch.
     """
     dtype = row.dispatch_dtype if phase == "dispatch" else row.combine_dtype
-    mode: Mode = row.mode if row.mode in PRIORS else "ragged"  # type: ignore[assignment]
+    mode: Mode = MODES.get(row.mode, "normal")
     if row.library.startswith("pplx"):
         mode = "low_latency"
     return ExchangeShape(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soloist.errors import ConfigurationError
-from soloist.planner.compute import BYTES
+from soloist.planner.compute import BYTES, dtype_named
 from soloist.specs.model import ModelSpec, Spec
 
 
@@ -25,12 +25,10 @@ class Precision(Spec, frozen=True, kw_only=True):
     @classmethod
     def named(cls, name: str) -> Precision:
         """`bf16`, `fp16`, `fp32`, `fp8` (experts, linear, dispatch in fp8), `fp4` (experts in fp4, the rest as fp8)."""
-        name = {"nvfp4": "fp4", "mxfp4": "fp4", "bfloat16": "bf16", "float16": "fp16"}.get(name.lower(), name.lower())
+        name = dtype_named(name)
         if name in ("fp8", "fp4"):
             return cls(experts=name, linear="fp8", dispatch="fp8")
-        if name in ("bf16", "fp16", "fp32"):
-            return cls(experts=name, linear=name, other=name, kv=name, dispatch=name, combine=name)
-        raise ConfigurationError.of("precision", name, "choose bf16, fp16, fp32, fp8 or fp4")
+        return cls(experts=name, linear=name, other=name, kv=name, dispatch=name, combine=name)
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Precision:
