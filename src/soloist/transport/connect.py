@@ -31,7 +31,8 @@ def connect(
     Raises ConfigurationError for an unknown kind or a device that it cannot serve, CommunicationError if a peer does
     not come.
     """
-    ranks, device, own = range(size), torch.device(device), PrefixStore(kind, store)
+    ranks, own = range(size), PrefixStore(kind, store)
+    device = torch.device(device)
     if kind in KINDS and device.type != KINDS[kind]:
         raise ConfigurationError.of("transport", kind, f"moves tensors on {KINDS[kind]}, not on {device}")
     store.set_timeout(timedelta(seconds=deadline_s))

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,13 +30,16 @@ TAGS = 1 << 30
 UNDER_WAY = 4  # messages to one peer before `send` waits
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Posted:
-    """A message under way. gloo reads or writes the tensor until it has ended."""
+    """A message under way. gloo reads or writes the tensor until it has ended; its connections live as long as it."""
 
-    work: torch.distributed.Work
-    tensor: Tensor
+    work: torch.distributed.Work | None
+    tensor: Tensor | None
     peer: int
+
+    def drop(self) -> None:
+        self.work = self.tensor = None
 
 
 class GlooTransport(ExchangeTransport):
@@ -47,6 +51,7 @@ class GlooTransport(ExchangeTransport):
         self._group: ProcessGroupGloo | None = self._connect()
         self.under_way: deque[Exchange] = deque()
         self._tag = MESSAGE_TAG
+        self._posted: WeakSet[_Posted] = WeakSet()
         self._sent: defaultdict[int, deque[_Posted]] = defaultdict(deque)
         self._subgroups: defaultdict[tuple[int, ...], int] = defaultdict(int)
 
@@ -54,7 +59,8 @@ class GlooTransport(ExchangeTransport):
         try:
             return ProcessGroupGloo(self._store, self.rank, self.size, timedelta(seconds=self.deadline_s))
         except RuntimeError as error:
-            raise self._failure(None, f"did not join the group: {error}", "connecting") from error
+            reason = f"did not join the group: {error}"
+            raise CommunicationError(self.ranks[self.rank], None, "connecting", reason) from error
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def _start(
@@ -68,7 +74,7 @@ class GlooTransport(ExchangeTransport):
     def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
         self.traffic.count_message(peer, x_N.nbytes)
         under_way = self._sent[peer]
-        while under_way and (len(under_way) >= UNDER_WAY or under_way[0].work.is_completed()):
+        while len(under_way) >= UNDER_WAY:
             self.finish([under_way.popleft()], where)
         under_way.append(self.post_send(x_N.clone(memory_format=torch.contiguous_format), peer, MESSAGE_TAG, where))
 
@@ -87,9 +93,11 @@ class GlooTransport(ExchangeTransport):
     def _post(self, direction: str, tensor: Tensor, peer: int, tag: int, where: str) -> _Posted:
         assert self._group is not None, "the transport is closed"
         try:
-            return _Posted(getattr(self._group, direction)([tensor], peer, tag), tensor, peer)
+            posted = _Posted(getattr(self._group, direction)([tensor], peer, tag), tensor, peer)
         except RuntimeError as error:
-            raise self._failure(peer, _reason(error, self.deadline_s), where) from error
+            raise self._failure(peer, error, where) from error
+        self._posted.add(posted)
+        return posted
 
     def finish(self, posted: Sequence[_Posted], where: str) -> None:
         """Wait until all have ended, for as long as one deadline in all."""
@@ -97,13 +105,23 @@ class GlooTransport(ExchangeTransport):
         with self.traffic.waiting():
             for message in posted:
                 left = timedelta(seconds=max(until - time.monotonic(), 0.001))  # gloo takes 0 for no limit
+                assert message.work is not None, "the transport is closed"
                 try:
                     message.work.wait(left)
                 except RuntimeError as error:
-                    raise self._failure(message.peer, _reason(error, self.deadline_s), where) from error
+                    raise self._failure(message.peer, error, where) from error
 
-    def _failure(self, peer: int | None, reason: str, where: str) -> CommunicationError:
-        return CommunicationError(self.ranks[self.rank], None if peer is None else self.ranks[peer], where, reason)
+    def _failure(self, peer: int, error: RuntimeError, where: str) -> CommunicationError:
+        """Who is to blame. The group is dropped at once, so that whoever waits for this member learns of it."""
+        culprit, reason = self.ranks[peer], _reason(error, self.deadline_s)
+        try:
+            if self._store.check([f"gave up/{peer}"]):
+                culprit, reason = int(self._store.get(f"gave up/{peer}")), f"rank {culprit} has given up on it"
+            self._store.set(f"gave up/{self.rank}", str(culprit))
+        except RuntimeError as unreachable:  # the store may have been lost with the peer that kept it
+            error.add_note(f"and the store cannot be asked: {unreachable}")
+        self.close()
+        return CommunicationError(self.ranks[self.rank], culprit, where, reason)
 
     # -- sub-worlds -------------------------------------------------------------------------------------------------
     def subgroup(self, members: Sequence[int]) -> Transport:
@@ -116,6 +134,8 @@ class GlooTransport(ExchangeTransport):
     def close(self) -> None:
         self._sent.clear()
         self.under_way.clear()
+        for posted in self._posted:
+            posted.drop()
         self._group = None
 
 
@@ -149,8 +169,8 @@ class _GlooExchange(Exchange):
 
     def _start_rows(self) -> None:
         counts = self.counts.tolist()
-        self.rows_RW = self.mine.new_empty(sum(counts), *self.mine.shape[1:])
-        parts = self.rows_RW.split(counts)
+        rows_RW = self.rows_RW = self.mine.new_empty(sum(counts), *self.mine.shape[1:])
+        parts = rows_RW.split(counts)
         parts[self.transport.rank].copy_(self.mine)
         self.recvs = [
             self.transport.post_recv(parts[peer], peer, self.tag + 1, self.where) for peer in self.peers if counts[peer]

@@ -68,7 +68,7 @@ class NcclTransport(Transport):
         super().__init__(tuple(ranks), rank, deadline_s, device)
         self._store = store
         self._roll_call("present", "connecting")
-        self._group = self._build("rows")
+        self._group: Any = self._build("rows")
         self._run(self._group.eager_connect_single_device, device, where="connecting")
         self._pairs: Any = None  # a second group: one that is connected eagerly would use one stream for all peers
         self._sent: deque[tuple[Any, Tensor]] = deque()
