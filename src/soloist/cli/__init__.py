@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 import soloist
 from soloist.cli import bench
 from soloist.cli.generate import generate
+from soloist.cli.serve import serve
 from soloist.errors import ConfigurationError, RequestError, SoloistError
 
 USER_ERROR, FAILURE = 2, 1  # exit codes
@@ -52,6 +53,7 @@ def soloist_(
 
 
 app.command()(generate)
+app.command()(serve)
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,0 +1,203 @@
+"""The routes: OpenAI's completions, chats and models, and the operator's health, metrics and dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from soloist.errors import RequestError
+from soloist.server.answers import ChatForm, Form
+from soloist.server.desk import Desk
+from soloist.server.gate import Gate
+from soloist.server.protocol import ChatRequest, CompletionRequest, SharedFields, TokenizeRequest, parse
+from soloist.server.refusals import Refusal
+from soloist.server.respond import Answer
+from soloist.server.served import Served
+
+BODY_S = 30.0  # for a client to send its body
+MAX_PROMPTS = 256  # of one request
+log = logging.getLogger("soloist.server")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server bounds. Each call ends within `request_timeout_s`."""
+
+    max_waiting: int = 1024
+    request_timeout_s: float = 600.0
+    max_body_bytes: int = 8 * 2**20
+
+
+def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()) -> FastAPI:  # noqa: B008
+    """The application; `app.state.desk` takes its calls while it runs."""
+    desk = Desk(served, limits.max_waiting, limits.request_timeout_s)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        desk.open()
+        yield
+        desk.close()
+
+    app = FastAPI(title="Soloist", lifespan=lifespan, redoc_url=None)
+    app.state.desk, app.state.limits = desk, limits
+    app.add_middleware(Gate, keys=keys)
+    app.add_api_route("/v1/completions", completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
+    app.add_api_route("/v1/models", models)
+    app.add_api_route("/v1/models/{name:path}", model)
+    app.add_api_route("/tokenize", tokenize, methods=["POST"])
+    app.add_api_route("/health", health)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _failed)
+    return app
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+async def completions(request: Request) -> Response:
+    """Continue one prompt or several."""
+    desk = _desk(request)
+    wanted = parse(await _body(request), CompletionRequest)
+    _check_model(wanted.model, desk.served)
+    if len(wanted.prompts) > MAX_PROMPTS:
+        raise RequestError(f"prompt: {len(wanted.prompts)} prompts in one request, at most {MAX_PROMPTS} are taken")
+    prompts = [await desk.served.encode(prompt) for prompt in wanted.prompts]
+    return _answer(desk, wanted, prompts, Form)
+
+
+async def chat(request: Request) -> Response:
+    """Answer a conversation."""
+    desk = _desk(request)
+    wanted = parse(await _body(request), ChatRequest)
+    _check_model(wanted.model, desk.served)
+    prompt = await desk.served.encode_chat([message.plain() for message in wanted.messages])
+    return _answer(desk, wanted, [prompt], ChatForm)
+
+
+def _answer(desk: Desk, wanted: SharedFields, prompts: Sequence[Sequence[int]], form: type[Form]) -> Answer:
+    longest = desk.front.longest_sequence
+    params = [wanted.params(_max_tokens(len(prompt), wanted.most_tokens, longest)) for prompt in prompts]
+    call = desk.submit(prompts, params, bool(wanted.stream))
+    style = form(
+        desk.served.name, desk.served.text_of, wanted.includes_usage, bool(wanted.return_token_ids), params[0].n
+    )
+    return Answer(desk, call, style)
+
+
+def _max_tokens(prompt: int, wanted: int | None, longest: int) -> int:
+    """Tokens of a continuation; refuses what could never be reached."""
+    room = longest - prompt
+    if room < 1 or (wanted or 0) > room:
+        asked = f" and max_tokens = {wanted}" if wanted else ""
+        message = f"a prompt of {prompt} tokens{asked}: at most {longest} tokens are served in all"
+        raise Refusal(400, message, "context_length_exceeded", "prompt" if room < 1 else "max_tokens")
+    return room if wanted is None else wanted
+
+
+# -- about the server -------------------------------------------------------------------------------------------------
+async def models(request: Request) -> dict[str, Any]:
+    """What is served."""
+    return {"object": "list", "data": [_card(_desk(request))]}
+
+
+async def model(request: Request, name: str) -> dict[str, Any]:
+    """One model."""
+    _check_model(name, _desk(request).served)
+    return _card(_desk(request))
+
+
+async def tokenize(request: Request) -> dict[str, Any]:
+    """A text or a chat as tokens."""
+    desk = _desk(request)
+    wanted = parse(await _body(request), TokenizeRequest)
+    if wanted.model is not None:
+        _check_model(wanted.model, desk.served)
+    if wanted.messages is None:
+        tokens = await desk.served.encode(wanted.prompt or "")
+    else:
+        tokens = await desk.served.encode_chat([message.plain() for message in wanted.messages])
+    return {"count": len(tokens), "max_model_len": desk.front.longest_sequence, "tokens": list(tokens)}
+
+
+async def health(request: Request) -> Response:
+    """200 while calls are taken; 503 with the reason while the server drains, or after a rank was lost."""
+    desk = _desk(request)
+    reason = str(desk.front.failure) if desk.front.failure else "shutting down" if desk.draining else None
+    return JSONResponse({"status": "ok"} if reason is None else {"status": reason}, 200 if reason is None else 503)
+
+
+def _card(desk: Desk) -> dict[str, Any]:
+    served = desk.served
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "soloist",
+        "max_model_len": desk.front.longest_sequence,
+    }
+
+
+# -- bodies and errors ------------------------------------------------------------------------------------------------
+def _desk(request: Request) -> Desk:
+    return request.app.state.desk
+
+
+def _check_model(name: str, served: Served) -> None:
+    if name != served.name:
+        raise Refusal(404, f"model = {name!r}: this server has {served.name!r}", "model_not_found", "model")
+
+
+async def _body(request: Request) -> bytes:
+    """All of the body, refused as soon as it is known to be too large or too slow."""
+    limit = request.app.state.limits.max_body_bytes
+    too_large = Refusal(
+        413, f"the body is larger than {limit} bytes", "body_too_large", headers={"Connection": "close"}
+    )
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise Refusal(408, f"the body did not come within {BODY_S:g} s", "body_timeout") from None
+    return bytes(body)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    refusal = error if isinstance(error, Refusal) else Refusal.of(error)  # type: ignore[arg-type]
+    return refusal.response
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    return Refusal(error.status_code, message, code, headers=dict(error.headers or {})).response
+
+
+async def _gone(_: Request, error: Exception) -> Response:
+    return Refusal(400, "the client left before its body was complete", "client_closed").response
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A mistake of ours. This response does not pass the gate any more."""
+    name = request.state.request_id
+    log.error("internal error", exc_info=error, extra={"fields": {"request_id": name}})
+    message = f"internal error; see the log for request {name}"
+    return Refusal(500, message, "internal", headers={"X-Request-Id": name}).response

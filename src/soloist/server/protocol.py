@@ -1,0 +1,212 @@
+"""What clients may ask for: the requests of OpenAI's API as typed records.
+
+Fields that this server knows beyond OpenAI's own: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos,
+return_token_ids. A field that it does not support is refused unless it has the value that changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from soloist.errors import RequestError
+from soloist.scheduling.request import SamplingParams
+
+Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**62)]
+Body = TypeVar("Body", bound="SharedFields | TokenizeRequest")
+
+DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's; a chat goes on to the model's limit
+
+# Values of unsupported fields that mean "do not".
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "parallel_tool_calls": (None, False, True),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "store": (None, False),
+    "modalities": (None, ["text"]),
+    "service_tier": (None, "auto", "default"),
+}
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+
+
+class SharedFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What completions and chats have in common. None stands for the default."""
+
+    model: str
+    max_tokens: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    n: Int | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    def params(self, max_tokens: int) -> SamplingParams:
+        """How to continue a prompt. Raises RequestError for what nobody could do."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        given = {key: value for key in _PLAIN if (value := getattr(self, key)) is not None}
+        given |= {"stop": tuple(stops or ()), "stop_token_ids": tuple(self.stop_token_ids or ())}
+        params = SamplingParams(max_tokens=max_tokens, logprobs=self.wanted_logprobs, **given)
+        params.check()
+        return params
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens of a continuation that were asked for; None: as many as fit."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return None
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check(self) -> None:
+        """Raise RequestError for fields that do not go together."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options = {…}: is for stream = true only")
+
+
+_PLAIN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "seed", "ignore_eos")
+
+
+class CompletionRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/completions. A prompt is a text or token ids; several prompts are answered in one response."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: Int | None = None
+
+    @property
+    def prompts(self) -> list[Any]:
+        """Each a text or token ids."""
+        several = isinstance(self.prompt, list) and not (self.prompt and isinstance(self.prompt[0], int))
+        return list(self.prompt) if several else [self.prompt]
+
+    @property
+    def most_tokens(self) -> int | None:
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def check(self) -> None:
+        SharedFields.check(self)
+        if not self.prompt:
+            raise RequestError(f"prompt = {self.prompt!r}: must not be empty")
+        if isinstance(self.prompt, list) and len({type(entry) for entry in self.prompt}) > 1:
+            raise RequestError("prompt: must be a text, token ids, a list of texts, or a list of lists of token ids")
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
+
+
+class ChatRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        SharedFields.check(self)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs: needs logprobs = true")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise RequestError("max_tokens: is the older name of max_completion_tokens; give one of them")
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize: a text, or a chat as the model would get it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("prompt: give either prompt or messages")
+
+
+def parse(body: bytes, kind: type[Body]) -> Body:
+    """A request's body. Raises RequestError that names the field where there is one."""
+    try:
+        fields = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise RequestError("the body must be a JSON object")
+    try:
+        request = msgspec.convert(_without_neutral(fields, kind), kind)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise RequestError(_readable(str(error))) from error
+    request.check()
+    return request
+
+
+def _without_neutral(fields: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The fields but for unsupported ones that ask for nothing."""
+    unsupported = [key for key in fields if key in NEUTRAL and key not in kind.__struct_fields__]
+    for key in unsupported:
+        if fields[key] not in NEUTRAL[key]:
+            raise RequestError(f"{key}: is not supported by this server")
+    return {key: value for key, value in fields.items() if key not in unsupported}
+
+
+def _readable(reason: str) -> str:
+    """msgspec's reason with the field in front."""
+    if unknown := re.match(r"Object contains unknown field `(.*?)`", reason):
+        return f"{unknown[1]}: unknown field, or not supported by this server"
+    if missing := re.match(r"Object missing required field `(.*?)`( - at `\$\.?(.*?)`)?", reason):
+        return f"{f'{missing[3]}.' if missing[3] else ''}{missing[1]}: is missing"
+    reason, _, place = reason.partition(" - at ")
+    return f"{place.strip('`').removeprefix('$').removeprefix('.') or 'body'}: {reason[:1].lower()}{reason[1:]}"

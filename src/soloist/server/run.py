@@ -1,0 +1,113 @@
+"""Runs the application under uvicorn until it is told to stop; then lets accepted requests finish first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from soloist.errors import ConfigurationError
+from soloist.server.app import Limits, make_app
+from soloist.server.desk import Desk
+from soloist.server.gate import JsonLines
+from soloist.server.refusals import Refusal
+from soloist.server.served import Served
+
+log = logging.getLogger("soloist.server")
+BACKLOG = 4096  # connections that wait to be taken
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where and how to listen. TLS where there is a certificate. `drain_s`: for accepted requests after SIGTERM."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Sequence[str] = ()
+    drain_s: float = 60.0
+    certificate: Path | None = None
+    private_key: Path | None = None
+    client_authorities: Path | None = None  # clients must show a certificate signed by one of these
+
+    def __post_init__(self) -> None:
+        for key in ("certificate", "private_key", "client_authorities"):
+            path: Path | None = getattr(self, key)
+            if path is not None and not path.is_file():
+                raise ConfigurationError.of(key, str(path), "there is no such file")
+
+
+def serve(served: Served, limits: Limits, listening: Listening, level: str = "info") -> None:
+    """Answer requests until SIGTERM or SIGINT. Raises ConfigurationError where it cannot listen."""
+    set_up_logging(level)
+    app = make_app(served, limits, listening.keys)
+    server = DrainingServer(_config(app, listening), app.state.desk, listening.drain_s)
+    try:
+        server.run()
+    except SystemExit as exit:  # uvicorn's way of saying that it could not start; the log has the reason
+        remedy = "cannot be listened on; the log says why"
+        raise ConfigurationError.of("port", f"{listening.host}:{listening.port}", remedy) from exit
+
+
+def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=listening.host,
+        port=listening.port,
+        backlog=BACKLOG,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+        ssl_certfile=listening.certificate,
+        ssl_keyfile=listening.private_key,
+        ssl_ca_certs=str(listening.client_authorities) if listening.client_authorities else None,
+        ssl_cert_reqs=2 if listening.client_authorities else 0,  # ssl.CERT_REQUIRED, ssl.CERT_NONE
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """At the first signal it takes no more calls, and ends when those accepted have been answered; at the second, now.
+
+    While it drains it goes on listening: /health says so to load balancers, and new calls are told to go elsewhere.
+    """
+
+    def __init__(self, config: uvicorn.Config, desk: Desk, drain_s: float) -> None:
+        super().__init__(config)
+        self.desk, self.drain_s = desk, drain_s
+        self._end_s = float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.desk.draining:
+            self._end_s = 0.0
+            return
+        self.desk.draining = True
+        self._end_s = time.monotonic() + self.drain_s
+        fields = {"signal": signal.Signals(sig).name, "calls": self.desk.calls}
+        log.info("draining", extra={"fields": fields})
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.desk.draining:
+            if time.monotonic() > self._end_s:
+                self.desk.fail_all(Refusal(503, "the server was shut down before the answer was complete", "shut_down"))
+                await asyncio.sleep(0)
+            self.should_exit = self.should_exit or not self.desk.calls
+        return await super().on_tick(counter)
+
+
+def set_up_logging(level: str) -> None:
+    """JSON lines on stderr, uvicorn's among them."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in ("soloist", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())

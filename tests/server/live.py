@@ -1,0 +1,90 @@
+"""Servers for tests: uvicorn in a thread, in front of the shipped model or of leaders without one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from soloist.bench.fake_leaders import SIZES, FakeLeader
+from soloist.frontend.frontend import FrontEnd
+from soloist.frontend.sockets import Hub
+from soloist.frontend.wire import ToFrontEnd
+from soloist.server.app import Limits, make_app
+from soloist.server.served import Served
+from soloist.specs.layout import Layout
+
+NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+class Live:
+    """A running server."""
+
+    def __init__(self, served: Served, limits: Limits, keys: tuple[str, ...]) -> None:
+        self.app = make_app(served, limits, keys)
+        self.desk = self.app.state.desk
+        config = uvicorn.Config(self.app, port=0, log_config=None, access_log=False, lifespan="on")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+
+    def wait(self, condition, seconds: float = 10.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "did not happen in time"
+            time.sleep(0.01)
+
+
+@contextmanager
+def live(served: Served, keys: tuple[str, ...] = (), **limits) -> Iterator[Live]:
+    running = Live(served, Limits(**limits), keys)
+    running.thread.start()
+    running.wait(lambda: running.server.started)
+    try:
+        yield running
+    finally:
+        running.server.should_exit = True
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+
+
+class Fake:
+    """Leaders in a thread; `pause` stops their steps, `step_s` slows them."""
+
+    def __init__(self, folder: Path, layout: str = "ep2") -> None:
+        self.hub: Hub[ToFrontEnd] = Hub(f"ipc://{folder}/front", ToFrontEnd)
+        self.gone: dict[int, str] = {}
+        self.front = FrontEnd(Layout.parse(layout), 1000, self.hub, 5.0, lambda: self.gone)
+        self.leaders = [FakeLeader(self.hub.address, rank, SIZES) for rank in self.front.leaders]
+        self.front.wait_ready(5, lambda ranks: None)
+        self.served = Served("fake", self.front)
+        self.step_s, self.paused, self.ending = 0.001, False, False
+        self.thread = threading.Thread(target=self._lead)
+        self.thread.start()
+
+    def _lead(self) -> None:
+        while not self.ending:
+            for leader in self.leaders:
+                if not self.paused:
+                    leader.step()
+            time.sleep(self.step_s)
+
+    @property
+    def left(self) -> int:
+        """Sequences that leaders still work on."""
+        return sum(len(leader.sequences) for leader in self.leaders)
+
+    def close(self) -> None:
+        self.ending = True
+        self.thread.join()
+        self.front.close()
+        for leader in self.leaders:
+            leader.spoke.close()

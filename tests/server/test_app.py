@@ -1,0 +1,277 @@
+"""The server as its clients see it: OpenAI's own client, and bare HTTP."""
+
+from __future__ import annotations
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from tests.server.live import live
+
+GREEDY = {"model": "novels", "prompt": "The old house upon the hill", "max_tokens": 12, "temperature": 0}
+CHAT = {"model": "novels", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(server, body, path="/v1/completions", **options) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    return httpx.post(server.url + path, content=content, timeout=30, **options)
+
+
+def events(response: httpx.Response) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+def test_a_streamed_completion_is_the_whole_one(client):
+    whole = client.completions.create(**GREEDY)
+    parts = list(client.completions.create(**GREEDY, stream=True, stream_options={"include_usage": True}))
+    assert "".join(part.choices[0].text for part in parts[:-1]) == whole.choices[0].text
+    assert parts[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    assert parts[-1].usage == whole.usage
+    assert whole.usage.completion_tokens == 12
+    assert len({part.id for part in parts}) == 1
+
+
+def test_a_streamed_chat_is_the_whole_one(client):
+    whole = client.chat.completions.create(**CHAT)
+    parts = list(client.chat.completions.create(**CHAT, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content for part in parts) == whole.choices[0].message.content
+    assert whole.choices[0].message.role == "assistant"
+
+
+def test_chat_messages_go_through_the_template(server, client):
+    text = post(server, {"messages": CHAT["messages"]}, "/tokenize").json()
+    plain = post(server, {"prompt": "user: Who are you?\nassistant:"}, "/tokenize").json()
+    assert text["tokens"] == plain["tokens"]
+    parts = [{"type": "text", "text": "Who are"}, {"type": "text", "text": " you?"}]
+    assert post(server, {"messages": [{"role": "user", "content": parts}]}, "/tokenize").json() == text
+
+
+def test_a_chat_without_max_tokens_goes_on_to_the_limit(server):
+    tokens = [5] * 2040
+    completion = post(server, GREEDY | {"prompt": tokens, "max_tokens": 8, "ignore_eos": True}).json()
+    assert completion["usage"]["total_tokens"] == 2048
+    limit = post(server, GREEDY | {"prompt": tokens, "max_tokens": 9})
+    assert limit.status_code == 400
+    assert limit.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_several_prompts_and_continuations_keep_their_order(server):
+    sampled = {"temperature": 1.0, "seed": 7}
+    body = GREEDY | sampled | {"prompt": ["She said", "The old house upon the hill"], "n": 2}
+    choices = post(server, body).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    alone = [post(server, GREEDY | sampled | {"prompt": p, "n": 2}).json()["choices"] for p in body["prompt"]]
+    assert [c["text"] for c in choices] == [c["text"] for answer in alone for c in answer]
+    streamed = dict.fromkeys(range(4), "")
+    for event in events(post(server, body | {"stream": True})):
+        streamed[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert list(streamed.values()) == [choice["text"] for choice in choices]
+
+
+def test_stop_texts_end_the_answer(client):
+    text = client.completions.create(**GREEDY).choices[0].text
+    stop = text[6:9]
+    cut = client.completions.create(**GREEDY, stop=[stop]).choices[0]
+    assert cut.finish_reason == "stop"
+    assert cut.text == text[: text.find(stop)]
+
+
+def test_logprobs_stand_beside_their_tokens(client, novels):
+    completion = client.completions.create(**GREEDY, logprobs=2).choices[0]
+    assert "".join(completion.logprobs.tokens) == completion.text
+    assert all(len(top) == 2 for top in completion.logprobs.top_logprobs)
+    offsets = [len("".join(completion.logprobs.tokens[:i])) for i in range(12)]
+    assert completion.logprobs.text_offset == offsets
+    entries = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert all(entry.top_logprobs[0].logprob == pytest.approx(entry.logprob) for entry in entries)
+    assert bytes(entries[0].bytes).decode() == entries[0].token
+
+
+def test_token_ids_on_demand(server):
+    whole = post(server, GREEDY | {"return_token_ids": True}).json()["choices"][0]["token_ids"]
+    streamed = events(post(server, GREEDY | {"return_token_ids": True, "stream": True}))
+    assert [token for event in streamed for token in event["choices"][0]["token_ids"]] == whole
+
+
+def test_fields_that_ask_for_nothing_are_taken(server):
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "echo": False, "user": "me"}
+    assert post(server, GREEDY | neutral).status_code == 200
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+WRONG = {
+    "broken JSON": (b'{"model": ', None, "not JSON"),
+    "no object": (b"[1]", None, "JSON object"),
+    "bad unicode": (b'{"model":"novels","prompt":"a\xff"}', None, "not JSON"),
+    "half a surrogate": (b'{"model":"novels","prompt":"a\\ud800"}', None, "not JSON"),
+    "no prompt": ({"prompt": None}, "prompt", "expected"),
+    "empty prompt": ({"prompt": []}, "prompt", "empty"),
+    "mixed prompt": ({"prompt": [1, "a"]}, "prompt", "list of texts"),
+    "unknown token": ({"prompt": [10**30]}, None, "between 0 and 4095"),
+    "wrong type": ({"max_tokens": "many"}, "max_tokens", "expected `int"),
+    "negative": ({"max_tokens": -1}, "max_tokens", "at least 1"),
+    "no number": ({"temperature": -0.5}, "temperature", "positive"),
+    "too hot": ({"temperature": 10**400}, "temperature", ""),
+    "huge": ({"max_tokens": 10**9}, "max_tokens", "2048"),
+    "huger": ({"max_tokens": 10**40}, "max_tokens", ""),
+    "unknown field": ({"max_token": 1}, "max_token", "unknown field"),
+    "unsupported field": ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+    "too many": ({"n": 1000}, "n", "between 1 and 128"),
+    "wrong stop": ({"stop": ["a", 3]}, "stop[1]", "expected `str`"),
+    "options without a stream": ({"stream_options": {"include_usage": True}}, "stream_options", "stream = true"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_served_is_refused_by_name(server, case):
+    body, param, reason = WRONG[case]
+    response = post(server, body if isinstance(body, bytes) else GREEDY | body)
+    error = response.json()["error"]
+    assert response.status_code == 400, error
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert reason in error["message"]
+
+
+def test_wrong_chats(server):
+    for messages in ([], [{"role": "robot", "content": "x"}], [{"role": "user"}], "Hello"):
+        assert post(server, CHAT | {"messages": messages}, "/v1/chat/completions").status_code == 400
+    tools = post(server, CHAT | {"tools": [{"type": "function"}]}, "/v1/chat/completions")
+    assert tools.json()["error"]["param"] == "tools"
+
+
+def test_a_mistake_raises_the_clients_own_exception(client):
+    with pytest.raises(openai.NotFoundError, match="this server has 'novels'"):
+        client.completions.create(**GREEDY | {"model": "gpt"})
+    with pytest.raises(openai.BadRequestError, match="top_p"):
+        client.completions.create(**GREEDY, top_p=2.0)
+
+
+def test_routes_that_are_none(server):
+    for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405)):
+        response = httpx.request(method, server.url + path)
+        assert response.status_code == status
+        assert path in response.json()["error"]["message"]
+
+
+def test_models_and_health(client, server):
+    assert [model.id for model in client.models.list()] == ["novels"]
+    assert client.models.retrieve("novels").max_model_len == 2048
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_request_ids(server):
+    assert post(server, GREEDY, headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert post(server, b"{", headers={"X-Request-Id": "not valid!"}).headers["x-request-id"] != "not valid!"
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+def test_keys(fake):
+    body = {"model": "fake", "prompt": [1], "max_tokens": 3}
+    with live(fake.served, keys=("first", "second")) as server:
+        assert post(server, body).status_code == 401
+        wrong = post(server, body, headers={"Authorization": "Bearer third"})
+        assert wrong.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="second") as client:
+            assert client.completions.create(**body).choices[0].text == " 0 1 2"
+
+
+def test_bodies_are_bounded(fake):
+    body = {"model": "fake", "prompt": [1], "max_tokens": 3}
+    with live(fake.served, max_body_bytes=1000) as server:
+        assert post(server, body).status_code == 200
+        assert post(server, body | {"prompt": [1] * 500}).status_code == 413
+        in_pieces = httpx.post(f"{server.url}/v1/completions", content=(b"x" * 100 for _ in range(20)))
+        assert in_pieces.status_code == 413
+
+
+def test_a_full_queue_says_when_to_come_back(fake):
+    fake.paused = True
+    with live(fake.served, max_waiting=2) as server, ThreadPoolExecutor(2) as pool:
+        body = {"model": "fake", "prompt": [1, 2], "max_tokens": 3}
+        first = [pool.submit(post, server, body) for _ in range(2)]
+        server.wait(lambda: server.desk.waiting == 2)
+        refused = post(server, body)
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        fake.paused = False
+        assert [f.result().json()["choices"][0]["text"] for f in first] == [" 0 1 2"] * 2
+        assert post(server, body).status_code == 200
+    assert server.desk.calls == server.desk.waiting == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_is_bounded(fake, stream):
+    fake.paused = not stream
+    fake.step_s = 0.05
+    with live(fake.served, request_timeout_s=0.3) as server:
+        response = post(server, {"model": "fake", "prompt": [1], "max_tokens": 5000, "stream": stream})
+        if stream:  # it had begun
+            *pieces, last = (json.loads(line[6:]) for line in response.text.split("\n\n") if line)
+            assert [piece["choices"][0]["text"] for piece in pieces] == [f" {i}" for i in range(len(pieces))]
+            assert last["error"]["code"] == "timeout"
+        else:
+            assert response.status_code == 504
+            fake.paused = False
+        server.wait(lambda: fake.left == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_leaves_no_work(fake, stream):
+    with live(fake.served) as server:
+        body = json.dumps({"model": "fake", "prompt": [1], "max_tokens": 60000, "n": 2, "stream": stream}).encode()
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            server.wait(lambda: fake.left == 2)
+        server.wait(lambda: fake.left == 0)
+        server.wait(lambda: server.desk.calls == 0)
+        assert sum(leader.aborted for leader in fake.leaders) == 2
+
+
+def test_a_slow_reader_gets_every_token_joined(fake):
+    fake.step_s = 0
+    with live(fake.served) as server:
+        body = {"model": "fake", "prompt": [1], "max_tokens": 20000, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            server.wait(lambda: fake.left == 0, 60)  # it reads nothing meanwhile
+            found = [first, *(line for line in lines if line)]
+    assert found.pop() == "data: [DONE]"
+    text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in found)
+    assert text == "".join(f" {i}" for i in range(20000))
+    assert len(found) < 20000
+
+
+def test_a_lost_rank_ends_every_call_with_the_cause(fake):
+    fake.paused = True
+    with live(fake.served) as server, ThreadPoolExecutor(3) as pool:
+        body = {"model": "fake", "prompt": [1], "max_tokens": 3}
+        waiting = [pool.submit(post, server, body | {"stream": stream}) for stream in (True, False, True)]
+        server.wait(lambda: server.desk.waiting == 3)
+        fake.gone[1] = "was killed by SIGKILL"
+        for future in waiting:
+            assert future.result().status_code == 503
+            assert "rank 1 was killed by SIGKILL" in future.result().json()["error"]["message"]
+        assert post(server, body).status_code == 503
+        assert "SIGKILL" in httpx.get(f"{server.url}/health").json()["status"]

@@ -1,0 +1,104 @@
+"""`soloist serve` as a process: its start, its log, and how it drains."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from tests.server.live import NOVELS
+
+
+class Process:
+    """The command on a free port; its log is read when it has ended."""
+
+    def __init__(self, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "soloist", "serve", str(NOVELS), "--device", "cpu", "--port", str(self.port)]
+        self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait(self) -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                assert httpx.get(f"{self.url}/health").status_code == 200
+            except httpx.TransportError:
+                assert self.process.poll() is None, self.process.stderr.read()
+                time.sleep(0.1)
+            else:
+                return
+        raise AssertionError("was not ready in time")
+
+
+@pytest.fixture
+def process():
+    started = []
+
+    def start(*options: str) -> Process:
+        started.append(Process(*options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+def test_sigterm_lets_accepted_requests_finish(process):
+    server = process()
+    server.wait()
+    body = {"model": NOVELS.name, "prompt": "The old", "max_tokens": 60, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line)
+        found = [next(lines)]
+        server.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{server.url}/health").status_code == 200:
+            time.sleep(0.01)
+        refused = httpx.post(f"{server.url}/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "shutting_down"
+        found += lines
+    assert found[-1] == "data: [DONE]"
+    assert json.loads(found[-2][6:])["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(20) == 0
+    log = [json.loads(line) for line in server.process.stderr.read().splitlines()]
+    assert any(line["event"] == "draining" and line["calls"] == 1 for line in log)
+    (answered,) = [line for line in log if line.get("outcome") == "complete"]
+    assert answered["tokens"] == 60
+    assert answered["request_id"]
+
+
+def test_what_does_not_finish_in_time_ends_with_the_cause(process):
+    server = process("--drain", "0.3")
+    server.wait()
+    body = {"model": NOVELS.name, "prompt": "The", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        *_, last = lines
+    assert json.loads(last[6:])["error"]["code"] == "shut_down"
+    assert server.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--tls-cert", "/no/file"), "certificate = '/no/file'"),
+        (("--chat-template", "/no/file"), "chat_template = '/no/file'"),
+        (("--layout", "ep0"), "layout"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(process, options, reason):
+    server = process(*options)
+    assert server.process.wait(60) == 2
+    assert reason in server.process.stderr.read()
