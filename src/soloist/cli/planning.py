@@ -1,0 +1,132 @@
+"""`soloist plan`, `simulate`, `scenarios` and `validate`: what a deployment will do, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from soloist.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from soloist.specs.model import ModelSpec
+
+ClusterOption = Annotated[str, typer.Option("--cluster", help="Name of a preset, or a YAML file.")]
+LoadOption = Annotated[str, typer.Option("--load", help="prompt=1000,output=200,rate=50,skew=0.8")]
+CalibrationOption = Annotated[Path | None, typer.Option(help="Constants measured on your machine.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def plan(
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id or preset.")] = None,
+    cluster: ClusterOption = "h100-ib",
+    gpus: Annotated[int, typer.Option(help="How many of its GPUs.")] = 8,
+    load: LoadOption = "prompt=1000,output=200",
+    slo: Annotated[str, typer.Option(help="What must hold: ttft=500ms,tpot=50ms")] = "",
+    precision: Annotated[str, typer.Option(help="Of weights and KV cache; by default the model's own.")] = "",
+    baseline: Annotated[str, typer.Option(help="A layout to state the ratio to: tp8pp2.")] = "",
+    rejected: Annotated[bool, typer.Option("--rejected", help="List every layout that was turned down.")] = False,
+    engine: Annotated[str, typer.Option(help="Whose fixed costs to assume: soloist, vllm, sglang.")] = "soloist",
+    out: Annotated[Path | None, typer.Option(help="Write the best layout as a plan file.")] = None,
+    from_command: Annotated[str, typer.Option("--from", help="A `vllm serve` or SGLang command to improve.")] = "",
+    calibration: CalibrationOption = None,
+) -> None:
+    """Which layout, how fast, how much memory, what is the bottleneck: a search over every layout."""
+    from soloist.planner.commands import run_advise, run_plan
+
+    wanted = f"{load},{slo}" if slo else load
+    if from_command:
+        raise typer.Exit(run_advise(from_command, cluster, wanted, _spec(model) if model else None, calibration))
+    if model is None:
+        raise ConfigurationError.of("MODEL", None, "name one, or give --from 'vllm serve …'")
+    raise typer.Exit(
+        run_plan(
+            _spec(model),
+            cluster,
+            gpus,
+            wanted,
+            precision,
+            baseline,
+            calibration,
+            system=engine,
+            out=out,
+            rejected=rejected,
+        )  # fmt: skip
+    )
+
+
+def simulate(
+    plan: Annotated[Path | None, typer.Argument(help="A plan file; or give --model, --cluster and --layout.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, hub id or preset.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Name of a preset, or a YAML file.")] = None,
+    layout: Annotated[str, typer.Option(help="ep16, tp8pp2, …")] = "",
+    load: LoadOption = "prompt=1000,output=200,rate=10",
+    requests: Annotated[int, typer.Option(help="How many.")] = 1000,
+    trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths: Azure CSV, ShareGPT JSON.")] = None,
+    lose: Annotated[list[str] | None, typer.Option(help="A loss, such as gpu=3@60 or node=1@120.")] = None,
+    drift: Annotated[str, typer.Option(help="Of the hot experts: drift=60,rebalance=120,move=0.05")] = "",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    precision: Annotated[str, typer.Option(help="Of weights and KV cache; by default the model's own.")] = "",
+    as_json: JsonOption = False,
+    perfetto: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    calibration: CalibrationOption = None,
+) -> None:
+    """Requests through a deployment in virtual time, by the engine's own scheduler."""
+    from soloist.simulator.commands import run_simulate
+    from soloist.specs.cluster import cluster as cluster_named
+
+    raise typer.Exit(
+        run_simulate(
+            plan,
+            _spec(model) if model else None,
+            cluster_named(cluster) if cluster else None,
+            layout,
+            load,
+            requests,
+            seed,
+            precision,
+            trace,
+            lose or (),
+            drift,
+            as_json,
+            perfetto,
+            plot,
+            out,
+            calibration,
+        )  # fmt: skip
+    )
+
+
+def scenarios(
+    file: Annotated[Path | None, typer.Argument(help="Own scenarios instead of the reference ones.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report with EP sweeps.")] = None,
+    as_json: JsonOption = False,
+    calibration: CalibrationOption = None,
+) -> None:
+    """The reference deployments: claim, physical bound and prediction side by side, with a verdict."""
+    from soloist.planner.commands import run_scenarios
+
+    raise typer.Exit(run_scenarios(html, as_json, file, calibration))
+
+
+def validate(
+    data: Annotated[Path | None, typer.Option(help="Folder of CSV files instead of the published tables.")] = None,
+    as_json: JsonOption = False,
+    cross: Annotated[bool, typer.Option("--cross", help="Also leave each fitted row out in turn.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    calibration: CalibrationOption = None,
+) -> None:
+    """Predictions against published measurements: the error of every row and table."""
+    from soloist.planner.commands import run_validate
+
+    raise typer.Exit(run_validate(data, as_json, cross, plot, calibration))
+
+
+def _spec(name: str) -> ModelSpec:
+    """Of a folder, a hub id or a preset; weights are not fetched."""
+    from soloist.engine.model import Model
+
+    return Model.find(name, random_weights=True).spec
