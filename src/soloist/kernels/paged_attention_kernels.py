@@ -56,32 +56,63 @@ def _rows(base, at, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl
 
 
 @triton.jit
+def _row(table_M, tile, end, PAGE: tl.constexpr, B: tl.constexpr):
+    """Cache row of the first key of a tile that lies in one block."""
+    key = tl.minimum(tile * B, end - 1)
+    return tl.load(table_M + key // PAGE) * PAGE + key % PAGE
+
+
+@triton.jit
+def _weigh(logit_RB, top_R, scale):
+    """Weights and the greatest logit so far."""
+    higher_R = tl.maximum(top_R, tl.max(logit_RB, 1) * scale)
+    return tl.exp2(logit_RB * scale - higher_R[:, None]), higher_R
+
+
+@triton.jit
 def _over_keys(
-    acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_head, v_head, table_M, first, last, end, scale, k_stride, v_stride,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, SHARED: tl.constexpr, PAGE: tl.constexpr,
-    B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_cache, kx_cache, v_cache, table_M, first, last, end, scale,
+    k_slot, k_at, v_slot, v_at,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr, APART: tl.constexpr, SHARED: tl.constexpr,
+    PAGE: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys first…last into the running softmax: weighted sum, greatest logit (log2) and sum of weights.
 
-    SHARED: a value is the first VP columns of its key, and is read with it.
+    BULK: the caches are descriptors, a tile lies in one block, and the copy engine brings it; otherwise rows are read
+    one by one. SHARED: a value is the first VP columns of its key, and is read with it.
+
+    APART: products that feed one another get all warps along the rows, and work twice where rows are few. Sums outside
+    the product, and a branch that is always taken, keep the compiler from seeing that they do: warps then divide the
+    columns.
     """
-    slot_B = _slots(table_M, first * B + tl.arange(0, B), end, PAGE)
+    # Where a tile lies is looked up one round ahead, so that no load waits for its address.
+    at = _row(table_M, first, end, PAGE, B) if BULK else _slots(table_M, first * B + tl.arange(0, B), end, PAGE)
     for tile in range(first, last):
         key_B = tile * B + tl.arange(0, B)
-        k_BA = _rows(k_head, slot_B, k_stride, 0, Q, QA)
+        k_BA = k_cache.load([at, k_at]) if BULK else _rows(k_cache + k_at, at, k_slot, 0, Q, QA)
         logit_RB = tl.dot(q_RA, k_BA.T, input_precision="ieee")
         if QX > 0:
-            k_BX = _rows(k_head, slot_B, k_stride, QA, Q, QX)
-            logit_RB = tl.dot(q_RX, k_BX.T, logit_RB, input_precision="ieee")
-        v_BV = k_BA if SHARED else _rows(v_head, slot_B, v_stride, 0, V, VP)
-        slot_B = _slots(table_M, key_B + B, end, PAGE)  # one round ahead, so that no row waits for its address
+            k_BX = kx_cache.load([at, k_at + QA]) if BULK else _rows(k_cache + k_at, at, k_slot, QA, Q, QX)
+            if APART:
+                logit_RB = logit_RB * scale + tl.dot(q_RX, k_BX.T, input_precision="ieee") * scale
+            else:
+                logit_RB = tl.dot(q_RX, k_BX.T, logit_RB, input_precision="ieee")
+        v_BV = k_BA
+        if not SHARED:
+            v_BV = v_cache.load([at, v_at]) if BULK else _rows(v_cache + v_at, at, v_slot, 0, V, VP)
+        at = _row(table_M, tile + 1, end, PAGE, B) if BULK else _slots(table_M, key_B + B, end, PAGE)
         if MASKED:
             seen_RB = key_B[None, :] <= position_R[:, None]
             if WINDOW > 0:
                 seen_RB &= key_B[None, :] > position_R[:, None] - WINDOW
             logit_RB = tl.where(seen_RB, logit_RB, float("-inf"))
-        higher_R = tl.maximum(top_R, tl.max(logit_RB, 1) * scale)
-        weight_RB = tl.exp2(logit_RB * scale - higher_R[:, None])
+        weight_RB, higher_R = logit_RB, top_R
+        if APART:
+            if tile < last:
+                weight_RB, higher_R = _weigh(logit_RB, top_R, 1.0 if QX > 0 else scale)
+        else:
+            weight_RB, higher_R = _weigh(logit_RB, top_R, scale)
         shrink_R = tl.exp2(top_R - higher_R)
         sum_R = sum_R * shrink_R + tl.sum(weight_RB, 1)
         acc_RV = tl.dot(weight_RB.to(v_BV.dtype), v_BV, acc_RV * shrink_R[:, None], input_precision="ieee")
@@ -91,11 +122,12 @@ def _over_keys(
 
 @triton.jit(do_not_specialize=SHAPES)
 def tile_kernel(
-    q_THQ, k_cache, v_cache, out_THV, sums, stats, starts_N, lengths_N, tables_NM, heads_CG, sinks_H,
-    scale, sequences, blocks, splits, heads, q_token, q_head, k_slot, k_head, v_slot, v_head,
+    q_THQ, k_cache, v_cache, k_bulk, kx_bulk, v_bulk, out_THV, sums, stats, starts_N, lengths_N, tables_NM, heads_CG,
+    sinks_H, scale, sequences, blocks, splits, heads, q_token, q_head, k_slot, k_head, v_slot, v_head,
     DECODE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
-    PAGE: tl.constexpr, HEAD_TILES: tl.constexpr, G: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
-    Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    BULK: tl.constexpr, APART: tl.constexpr, PAGE: tl.constexpr, HEAD_TILES: tl.constexpr, G: tl.constexpr,
+    R: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, one split of its context.
 
@@ -135,25 +167,25 @@ def tile_kernel(
         each = (last - first + splits - 1) // splits
         first += split * each
         last = tl.minimum(first + each, last)
-    kv_head = (head_tile // HEAD_TILES).to(tl.int64)
-    k_cache += kv_head * k_head
-    v_cache += kv_head * v_head
+    kv_head = head_tile // HEAD_TILES
+    k_at, v_at = kv_head * k_head, kv_head * v_head
     table_M = tables_NM + sequence.to(tl.int64) * blocks
 
     acc_RV = tl.zeros((R, VP), tl.float32)
     top_R, sum_R = tl.full((R,), LOWEST, tl.float32), tl.zeros((R,), tl.float32)
     if SINKS and not SPLIT:  # a logit without a value: where the softmax begins
         top_R, sum_R = tl.load(sinks_H + head_R) * LOG2_E, tl.full((R,), 1.0, tl.float32)
-    if not DECODE and WINDOW == 0:  # keys that every query of the tile sees
+    if WINDOW == 0 and (BULK or not DECODE):  # keys that every query of the tile sees
         edge = tl.maximum(first, tl.minimum(last, (before + query + 1) // B))
+        k_whole, kx_whole, v_whole = (k_bulk, kx_bulk, v_bulk) if BULK else (k_cache, k_cache, v_cache)
         acc_RV, top_R, sum_R = _over_keys(
-            acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_cache, v_cache, table_M, first, edge, end, scale,
-            k_slot, v_slot, WINDOW, False, SHARED, PAGE, B, Q, QA, QX, V, VP,
+            acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_whole, kx_whole, v_whole, table_M, first, edge, end, scale,
+            k_slot, k_at, v_slot, v_at, WINDOW, False, BULK, APART, SHARED, PAGE, B, Q, QA, QX, V, VP,
         )  # fmt: skip
         first = edge
     acc_RV, top_R, sum_R = _over_keys(
-        acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_cache, v_cache, table_M, first, last, end, scale,
-        k_slot, v_slot, WINDOW, True, SHARED, PAGE, B, Q, QA, QX, V, VP,
+        acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_cache, k_cache, v_cache, table_M, first, last, end, scale,
+        k_slot, k_at, v_slot, v_at, WINDOW, True, False, APART, SHARED, PAGE, B, Q, QA, QX, V, VP,
     )  # fmt: skip
 
     column_V = tl.arange(0, VP)

@@ -11,29 +11,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from soloist.kernels.language import TensorDescriptor
 from soloist.kernels.paged_attention import PagedBatch
 from soloist.kernels.paged_attention_kernels import merge_kernel, tile_kernel
 
 WIDEST = 512  # values; keys may be an eighth wider
 MOST_SPLITS = 128
-FEWEST_KEYS = 256  # of a split
+FEWEST_KEYS, MOST_KEYS = 256, 4096  # of a split
+SHARED_MEMORY = 224 << 10  # bytes of an SM of Hopper that tiles may take
 MERGED = 64  # columns of a program of the merge
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a launch is cut. Contexts are split until an SM has `per_sm` programs."""
+    """How a launch is cut.
+
+    `apart`: the warps of a product divide its columns (kernels). `bulk`: the copy engine reads tiles that lie in one
+    block.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
-    per_sm: int
+    apart: bool = False
+    bulk: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,15 @@ class Widths:
     first: int
     rest: int
     values: int
+    shared: bool  # a value is the first columns of its key
 
     @classmethod
     def of(cls, key: int, value: int, shared: bool) -> Widths:
-        """`shared`: a value is the first columns of its key."""
         whole = _power_of_two(key)
         first, rest = whole // 2, _power_of_two(max(1, key - whole // 2))
         if whole == key or first + rest >= whole:
             first, rest = whole, 0
-        return cls(key, value, first, rest, first if shared else _power_of_two(value))
+        return cls(key, value, first, rest, first if shared else _power_of_two(value), shared)
 
 
 def _power_of_two(number: int, least: int = 16) -> int:
@@ -62,11 +70,19 @@ def _power_of_two(number: int, least: int = 16) -> int:
 
 def tiling(widths: Widths, group: int, decode: bool) -> Tiling:
     """For `group` query heads a KV head; the best of those measured on H100."""
-    if widths.values > 256:
-        return Tiling(64, 64, 8, 3, 2)
+    if widths.values > 256:  # 64 rows of sums fill the registers of 8 warps
+        return Tiling(16, 32, 4, 3) if decode and group <= 16 else Tiling(64, 64, 8, 2, apart=True)
     if decode:
-        return Tiling(min(64, _power_of_two(group)), 64, 4, 4, 4)
-    return Tiling(128, 64, 8, 3, 2)
+        return Tiling(min(64, _power_of_two(group)), 64, 2, 4)
+    return Tiling(128, 64, 4, 2) if widths.values <= 128 else Tiling(64, 64, 4, 2)
+
+
+def fitted(cut: Tiling, widths: Widths, itemsize: int) -> Tiling:
+    """With as few keys in a tile as shared memory allows."""
+    key, value = widths.first + widths.rest, 0 if widths.shared else widths.values
+    while itemsize * (cut.rows * key + cut.stages * cut.keys * (key + value)) > SHARED_MEMORY:
+        cut = replace(cut, keys=cut.keys // 2)
+    return cut
 
 
 class HeadTiles:
@@ -136,43 +152,59 @@ class _Call:
     def launch(self, decode: bool) -> None:
         """All sequences of one token, or all others."""
         layer, batch, (tokens, heads, _) = self.layer, self.batch, self.q_THQ.shape
-        key, value, is_shared = self.k_cache.shape[-1], self.v_cache.shape[-1], self._is_shared()
-        widths = Widths.of(key, value, is_shared)
-        cut = layer.choose(widths, layer.group, decode)
+        widths = Widths.of(self.k_cache.shape[-1], self.v_cache.shape[-1], self._is_shared())
+        cut = fitted(layer.choose(widths, layer.group, decode), widths, self.q_THQ.itemsize)
         tiles = layer.head_tiles(cut.rows)
         sequences, blocks = batch.tables_NM.shape
         grid = (len(tiles), sequences) if decode else (tokens // (cut.rows // tiles.heads) + sequences, len(tiles))
-        splits = self._splits(math.prod(grid), cut)
+        splits = splits_of(math.prod(grid), blocks * batch.block_size, _processors(self.out_THV.device))
         rows = sequences if decode else tokens
+        bulk = self._descriptors(widths, cut)
         sums = stats = self.out_THV
         if splits > 1:
-            sums = torch.empty(splits, rows, heads, value, dtype=torch.float32, device=self.out_THV.device)
+            sums = torch.empty(splits, rows, heads, widths.value, dtype=torch.float32, device=self.out_THV.device)
             stats = torch.empty(splits, rows, heads, 2, dtype=torch.float32, device=self.out_THV.device)
         tile_kernel[(*grid, splits)](
-            self.q_THQ, self.k_cache, self.v_cache, self.out_THV, sums, stats, batch.starts_N, batch.lengths_N,
+            self.q_THQ, self.k_cache, self.v_cache, *bulk, self.out_THV, sums, stats, batch.starts_N, batch.lengths_N,
             batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, heads,
             *self.q_THQ.stride()[:2], *self.k_cache.stride()[:2], *self.v_cache.stride()[:2],
             DECODE=decode, SPLIT=splits > 1, SINKS=layer.sinks_H is not None, WINDOW=layer.window or 0,
-            SHARED=is_shared, PAGE=batch.block_size, HEAD_TILES=tiles.each, G=tiles.heads, R=cut.rows, B=cut.keys,
-            Q=key, QA=widths.first, QX=widths.rest, V=value, VP=widths.values,
+            SHARED=widths.shared, BULK=bulk[0] is not None, APART=cut.apart, PAGE=batch.block_size,
+            HEAD_TILES=tiles.each, G=tiles.heads, R=cut.rows, B=cut.keys, Q=widths.key, QA=widths.first, QX=widths.rest,
+            V=widths.value, VP=widths.values,
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         if splits > 1:
-            merge_kernel[(rows, heads, -(-value // MERGED))](
+            merge_kernel[(rows, heads, -(-widths.value // MERGED))](
                 sums, stats, batch.starts_N, layer.sinks_H, self.out_THV, splits, heads,
-                DECODE=decode, SINKS=layer.sinks_H is not None, SP=_power_of_two(splits, 2), V=value, VB=MERGED,
+                DECODE=decode, SINKS=layer.sinks_H is not None, SP=_power_of_two(splits, 2), V=widths.value, VB=MERGED,
                 num_warps=1 if splits <= 16 else 4,
             )  # fmt: skip
+
+    def _descriptors(self, widths: Widths, cut: Tiling) -> tuple[Any, Any, Any]:
+        """Of keys, of what they have behind a power of two, and of values; nothing where tiles must be gathered."""
+        exact = widths.first + widths.rest == widths.key and (widths.shared or widths.values == widths.value)
+        if not (cut.bulk and exact and self.batch.block_size % cut.keys == 0 and self.layer.window is None):
+            return None, None, None
+        keys, values = (cache.flatten(1) for cache in (self.k_cache, self.v_cache))
+        return (
+            TensorDescriptor.from_tensor(keys, [cut.keys, widths.first]),
+            TensorDescriptor.from_tensor(keys, [cut.keys, widths.rest]) if widths.rest else None,
+            None if widths.shared else TensorDescriptor.from_tensor(values, [cut.keys, widths.values]),
+        )
 
     def _is_shared(self) -> bool:
         """Whether values are the first columns of the keys, as in the latent cache of MLA."""
         k, v = self.k_cache, self.v_cache
         return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[-1] <= k.shape[-1]
 
-    def _splits(self, programs: int, cut: Tiling) -> int:
-        wanted = -(-cut.per_sm * _processors(self.out_THV.device) // programs)
-        context = self.batch.tables_NM.shape[1] * self.batch.block_size
-        return max(1, min(wanted, context // FEWEST_KEYS, MOST_SPLITS))
+
+def splits_of(programs: int, context: int, processors: int) -> int:
+    """The fewest splits of a context that give all processors about as much to do, none more than MOST_KEYS keys."""
+    least = max(1, -(-context // MOST_KEYS))
+    choices = range(least, max(least, min(MOST_SPLITS, context // FEWEST_KEYS)) + 1)
+    even = [programs * n / processors / -(-programs * n // processors) for n in choices]
+    return next(n for n, share in zip(choices, even, strict=True) if share > 0.9 * max(even))
 
 
 def _processors(device: torch.device) -> int:
