@@ -5,11 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from soloist.dispatch.rows import RowFormat
 from soloist.engine.llm import LLM
 from soloist.engine.recording import record_prompts, windows
 from soloist.errors import ConfigurationError
+from soloist.placement.placement import Placement
+from soloist.placement.recording import merge
 from soloist.placement.trace import RoutingTrace
+from soloist.placement.traffic import measure
+from soloist.scheduling.request import SamplingParams
+from soloist.specs.hf import read_config
+from tests.placement.cases import random_placement
 
 MODEL = Path(__file__).parents[2] / "models" / "novels-moe-11m"
 PROMPTS = [list(range(100 + i, 190 + i)) for i in range(3)]
@@ -55,3 +63,20 @@ def test_texts_are_cut_into_windows(tmp_path: Path, alone: tuple[LLM, RoutingTra
 def test_an_engine_that_does_not_record_says_so() -> None:
     with LLM(MODEL, show_progress=False, kv_tokens=1024) as llm, pytest.raises(ConfigurationError, match="record"):
         record_prompts(llm, PROMPTS)
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["linear", "replicas and an uneven rest"])
+def test_predicted_rows_are_those_that_travel(seed: int | None) -> None:
+    """Bytes that ranks say they sent to the other node, against rows counted from what they routed."""
+    spec = read_config(MODEL)
+    placement = Placement.linear(spec, 4) if seed is None else random_placement(16, 4, seed, layers=6)
+    with LLM(MODEL, "ep4", placement, record="ids", show_progress=False, kv_tokens=1024, gpus_per_node=2) as llm:
+        llm.figures()
+        llm.generate([[*prompt] for prompt in PROMPTS for _ in range(2)], SamplingParams(max_tokens=3))
+        figures = llm.figures()
+    trace = merge(spec, [told.routing for told in figures.values()])
+    traffic = measure(placement, trace, [0, 0, 1, 1], trace.sample.source_T)
+    sent = [(rank // 2, peer // 2, count) for rank, told in figures.items() for peer, count in told.bytes_to.items()]
+    row_bytes = RowFormat(torch.float32, spec.d_model, spec.router.top_k).row_bytes + 4 * spec.d_model
+    crossing = sum(count for own, other, count in sent if own != other)
+    assert crossing == traffic.cross_node_rows(hierarchical=False) * row_bytes > 0

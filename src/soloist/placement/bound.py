@@ -8,9 +8,9 @@ least hull_k(j) parts, the lower convex hull over all ways to split k choices in
     minimise Σ_c weight_c · d_c    with   d_c ≥ each line of hull_k(Σ z of the token's pairs)
     Σ_b z[a, b] ≤ room − 1 for every slot,   z[a, b] + z[b, c] − z[a, c] ≤ 1 for few slots,   0 ≤ z ≤ 1
 
-Many classes of tokens are added up to one for each k, which is valid since the hull is convex. With many slots only
-the pairs that matter get a variable, and what the others could gain at the solution's dual prices is taken off. Fullest
-part and NIC are at least the mean over the parts.
+The lighter classes of tokens are added up to one for each k, which is valid since the hull is convex; with many slots
+all of them are, and only the pairs that matter get a variable: what the others could gain at the solution's prices is
+taken off. Fullest part and NIC are at least the mean over the parts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scipy.sparse import block_array, coo_array, csr_array, eye_array
 from soloist.placement.swaps import Problem
 from soloist.placement.trace import Array
 
-MOST_CLASSES = 2500
+MOST_CLASSES = 200  # that are not added up
 MOST_SLOTS_WITH_TRIANGLES = 24
 MOST_SLOTS = 64  # of which all pairs are variables
 PRICE_STEPS = 30
@@ -89,16 +89,18 @@ def _classes(problem: Problem, first: Array, second: Array) -> tuple[Array, Arra
     chosen_CS = np.zeros((len(choices_CK), slots + 1))
     np.put_along_axis(chosen_CS, choices_CK, 1.0, axis=1)
     chosen_CS = chosen_CS[:, :slots]
-    if len(choices_CK) <= MOST_CLASSES and slots <= MOST_SLOTS_WITH_TRIANGLES:
-        return size_C, problem.weight_C, csr_array(chosen_CS[:, first] * chosen_CS[:, second])
-    sizes = np.unique(size_C)
-    weights = np.array([problem.weight_C[size_C == size].sum() for size in sizes])
-    together = []
-    for size, weight in zip(sizes, weights, strict=True):
-        of_size = size_C == size
-        pairs_SS = (chosen_CS[of_size] * problem.weight_C[of_size, None]).T @ chosen_CS[of_size]
-        together.append(pairs_SS[first, second] / weight)
-    return sizes, weights, csr_array(np.array(together))
+    heaviest = np.argsort(-problem.weight_C, kind="stable")[: MOST_CLASSES if slots <= MOST_SLOTS_WITH_TRIANGLES else 0]
+    sizes, weights = [size_C[heaviest]], [problem.weight_C[heaviest]]
+    pairs = [chosen_CS[heaviest][:, first] * chosen_CS[heaviest][:, second]]
+    rest_C = np.ones(len(size_C), dtype=bool)
+    rest_C[heaviest] = False
+    for size in np.unique(size_C[rest_C]):
+        of_size = rest_C & (size_C == size)
+        weight = problem.weight_C[of_size].sum()
+        together_SS = (chosen_CS[of_size] * problem.weight_C[of_size, None]).T @ chosen_CS[of_size]
+        sizes, weights = [*sizes, np.array([size])], [*weights, np.array([weight])]
+        pairs.append(together_SS[first, second][None] / weight)
+    return np.concatenate(sizes), np.concatenate(weights), csr_array(np.concatenate(pairs))
 
 
 @lru_cache(maxsize=256)

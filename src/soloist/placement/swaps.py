@@ -78,8 +78,9 @@ class Partition:
         swaps = 0
         while True:
             change_SS, found = self.changes(), 0
-            while change_SS.min() < -LEAST_GAIN * max(1.0, abs(self.value)):
-                a, b = divmod(int(change_SS.argmin()), self.slots)
+            enough = -LEAST_GAIN * max(1.0, abs(self.value))
+            while change_SS.flat[best := int(change_SS.argmin())] < enough:
+                a, b = divmod(best, self.slots)
                 if not self._try(a, b):
                     break
                 found += 1
