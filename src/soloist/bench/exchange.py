@@ -5,17 +5,21 @@ Shape legend: T tokens of a rank, D model width, R rows, X expanded rows.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import typer
 from torch import Tensor
 
-from soloist.bench.gpus import Bench, captured
+from soloist.bench.gpus import Bench, captured, in_ranks
 from soloist.bench.load import Load, check_batch, check_home
-from soloist.bench.report import Ceilings, Point, commit
-from soloist.dispatch.forms import Form
+from soloist.bench.report import Ceilings, Point, commit, report
+from soloist.dispatch.forms import COPY, LATENCY, Form
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.transport.symmetric import Watch
@@ -123,24 +127,86 @@ def yardsticks(bench: Bench, load: Load) -> Iterator[tuple[str, float]]:
     yield "copy to the next rank", seconds
 
 
-def link_floor(load: Load, run: ExchangeRun, row_bytes: int, ceilings: Ceilings) -> float:
-    """Seconds for the rows of the busiest rank over its link."""
-    return max(load.remote_rows([choice for _, choice in run.inputs])) * row_bytes / ceilings.link
+FORMS = {
+    "push": Form("push", programs=264, stages=2),
+    "push, 32 SMs": Form("push", programs=32, stages=4),
+    "copy": COPY,
+    "copy, 32 SMs": Form("copy", programs=32, stages=4),
+}
+PREFILL = [Load(4096, 7168, 8, 64), Load(4096, 7168, 8, 64, "skewed")]
+WIRE = Load(32768, 4096, 1, 2, "remote")
+DECODE = [Load(128, 7168, 8, 64), Load(16, 7168, 8, 64)]
 
 
-def points(bench: Bench, load: Load, forms: dict[str, Form], fp8: bool = False, lanes: int = 1) -> Iterator[Point]:
-    """Dispatch and combine of a load, checked, then timed."""
-    ceilings, machine, at = Ceilings(), torch.cuda.get_device_name(bench.device), commit()
-    shape = {"T": load.tokens, "D": load.d_model, "K": load.top_k, "E": load.experts, "routing": load.routing}
-    dispatcher = one_sided(bench, load.shape(bench.size, fp8), next(iter(forms.values())), lanes)
-    for name, form in forms.items():
-        run = ExchangeRun(bench, load, dispatcher.fit(load.tokens, form))
+@dataclass
+class Measured:
+    """Points of one machine, with what they have in common."""
+
+    bench: Bench
+    ceilings: Ceilings = field(default_factory=Ceilings)
+
+    def point(self, what: str, variant: str, load: Load, seconds: float, row_bytes: int) -> Point:
+        """Against the rows of the busiest rank over its link."""
+        shape = {"T": load.tokens, "D": load.d_model, "K": load.top_k, "E": load.experts, "routing": load.routing}
+        choices = [load.inputs(rank, self.bench.size, 0, self.bench.device)[1] for rank in range(self.bench.size)]
+        rows = max(load.remote_rows(choices))
+        bound = f"{rows * row_bytes / 1e6:.1f} MB at {self.ceilings.link / 1e9:.0f} GB/s"
+        machine = f"{self.bench.size} x {torch.cuda.get_device_name(self.bench.device)}"
+        return Point(what, variant, shape, seconds, rows * row_bytes / self.ceilings.link, bound, machine, commit())
+
+    def prefill(self, load: Load, fp8: bool = False) -> Iterator[Point]:
+        """Dispatch and combine apart, by every form, and the yardsticks."""
+        dispatcher = one_sided(self.bench, load.shape(self.bench.size, fp8), COPY, lanes=1)
+        sent = load.d_model * (1 if fp8 else load.dtype.itemsize)
+        for name, form in FORMS.items():
+            run = ExchangeRun(self.bench, load, dispatcher.fit(load.tokens, form))
+            run.check()
+            dispatch, combine = run.halves()
+            yield self.point("dispatch fp8" if fp8 else "dispatch", name, load, dispatch, sent)
+            if not fp8:
+                yield self.point("combine", name, load, combine, sent)
+        if not fp8:
+            for name, seconds in yardsticks(self.bench, load):
+                yield self.point("yardstick", name, load, seconds, sent)
+
+    def decode(self, load: Load, fp8: bool) -> Iterator[Point]:
+        """Both halves in a graph, as the decode experts use them (rows through the index) and with rows expanded."""
+        dispatcher = one_sided(self.bench, load.shape(self.bench.size, fp8), LATENCY, lanes=1)
+        run = ExchangeRun(self.bench, load, dispatcher)
         run.check()
-        dispatch, combine = run.halves()
-        row = load.d_model * (1 if fp8 else load.dtype.itemsize)
-        bound = f"{ceilings.link / 1e9:.0f} GB/s NVLink"
-        floor = link_floor(load, run, row, ceilings)
-        kind = "dispatch fp8" if fp8 else "dispatch"
-        yield Point(kind, name, shape, dispatch, floor, bound, machine, at)
-        floor = link_floor(load, run, load.d_model * load.dtype.itemsize, ceilings)
-        yield Point("combine", name, shape, combine, floor, bound, machine, at)
+        sent = load.d_model * (3 if fp8 else 2 * load.dtype.itemsize)
+        for expand in (False, True):
+            name = ("fp8" if fp8 else "bf16") + (", rows expanded" if expand else ", rows through the index")
+            yield self.point("there and back", name, load, run.round_trip(expand), sent)
+
+
+def measure(preset: str) -> Iterator[Point]:
+    """Joins the world and measures; called by every rank."""
+    measured = Measured(Bench.join())
+    if preset in ("prefill", "all"):
+        for load in PREFILL:
+            yield from measured.prefill(load)
+        yield from measured.prefill(PREFILL[0], fp8=True)
+    if preset in ("wire", "all"):
+        yield from measured.prefill(WIRE)
+    if preset in ("decode", "all"):
+        for load in DECODE:
+            yield from measured.decode(load, fp8=True)
+            yield from measured.decode(load, fp8=False)
+
+
+def main(
+    preset: str = typer.Option("all", help="prefill, decode, wire or all"),
+    lines: Path | None = typer.Option(None, help="append JSON lines to this file"),
+    explain: bool = typer.Option(False, help="say what bounds each point"),
+) -> None:
+    """Time the exchange between the GPUs of this host; started once, or once a rank by torchrun and the like."""
+    if "RANK" not in os.environ:
+        raise typer.Exit(in_ranks("soloist.bench.exchange", sys.argv[1:]))
+    points = list(measure(preset))
+    if os.environ["RANK"] == "0":
+        report(points, lines, explain)
+
+
+if __name__ == "__main__":
+    typer.run(main)

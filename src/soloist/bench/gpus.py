@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -89,6 +92,22 @@ class Bench:
         part()
         stop.record()
         return start, stop
+
+
+def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0) -> int:
+    """Run `python -m module arguments` once for each GPU of this host; the worst exit code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    size = torch.cuda.device_count()
+    world = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", module, *arguments]
+    ranks = [subprocess.Popen(command, env=world | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(size)]
+    try:
+        return max(abs(rank.wait(limit_s)) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def captured(work: Callable[[], object], warm_up: int = 2) -> Callable[[], None]:

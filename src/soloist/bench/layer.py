@@ -5,23 +5,28 @@ Shape legend: T tokens of a rank, D model width, F expert width, X expanded rows
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 
 from soloist.bench.exchange import one_sided
-from soloist.bench.gpus import Bench, captured
+from soloist.bench.gpus import Bench, captured, in_ranks
 from soloist.bench.load import Load
-from soloist.bench.report import Ceilings, Point, commit
+from soloist.bench.report import Ceilings, Point, commit, report
 from soloist.dispatch.base import ExpertBatch, SlotChoice
-from soloist.dispatch.forms import Form
+from soloist.dispatch.forms import Form, choose_form
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.kernels.experts import ExpertTiles, choose_tiles, swiglu_experts
 
+DECODE_TOKENS = 512
 LANES = 3  # a chunk being computed, one on its way there, one on its way home
 
 
@@ -149,14 +154,47 @@ class LayerRun:
         return layer / calls, bare / calls
 
 
-def points(bench: Bench, run: LayerRun, name: str, calls: int = 1) -> Iterator[Point]:
-    """The layer, checked and timed, and the share of it that its exchange adds."""
-    ceilings = Ceilings()
-    run.check()
-    layer, bare = run.measure(calls)
-    floor, bound = run.floor(ceilings)
-    load = run.load
-    shape = {"T": load.tokens, "D": load.d_model, "F": run.width, "E": load.experts, "K": load.top_k}
-    shape |= {"chunks": run.chunks, "exposed": f"{(layer - bare) / layer:.1%}", "routing": load.routing}
-    yield Point("layer", name, shape, layer, floor, bound, torch.cuda.get_device_name(bench.device), commit())
-    dist.barrier()
+CASES = {
+    "decode, two-expert": (Load(128, 4096, 2, 16), 16384),
+    "decode, fine-grained": (Load(128, 2048, 8, 128), 768),
+    "prefill, two-expert": (Load(8192, 4096, 2, 16), 16384),
+    "prefill, fine-grained": (Load(8192, 2048, 8, 128), 768),
+    "prefill, wide": (Load(4096, 7168, 8, 64), 2048),
+}
+PAUSE_S = 0.03  # between repeats of prefill
+
+
+def measure(chunks: int, pause_s: float) -> Iterator[Point]:
+    """Joins the world, checks and times each case; called by every rank."""
+    bench, ceilings = Bench.join(), Ceilings()
+    machine = f"{bench.size} x {torch.cuda.get_device_name(bench.device)}"
+    for name, (load, width) in CASES.items():
+        decode = load.tokens <= DECODE_TOKENS
+        run = LayerRun(bench, load, width, choose_form(load.shape(bench.size)), 1 if decode else chunks)
+        run.check()
+        layer, bare = run.measure(calls=10 if decode else 1, pause_s=0.0 if decode else pause_s)
+        floor, bound = run.floor(ceilings)
+        shape = {"T": load.tokens, "D": load.d_model, "F": width, "E": load.experts, "K": load.top_k}
+        shape |= {"chunks": run.chunks, "exposed": f"{(layer - bare) / layer:.1%}"}
+        yield Point(name, f"one-sided, {run.form.name}", shape, layer, floor, bound, machine, commit())
+        del run
+        torch.cuda.empty_cache()
+        dist.barrier()
+
+
+def main(
+    chunks: int = typer.Option(1, help="parts of a prefill that travel and are computed in turn"),
+    pause_s: float = typer.Option(PAUSE_S, help="between repeats of prefill, so that clocks stay up"),
+    lines: Path | None = typer.Option(None, help="append JSON lines to this file"),
+    explain: bool = typer.Option(False, help="say what bounds each point"),
+) -> None:
+    """Time a whole MoE layer on the GPUs of this host; started once, or once a rank by torchrun and the like."""
+    if "RANK" not in os.environ:
+        raise typer.Exit(in_ranks("soloist.bench.layer", sys.argv[1:]))
+    points = list(measure(chunks, pause_s))
+    if os.environ["RANK"] == "0":
+        report(points, lines, explain)
+
+
+if __name__ == "__main__":
+    typer.run(main)

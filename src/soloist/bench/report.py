@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,17 @@ def write_lines(points: Iterable[Point], file: IO[str]) -> None:
     """One JSON object a line, each with its fraction of the ceiling."""
     for point in points:
         file.write(json.dumps(asdict(point) | {"fraction": round(point.fraction, 4)}) + "\n")
+
+
+def report(points: Iterable[Point], path: Path | None, explain: bool) -> None:
+    """The table, then the lines, to a file where one is named."""
+    points = list(points)
+    print_table(points, explain)
+    if path is None:
+        write_lines(points, sys.stdout)
+        return
+    with path.open("a") as file:
+        write_lines(points, file)
 
 
 def print_table(points: Iterable[Point], explain: bool = False) -> None:

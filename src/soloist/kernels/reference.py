@@ -74,13 +74,21 @@ def activate(hidden_XF: Tensor, spec: ExpertSpec) -> Tensor:
 
 
 # -- sums in a fixed order ------------------------------------------------------------------------------------------
-def weighted_sum(out_XD: Tensor, row_X: Tensor, weight_X: Tensor, offsets_S: Tensor, rows: int, most: int) -> Tensor:
+def weighted_sum(
+    out_XD: Tensor,
+    row_X: Tensor,
+    weight_X: Tensor,
+    offsets_S: Tensor,
+    rows: int,
+    most: int,
+    dense: bool = True,
+) -> Tensor:
     """y_RD: the gate-weighted sum of each row's entries, fp32 in slot order, rounded once to `out_XD`'s dtype.
 
-    `rows` is R; a row has at least one entry and at most `most`, so with a single slot the entries are the rows.
-    Deterministic on every device, unlike `index_add_`.
+    `rows` is R; a row has at most `most` entries. dense: it has at least one, so with a single slot the entries are the
+    rows. Deterministic on every device, unlike `index_add_`.
     """
-    if len(offsets_S) == 1:
+    if dense and len(offsets_S) == 1:
         return (out_XD[:rows] * weight_X[:rows, None]).to(out_XD.dtype)
     used_X = _count_to(len(row_X), offsets_S) < offsets_S[-1]
     member_RJ = member_table(row_X.where(used_X, rows), rows, most)
