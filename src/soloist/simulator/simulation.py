@@ -57,7 +57,7 @@ class Simulation:
         self._left = len(requests)  # requests that have not ended
         self._next = 0  # request to arrive
         for loss in losses:
-            self.clock.at(loss.at_s, partial(self._lose, loss), LOSS)
+            self.clock.at(loss.at_s, partial(self._lose, loss, loss.groups(layout)), LOSS)
 
     def run(self) -> Simulation:
         """Until every request has ended. Returns itself."""
@@ -149,11 +149,11 @@ class Simulation:
                 self._end()
 
     # -- losses and routing -----------------------------------------------------------------------------------------
-    def _lose(self, loss: Loss) -> None:
+    def _lose(self, loss: Loss, lost: dict[int, set[int]]) -> None:
         """Resubmit what was running on lost GPUs, with the tokens that it has."""
         if not self._left:
             return
-        for number, groups in loss.groups(self.layout).items():
+        for number, groups in lost.items():
             replica = self.replicas[number]
             if self.layout.ep == 1:
                 orphans = replica.restart(self.clock.now, loss.recovery_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,14 +81,14 @@ def _entry(where: str, row: list[str]) -> Entry:
 
 
 def _time(where: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return datetime.fromisoformat(text.strip()).timestamp()
-    except ValueError:
-        raise ConfigurationError.of(f"{where}: TIMESTAMP", text, "must be a date or seconds") from None
+    for read in (float, lambda date: datetime.fromisoformat(date.strip()).timestamp()):
+        try:
+            time_s = read(text)
+        except ValueError:
+            continue
+        if isfinite(time_s):
+            return time_s
+    raise ConfigurationError.of(f"{where}: TIMESTAMP", text, "must be a date or seconds")
 
 
 def _count(where: str, key: str, value: object) -> int:

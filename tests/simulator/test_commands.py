@@ -1,0 +1,136 @@
+"""From a model on a cluster, or a plan file, to figures, traces and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from soloist.errors import CapacityError, ConfigurationError
+from soloist.planner.plan import plan_of
+from soloist.planner.score import Options
+from soloist.simulator.commands import drift_of, run_simulate
+from soloist.simulator.deployment import Setup, simulate
+from soloist.simulator.perfetto import Tracer
+from soloist.specs.cluster import cluster
+from soloist.specs.presets import preset
+from soloist.specs.workload import Load
+
+LOAD = Load(prompt=300, output=20, rate=200, ttft_s=5, tpot_s=1)
+
+
+def setup(layout: str = "ep8") -> Setup:
+    return Setup.of(preset("qwen3-30b-a3b"), cluster("hgx-h100"), layout)
+
+
+def test_figures_add_up() -> None:
+    result, run = simulate(setup(), LOAD, requests=200)
+    assert (result.finished, result.refused, result.resubmitted) == (200, 0, 0)
+    assert result.output_tps == pytest.approx(200 * 20 / result.duration_s)
+    assert result.output_tps_per_gpu == pytest.approx(result.output_tps / 8)
+    line, width = result.timeline, run.end_s / len(result.timeline.time_s)
+    assert sum(line.output_tps) * width == pytest.approx(200 * 20, rel=1e-3)
+    assert sum(line.input_tps) * width == pytest.approx(200 * 300, rel=1e-3)
+    assert sum(line.waiting) * width == pytest.approx(run.ledger.ttft_s.sum(), rel=1e-3)
+    assert all(0 <= share <= 1 for share in (*line.computing, *line.links, *line.balance))
+    assert result.ttft_s
+    assert result.tpot_s
+    assert result.ttft_s.p50 <= result.ttft_s.p99 <= result.ttft_s.max
+    assert result.met_slo == 1.0
+    assert result.band
+    assert 0 < result.band < 1
+
+
+def test_an_slo_that_is_missed() -> None:
+    result, _ = simulate(setup(), Load(prompt=300, output=20, rate=200, tpot_s=1e-6), requests=20)
+    assert result.met_slo == 0.0
+
+
+def test_a_pipeline_and_replicas() -> None:
+    result, run = simulate(setup("dp2pp2ep4"), LOAD, requests=60)
+    assert result.finished == 60
+    assert set(run.steps["replica"]) == {0, 1}
+
+
+def test_a_plan_file(tmp_path: Path) -> None:
+    given = setup()
+    scorer = given.scorer(LOAD)
+    plan_of(scorer.score(given.deployment, Options(), 8), given.cluster, LOAD, "published").save(tmp_path / "plan.json")
+    assert run_simulate(tmp_path / "plan.json", load=str(LOAD), requests=50, out=tmp_path / "out.json") == 0
+    out = json.loads((tmp_path / "out.json").read_bytes())
+    assert (out["layout"], out["gpus"], out["finished"]) == ("ep8", 8, 50)
+    assert 0 < out["tpot_s"]["p50"] < 1
+
+
+def test_skew_slows_down_and_balancing_helps() -> None:
+    load = Load(prompt=300, output=20, rate=200, skew=1.0)
+    even, _ = simulate(setup(), LOAD, requests=100)
+    skewed, _ = simulate(setup(), load, requests=100)
+    balanced, run = simulate(setup(), load, requests=100, drift=drift_of("rebalance=0.1,interval=0.05", 1.0))
+    assert balanced.rebalancings > 0
+    assert np.mean(run.steps["imbalance"]) < max(skewed.timeline.imbalance)
+    assert even.tpot_s
+    assert skewed.tpot_s
+    assert even.tpot_s.mean < skewed.tpot_s.mean
+
+
+def test_json_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = {name: tmp_path / name for name in ("trace.json", "picture.png", "out.json")}
+    common: dict[str, Any] = {
+        "model": preset("qwen3-30b-a3b"), "cluster": cluster("hgx-h100"), "layout": "pp2ep4", "load": str(LOAD),
+        "requests": 30,
+    }  # fmt: skip
+    run_simulate(
+        **common, perfetto=paths["trace.json"], picture=paths["picture.png"], out=paths["out.json"], as_json=True
+    )
+    assert json.loads(capsys.readouterr().out) == json.loads(paths["out.json"].read_bytes())
+    assert paths["picture.png"].read_bytes().startswith(b"\x89PNG")
+    events = json.loads(paths["trace.json"].read_bytes())["traceEvents"]
+    rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert rows == {f"GPU {rank}" for rank in range(8)}
+    run_simulate(**common)
+    assert "30 of 30 requests finished" in " ".join(capsys.readouterr().out.split())
+
+
+def test_slices_of_a_row_do_not_overlap_and_parts_fill_their_step() -> None:
+    given = setup("pp2ep4")
+    tracer = Tracer(given.deployment.layout, gpus=2, steps=50)
+    simulate(given, LOAD, requests=20, observe=tracer)
+    for row in {(e["pid"], e["tid"]) for e in tracer.events if e["ph"] == "X"}:
+        mine = [e for e in tracer.events if e["ph"] == "X" and (e["pid"], e["tid"]) == row]
+        steps = sorted((e["ts"], e["dur"]) for e in mine if e["cat"] == "step")
+        assert len(steps) <= 50
+        assert all(ts + dur <= after + 1e-3 for (ts, dur), (after, _) in zip(steps, steps[1:], strict=False))
+        parts = sum(e["dur"] for e in mine if e["cat"] == "part")
+        assert parts == pytest.approx(sum(dur for _, dur in steps))
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, "give a plan file"),
+        ({"plan": "none.json"}, "none.json"),
+        ({"layout": "ep8", "load": "rate=-1"}, "load.rate"),
+        ({"layout": "ep8", "load": "prompt=5"}, "rate=… or sequences=…"),
+        ({"layout": "ep8", "load": "rate=1", "requests": 0}, "requests = 0"),
+        ({"layout": "ep8", "load": "rate=1", "drift": "rebalance=5"}, "state skew="),
+        ({"layout": "ep8", "load": "rate=1,skew=1", "drift": "balance=5"}, "balance=5"),
+        ({"layout": "ep8", "load": "rate=1,skew=1", "drift": "move=much"}, "drift.move = 'much'"),
+        ({"layout": "ep8", "load": "rate=1", "lose": ["gpu=8,at=1"]}, "ranks 0 to 7"),
+        ({"layout": "ep9000x"}, "layout"),
+    ],
+)
+def test_nonsense_is_named(options: dict[str, Any], names: str) -> None:
+    if "layout" in options:
+        options = {"model": preset("qwen3-30b-a3b"), "cluster": cluster("hgx-h100"), **options}
+    with pytest.raises(ConfigurationError, match=names):
+        run_simulate(**options)
+
+
+def test_a_model_that_does_not_fit() -> None:
+    given = Setup.of(preset("deepseek-v3"), cluster("hgx-h100"), "ep2")
+    with pytest.raises(CapacityError, match="layout = ep2: deepseek-v3"):
+        simulate(given, LOAD, requests=5)
