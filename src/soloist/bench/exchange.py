@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -196,9 +197,9 @@ def measure(preset: str) -> Iterator[Point]:
 
 
 def main(
-    preset: str = typer.Option("all", help="prefill, decode, wire or all"),
-    lines: Path | None = typer.Option(None, help="append JSON lines to this file"),
-    explain: bool = typer.Option(False, help="say what bounds each point"),
+    preset: Annotated[str, typer.Option(help="prefill, decode, wire or all")] = "all",
+    lines: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
+    explain: Annotated[bool, typer.Option(help="say what bounds each point")] = False,
 ) -> None:
     """Time the exchange between the GPUs of this host; started once, or once a rank by torchrun and the like."""
     if "RANK" not in os.environ:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -183,10 +184,10 @@ def measure(chunks: int, pause_s: float) -> Iterator[Point]:
 
 
 def main(
-    chunks: int = typer.Option(1, help="parts of a prefill that travel and are computed in turn"),
-    pause_s: float = typer.Option(PAUSE_S, help="between repeats of prefill, so that clocks stay up"),
-    lines: Path | None = typer.Option(None, help="append JSON lines to this file"),
-    explain: bool = typer.Option(False, help="say what bounds each point"),
+    chunks: Annotated[int, typer.Option(help="parts of a prefill that travel and are computed in turn")] = 1,
+    pause_s: Annotated[float, typer.Option(help="between repeats of prefill, so that clocks stay up")] = PAUSE_S,
+    lines: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
+    explain: Annotated[bool, typer.Option(help="say what bounds each point")] = False,
 ) -> None:
     """Time a whole MoE layer on the GPUs of this host; started once, or once a rank by torchrun and the like."""
     if "RANK" not in os.environ:
