@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.ranks import RankPool
+if not torch.cuda.is_available():  # read when Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tests.ranks import RankPool  # noqa: E402
 
 DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}
 
