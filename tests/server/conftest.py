@@ -22,7 +22,7 @@ def fake(tmp_path) -> Iterator[Fake]:
 def novels(tmp_path_factory) -> Iterator[Served]:
     template = tmp_path_factory.mktemp("chat") / "chat.jinja"
     template.write_text(TEMPLATE)
-    with LLM(NOVELS, layout="ep2", device="cpu", chat_template=template) as llm:
+    with LLM(NOVELS, layout="ep2", device="cpu", chat_template=template, count_experts=True, measure=True) as llm:
         yield Served.of(llm, "novels")
 
 

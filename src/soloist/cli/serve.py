@@ -45,6 +45,7 @@ def serve(
     transport: TransportOption = "auto",
     kv_tokens: KvTokensOption = None,
     random_weights: RandomWeightsOption = None,
+    details: Annotated[bool, typer.Option(help="Count experts and time phases, for metrics and dashboard.")] = True,
     settings: SetOption = None,
 ) -> None:
     """Serve a model to clients of OpenAI's API, with metrics and a dashboard."""
@@ -55,6 +56,7 @@ def serve(
 
     limits = Limits(max_waiting, request_timeout, int(max_body_mb * 1e6))
     listening = Listening(host, port, tuple(api_key or ()), drain, tls_cert, tls_key, tls_client_ca)
-    options = engine_options(device, dtype, transport, kv_tokens, random_weights, settings)
+    watched = [f"count_experts={details}", f"measure={details}"]
+    options = engine_options(device, dtype, transport, kv_tokens, random_weights, [*watched, *(settings or [])])
     with LLM(model, layout, placement, options, chat_template=chat_template) as llm:
         serve(Served.of(llm, name or Path(model).name), limits, listening, log_level)

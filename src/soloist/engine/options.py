@@ -30,6 +30,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     micro_batches: int | None = None  # batches in flight in a pipeline; None: one for each stage
     random_weights: int | None = None  # a seed: make weights up instead of reading them
     measure: bool = False  # time the phases of every step
+    count_experts: bool = False  # count the tokens of every expert, for Figures.chosen
     record: Literal["counts", "ids"] | None = None  # keep what routers choose, for Figures.routing
     deadline_s: float = 60.0  # bound of every wait for a peer
     start_deadline_s: float = 300.0  # bound of the start, loading included

@@ -50,7 +50,7 @@ class Runner:
         self.spec, self.world, self.options = spec, world, options
         self.device, self.dtype = source.device, source.dtype
         self.watch, self.recorder = Stopwatch(self.device, options.measure), self._recorder(layout)
-        self.stats = LoadStats(spec.experts, recorder=self.recorder)
+        self.stats = LoadStats(spec.experts, options.count_experts, self.recorder)
         self.steps = 0
         self.rope = Rope(spec.rope, self.device)
         moe = dict(self._moe_layers(layout, placement, source))
@@ -136,7 +136,12 @@ class Runner:
         seconds, steps, self.steps = self.watch.take(), self.steps, 0
         kv_bytes = sum(cache.nbytes for cache in self.caches)
         routing = self.recorder.take() if self.recorder else b""
-        return Figures(self.world.seat.rank, seconds, waited_s, bytes_to, self.weight_bytes, kv_bytes, steps, routing)
+        loads = self.stats.take()
+        return Figures(
+            self.world.seat.rank, seconds, waited_s, bytes_to, self.weight_bytes, kv_bytes, steps, routing,
+            chosen={layer: load.tokens_E.tolist() for layer, load in loads.items()},
+            rows={layer: load.rows for layer, load in loads.items()},
+        )  # fmt: skip
 
     def _dispatched(self, split: TokenSplit) -> tuple[int, int] | None:
         """The tokens of a step that this rank sends to experts; None where another rank of its TP group counts them."""

@@ -93,6 +93,8 @@ class Figures(Message, frozen=True):
     kv_bytes: int
     steps: int
     routing: bytes = b""  # what the rank recorded (placement/recording.py); with options.record only
+    chosen: dict[int, list[int]] = {}  # by layer: tokens that chose each logical expert; with options.count_experts
+    rows: dict[int, int] = {}  # by layer: rows that came for this rank's experts; with options.count_experts
 
 
 class WakeMe(Message, frozen=True):

@@ -7,23 +7,29 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from soloist.errors import RequestError
 from soloist.server.answers import ChatForm, Form
 from soloist.server.desk import Desk
+from soloist.server.details import Details
 from soloist.server.gate import Gate
+from soloist.server.metrics import Metrics, Tally
 from soloist.server.protocol import ChatRequest, CompletionRequest, SharedFields, TokenizeRequest, parse
 from soloist.server.refusals import Refusal
 from soloist.server.respond import Answer
 from soloist.server.served import Served
+from soloist.server.watch import Watch
 
 BODY_S = 30.0  # for a client to send its body
+DASHBOARD = Path(__file__).parent / "dashboard" / "index.html"
 MAX_PROMPTS = 256  # of one request
 log = logging.getLogger("soloist.server")
 
@@ -41,14 +47,20 @@ def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()
     """The application; `app.state.desk` takes its calls while it runs."""
     desk = Desk(served, limits.max_waiting, limits.request_timeout_s)
 
+    tally, watch = Tally(), Watch(served.front, served.gpus_per_node)
+    served.front.requests.observe = tally.observe
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         desk.open()
+        listening = asyncio.create_task(watch.listen())
         yield
+        listening.cancel()
         desk.close()
 
     app = FastAPI(title="Soloist", lifespan=lifespan, redoc_url=None)
     app.state.desk, app.state.limits = desk, limits
+    app.state.metrics, app.state.details = Metrics(desk, tally, watch), Details(desk, tally, watch)
     app.add_middleware(Gate, keys=keys)
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
@@ -56,6 +68,9 @@ def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()
     app.add_api_route("/v1/models/{name:path}", model)
     app.add_api_route("/tokenize", tokenize, methods=["POST"])
     app.add_api_route("/health", health)
+    app.add_api_route("/metrics", metrics)
+    app.add_api_route("/details", details)
+    app.add_api_route("/dashboard", dashboard)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
@@ -135,6 +150,21 @@ async def health(request: Request) -> Response:
     desk = _desk(request)
     reason = str(desk.front.failure) if desk.front.failure else "shutting down" if desk.draining else None
     return JSONResponse({"status": "ok"} if reason is None else {"status": reason}, 200 if reason is None else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """In Prometheus' form."""
+    return Response(request.app.state.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def details(request: Request) -> Response:
+    """What the dashboard shows, as JSON: every layer's experts, every rank, who sends to whom."""
+    return Response(request.app.state.details.page(), media_type="application/json")
+
+
+async def dashboard() -> Response:
+    """A page that shows the details as they change."""
+    return FileResponse(DASHBOARD, media_type="text/html")
 
 
 def _card(desk: Desk) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""What dashboard and `soloist top` show, as one JSON object."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from soloist.server.desk import Desk
+from soloist.server.metrics import Tally
+from soloist.server.watch import Watch, max_over_mean
+
+RATE_S = 5.0  # over which rates are taken
+MOST_LINKS = 64  # ranks up to which every pair is told
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What is worth an alert."""
+
+    exchange_share: float = 0.05  # of the ranks' time
+    load_spread: float = 0.05  # standard deviation of the ranks' rows over their mean
+    kv_share: float = 0.95
+    refused: int = 0
+
+
+class Details:
+    """Rates are taken between looks, so that nothing is counted for nobody."""
+
+    def __init__(self, desk: Desk, tally: Tally, watch: Watch, thresholds: Thresholds = Thresholds()) -> None:  # noqa: B008
+        self.desk, self.tally, self.watch, self.thresholds = desk, tally, watch, thresholds
+        self._seen: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
+
+    def page(self) -> bytes:
+        return msgspec.json.encode(self.record())
+
+    def record(self) -> dict[str, Any]:
+        served, window = self.desk.served, self.watch.window
+        found: dict[str, Any] = {
+            "time": time.time(),
+            "model": served.name,
+            "layout": str(served.front.layout),
+            "gpus_per_node": served.gpus_per_node,
+            "failure": str(served.front.failure) if served.front.failure else None,
+            "draining": self.desk.draining,
+            "requests": {"open": self.desk.calls, "waiting": self.desk.waiting, "refused": self.desk.refused},
+            "tokens": {"generated": self.tally.generated, "prompt": self.tally.prompt_tokens} | self._rates(),
+            "ttft_s": _quantiles(self.tally.recent_first_s),
+            "tpot_s": _quantiles(self.tally.recent_tpot_s),
+            "leaders": self._leaders(),
+            "window_s": window.seconds,
+            "phases_s": window.phases,
+            "experts": {str(layer): load.tolist() for layer, load in window.chosen.items()},
+            "balance": {str(layer): max_over_mean(load) for layer, load in window.rows.items()},
+            "ranks": self._ranks(),
+        }
+        return found | {"alerts": list(self._alerts(found))}
+
+    def _rates(self) -> dict[str, float]:
+        now = time.monotonic()
+        self._seen.append((now, self.tally.generated, self.tally.prompt_tokens))
+        while len(self._seen) > 2 and self._seen[1][0] < now - RATE_S:
+            self._seen.popleft()
+        then, generated, prompt = self._seen[0]
+        seconds = max(now - then, 1e-3)
+        return {
+            "tps": (self.tally.generated - generated) / seconds,
+            "prompt_tps": (self.tally.prompt_tokens - prompt) / seconds,
+        }
+
+    def _leaders(self) -> list[dict[str, Any]]:
+        stats = {rank: report.stats for rank, report in self.desk.front.ranks.items() if report.stats}
+        return [{"rank": rank} | msgspec.structs.asdict(one) for rank, one in stats.items()]
+
+    def _ranks(self) -> list[dict[str, Any]]:
+        """What each did in the window. Bytes to every other rank only where the ranks are few."""
+        few = len(self.watch.totals) <= MOST_LINKS
+        return [
+            {
+                "rank": rank,
+                "steps": figures.steps,
+                "rows": sum(figures.rows.values()),
+                "waited_s": figures.waited_s,
+                "seconds": figures.seconds,
+                "weight_bytes": figures.weight_bytes,
+                "kv_bytes": figures.kv_bytes,
+                "sent_bytes": sum(figures.bytes_to.values()),
+                "bytes_to": {str(target): sent for target, sent in figures.bytes_to.items()} if few else {},
+            }
+            for rank, figures in sorted(self.watch.window.figures.items())
+        ]
+
+    def _alerts(self, found: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        """Each with what was found and the threshold that it is past."""
+        limits = self.thresholds
+        if found["failure"]:
+            yield {"what": f"the engine has failed: {found['failure']}", "value": 1, "limit": 0}
+        for what, value, limit in (
+            ("exchange's share of the ranks' time", _share(found["phases_s"], "exchange"), limits.exchange_share),
+            ("spread of the ranks' load", _spread(rank["rows"] for rank in found["ranks"]), limits.load_spread),
+            ("KV cache in use", _kv_share(found["leaders"]), limits.kv_share),
+            ("requests refused", found["requests"]["refused"], limits.refused),
+        ):
+            if value > limit:
+                yield {"what": what, "value": value, "limit": limit}
+
+
+def _quantiles(values_s: Iterable[float]) -> dict[str, float | None]:
+    values = list(values_s)
+    return {f"p{percent}": float(np.percentile(values, percent)) if values else None for percent in (50, 90, 99)}
+
+
+def _share(phases: dict[str, float], phase: str) -> float:
+    total = sum(phases.values())
+    return phases.get(phase, 0.0) / total if total else 0.0
+
+
+def _spread(loads: Iterable[int]) -> float:
+    values = np.array(list(loads), float)
+    return float(values.std() / values.mean()) if values.sum() else 0.0
+
+
+def _kv_share(leaders: list[dict[str, Any]]) -> float:
+    return max((one["blocks_used"] / one["blocks_total"] for one in leaders), default=0.0)
