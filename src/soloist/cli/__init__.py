@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 import soloist
 from soloist.cli import bench
 from soloist.cli.generate import generate
+from soloist.cli.planning import plan, scenarios, simulate, validate
 from soloist.cli.serve import serve
 from soloist.errors import ConfigurationError, RequestError, SoloistError
 
@@ -52,7 +53,8 @@ def soloist_(
     """Plan, run and serve Mixture-of-Experts language models with large expert parallelism."""
 
 
-app.command()(generate)
+for command in (plan, simulate, scenarios, validate, generate):
+    app.command()(command)
 app.command()(serve)
 app.add_typer(bench.app, name="bench")
 
