@@ -9,6 +9,7 @@ import pytest
 from soloist.errors import ConfigurationError
 from soloist.placement.recording import TOKEN_FIELDS, merge, pack
 from soloist.placement.trace import RoutingTrace, Sample, TraceModel, together
+from soloist.specs.hf import read_config
 from soloist.specs.presets import preset
 from tests.placement.cases import random_trace, tiny_spec
 
@@ -96,3 +97,12 @@ def test_a_sample_of_another_shape_is_refused(tmp_path: Path) -> None:
     RoutingTrace(trace.model, 4, trace.counts_LE, trace.together_LEE, wrong).save(tmp_path / "a.trace")
     with pytest.raises(ConfigurationError, match="shape"):
         RoutingTrace.load(tmp_path / "a.trace")
+
+
+def test_shipped_trace_is_the_shipped_model() -> None:
+    folder = Path(__file__).parents[2] / "models" / "novels-moe-11m"
+    trace = RoutingTrace.load(folder / "routing.trace")
+    trace.check(read_config(folder))
+    assert trace.tokens == trace.sample.tokens == 32768
+    assert {len(prompt) for prompt in trace.sample.prompts()} == {512}
+    assert np.array_equal(together(trace.sample.ids_LTK[3], 16), trace.together_LEE[3])

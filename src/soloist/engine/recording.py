@@ -55,3 +55,16 @@ def _read(path: Path) -> str:
         return lzma.open(path, "rt").read() if path.suffix == ".xz" else path.read_text()
     except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise ConfigurationError.of("text", str(path), f"cannot be read: {error}") from error
+
+
+def run_record(
+    model: str, texts: Sequence[Path], output: Path, tokens: int = 32768, window: int = 512, sample: int | None = None,
+    mode: Literal["counts", "ids"] = "ids", layout: str = "ep1", **options: Any,
+) -> None:  # fmt: skip
+    """`record`, written to a file, with a line about it on stdout."""
+    trace = record(model, texts, tokens, window, sample, mode, layout, **options)
+    trace.save(output)
+    kept = trace.sample.tokens if trace.sample else 0
+    print(
+        f"{output}: {trace.tokens} tokens of {trace.model}, the choices of {kept} kept, {output.stat().st_size} bytes"
+    )

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import combinations
+from math import comb
 
 import numpy as np
 from scipy.optimize import linprog
@@ -54,9 +55,8 @@ def fewest_rows(problem: Problem, room: int) -> float:
             blocks.append([slope * pairs_cZ[of_size], -eye_array(len(size_c)).tocsr()[of_size]])
             limits.append(np.full(len(of_size), -start))
     if slots <= MOST_SLOTS_WITH_TRIANGLES:
-        triangles = _triangles(slots)
-        blocks.append([triangles, None])
-        limits.append(np.ones(triangles.shape[0]))
+        blocks.append([_triangles(slots), None])
+        limits.append(np.ones(3 * comb(slots, 3)))
     matrix = block_array(blocks).tocsc()
     cost = np.concatenate([np.zeros(len(first)), weight_c])
     used = np.ones(len(cost), dtype=bool)

@@ -248,8 +248,9 @@ class LayerSearch:
         inside = choices_CK[:, 0] < len(mine)
         choices_CK, weight_C = classes(choices_CK[inside], whole.weight_C[inside])
         moves = None
-        if kept_s is not None and self.weights.migration:
-            held_sg = np.array([[expert in self.current[group] for group in groups] for expert in expert_s])
+        if self.current is not None and self.weights.migration:
+            current = self.current
+            held_sg = np.array([[expert in current[group] for group in groups] for expert in expert_s])
             moves = self.weights.migration / len(whole.load_S) * ~held_sg
         problem = self._weighted(choices_CK, weight_C, load_s, expert_s, len(groups), moves)
         partition = Partition(problem, start_s)

@@ -23,7 +23,7 @@ TOKEN_FIELDS = ("token_T", "sequence_T", "position_T", "source_T", "index_T")
 def pack(arrays: dict[str, Array]) -> bytes:
     """A rank's recording as bytes: `layers` with either `ids_LTK` and the token fields, or counts and `tokens`."""
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **arrays)  # pyright: ignore[reportArgumentType]
     return content.getvalue()
 
 

@@ -72,7 +72,7 @@ def _from_records(spec: ModelSpec, dumps: list[dict[str, Any]]) -> RoutingTrace:
 
 def _sample(spec: ModelSpec, record: dict[str, Any], logical_LP: Array, number: int) -> Sample:
     physical_LTK = _moe_rows(spec, np.asarray(record["topk_ids_of_layer"]))[:, :, : spec.router.top_k]
-    real_T = (physical_LTK >= 0).all(axis=(0, 2))
+    real_T = np.asarray((physical_LTK >= 0).all(axis=(0, 2)))
     ids_LTK = np.take_along_axis(logical_LP[:, None, :], physical_LTK[:, real_T], axis=2)
     if ids_LTK.max(initial=0) >= spec.experts:
         raise ValueError(f"expert {ids_LTK.max()}, but the model has {spec.experts}")

@@ -105,7 +105,8 @@ class Partition:
         p, part_S = self.problem, self.part_S[:-1]
         alone_S = np.diagonal(self.both_SS)
         delta_SS = self.both_SS + self.enter_PS[part_S] - alone_S[:, None]  # of the rows of the first slot's part
-        change_SS = p.nic * new_peak(self.rows_P, part_S, delta_SS)
+        change_SS = new_peak(self.rows_P, part_S, delta_SS)
+        change_SS *= p.nic
         change_SS += p.load * new_peak(self.load_P, part_S, p.load_S[None, :] - p.load_S[:, None])
         delta_SS *= p.rows
         if p.move_SP is not None:
@@ -157,8 +158,10 @@ class Partition:
 def new_peak(value_P: Array, part_S: Array, delta_SS: Array) -> Array:
     """By how much the largest value grows if those of two slots' parts change by delta and its transpose."""
     new_SS = value_P[part_S][:, None] + delta_SS
-    others_SS = _largest_of_others(value_P)[:, part_S][part_S]
-    return np.maximum(np.maximum(new_SS, new_SS.T), others_SS) - value_P.max()
+    peak_SS = np.maximum(new_SS, new_SS.T)
+    np.maximum(peak_SS, _largest_of_others(value_P)[:, part_S][part_S], out=peak_SS)
+    peak_SS -= value_P.max()
+    return peak_SS
 
 
 def _largest_of_others(value_P: Array) -> Array:

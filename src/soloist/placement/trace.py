@@ -56,10 +56,10 @@ class TraceModel(Spec, frozen=True, kw_only=True):
     def is_same(self, other: TraceModel) -> bool:
         """Same shape, and the same name apart from owner and case."""
         names = {model.name.rsplit("/", 1)[-1].lower() for model in (self, other)}
-        return len(names) == 1 and replace_name(self) == replace_name(other)
+        return len(names) == 1 and _nameless(self) == _nameless(other)
 
 
-def replace_name(model: TraceModel) -> TraceModel:
+def _nameless(model: TraceModel) -> TraceModel:
     return msgspec.structs.replace(model, name="")
 
 
@@ -142,7 +142,7 @@ class RoutingTrace:
         header = {"format": FORMAT, "tokens": self.tokens, "model": msgspec.to_builtins(self.model)}
         packed = {name: _narrow(array) for name, array in arrays.items()}
         content = io.BytesIO()
-        np.savez_compressed(content, header=np.frombuffer(msgspec.json.encode(header), np.uint8), **packed)
+        np.savez_compressed(content, header=np.frombuffer(msgspec.json.encode(header), np.uint8), **packed)  # pyright: ignore
         Path(path).write_bytes(content.getvalue())
 
     @classmethod
@@ -190,8 +190,9 @@ def _from_arrays(header: _Header, arrays: dict[str, Array]) -> RoutingTrace:
 
 
 def _narrow(array: Array) -> Array:
-    """In the smallest unsigned type that holds it."""
-    return array.astype(np.min_scalar_type(int(array.max(initial=0))))
+    """In the smallest type that holds it."""
+    least, most = (np.min_scalar_type(int(end)) for end in (array.min(initial=0), array.max(initial=0)))
+    return array.astype(np.promote_types(least, most))
 
 
 def _read(path: Path) -> dict[str, Array]:
