@@ -21,8 +21,8 @@ from soloist.kernels.language import TensorDescriptor
 from soloist.kernels.paged_attention import PagedBatch
 from soloist.kernels.paged_attention_kernels import merge_kernel, tile_kernel
 
-WIDEST = 512  # values; keys may be an eighth wider
-MOST_SPLITS = 128
+WIDEST = 512  # values; keys may be a quarter wider
+PARTIAL_BYTES = 128 << 20  # of all splits together
 FEWEST_KEYS, MOST_KEYS = 256, 4096  # of a split
 SHARED_MEMORY = 224 << 10  # bytes of an SM of Hopper that tiles may take
 MERGED = 64  # columns of a program of the merge
@@ -32,16 +32,17 @@ MERGED = 64  # columns of a program of the merge
 class Tiling:
     """How a launch is cut.
 
-    `apart`: the warps of a product divide its columns (kernels). `bulk`: the copy engine reads tiles that lie in one
-    block.
+    `per_sm`: programs that keep an SM busy. `apart`: the warps of a product divide its columns. `bulk`: the copy engine
+    reads tiles that lie in one block.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    per_sm: int = 2
     apart: bool = False
-    bulk: bool = True
+    bulk: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,15 @@ def _power_of_two(number: int, least: int = 16) -> int:
 def tiling(widths: Widths, group: int, decode: bool) -> Tiling:
     """For `group` query heads a KV head; the best of those measured on H100."""
     if widths.values > 256:  # 64 rows of sums fill the registers of 8 warps
-        return Tiling(16, 32, 4, 3) if decode and group <= 16 else Tiling(64, 64, 8, 2, apart=True)
-    if decode:
-        return Tiling(min(64, _power_of_two(group)), 64, 2, 4)
-    return Tiling(128, 64, 4, 2) if widths.values <= 128 else Tiling(64, 64, 4, 2)
+        return Tiling(16, 32, 4, 3) if decode and group <= 16 else Tiling(64, 64, 8, 2, per_sm=1)
+    if not decode:
+        return Tiling(128, 64, 4, 2) if widths.values <= 128 else Tiling(64, 64, 4, 2)
+    return Tiling(min(64, _power_of_two(group)), 32, 2 if group <= 32 else 4, 4)
+
+
+def supports(dtype: torch.dtype, key: int, value: int) -> bool:
+    """Whether the kernels serve a cache of this type and these widths on a GPU."""
+    return dtype in (torch.bfloat16, torch.float16) and value <= WIDEST and key <= WIDEST * 5 // 4
 
 
 def fitted(cut: Tiling, widths: Widths, itemsize: int) -> Tiling:
@@ -157,8 +163,9 @@ class _Call:
         tiles = layer.head_tiles(cut.rows)
         sequences, blocks = batch.tables_NM.shape
         grid = (len(tiles), sequences) if decode else (tokens // (cut.rows // tiles.heads) + sequences, len(tiles))
-        splits = splits_of(math.prod(grid), blocks * batch.block_size, _processors(self.out_THV.device))
         rows = sequences if decode else tokens
+        choices = _choices(blocks * batch.block_size, decode, rows * heads * widths.value)
+        splits = splits_of(math.prod(grid), choices, _processors(self.out_THV.device), cut.per_sm)
         bulk = self._descriptors(widths, cut)
         sums = stats = self.out_THV
         if splits > 1:
@@ -199,12 +206,23 @@ class _Call:
         return k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and v.shape[-1] <= k.shape[-1]
 
 
-def splits_of(programs: int, context: int, processors: int) -> int:
-    """The fewest splits of a context that give all processors about as much to do, none more than MOST_KEYS keys."""
-    least = max(1, -(-context // MOST_KEYS))
-    choices = range(least, max(least, min(MOST_SPLITS, context // FEWEST_KEYS)) + 1)
-    even = [programs * n / processors / -(-programs * n // processors) for n in choices]
-    return next(n for n, share in zip(choices, even, strict=True) if share > 0.9 * max(even))
+def _choices(context: int, decode: bool, partial: int) -> range:
+    """Numbers of splits for the longest context, where a split's partial sums are `partial` numbers.
+
+    In decode a program gets MOST_KEYS keys at most, so that one long sequence among short ones is not waited for.
+    """
+    most = max(1, min(context // FEWEST_KEYS, PARTIAL_BYTES // (4 * partial)))
+    return range(min(most, -(-context // MOST_KEYS)) if decode else 1, most + 1)
+
+
+def splits_of(programs: int, choices: range, processors: int, per_sm: int) -> int:
+    """The fewest of some numbers of splits that give every processor `per_sm` programs or more, and all about as many.
+
+    The most of them where none gives that many.
+    """
+    rounds = {n: -(-programs * n // processors) for n in choices}
+    even = {n: programs * n / (processors * rounds[n]) for n in choices if rounds[n] >= per_sm}
+    return next((n for n, share in even.items() if share > 0.9 * max(even.values())), choices[-1])
 
 
 def _processors(device: torch.device) -> int:

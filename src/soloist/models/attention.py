@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soloist.kernels.paged_attention import paged_attention
+from soloist.kernels.attention import attention_of
 from soloist.models.layers import rms_norm
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput
@@ -99,7 +99,7 @@ class GroupedQueryAttention:
     ) -> None:
         a = self.spec = spec.attention
         self.eps, self.heads, self.group, self.rope = spec.norm_eps, heads, group, rope
-        self.window, self.where = spec.window(layer), f"layer {layer}, attention"
+        self.where = f"layer {layer}, attention"
         q, k, v = (
             _scaled(heads.query, a.head_dim), _scaled(heads.kv, a.head_dim), _scaled(heads.kv, a.v_head_dim)
         )  # fmt: skip
@@ -117,7 +117,10 @@ class GroupedQueryAttention:
         self.o = source.read(Param("o", layer), columns=_scaled(heads.query, a.v_head_dim))
         is_first = heads.query[0] == 0 and heads.query[1] > 0
         self.o_bias = read("o_bias") if a.out_bias and is_first else None
-        self.kv_head_H = heads.kv_of_query(a.heads, a.kv_heads).to(self.qkv.device)
+        kv_head_H = heads.kv_of_query(a.heads, a.kv_heads).to(self.qkv.device)
+        self.attend = attention_of(
+            kv_head_H, a.scale, spec.window(layer), self.sinks, self.qkv.dtype, a.head_dim, a.v_head_dim
+        )
 
     def __call__(self, h_TD: Tensor, step: StepInput, cache: LayerCache) -> Tensor:
         """Partial sums [T, D] over this rank's heads; writes this step's keys and values into the cache."""
@@ -134,16 +137,7 @@ class GroupedQueryAttention:
             q_THQ, k_TCQ = rms_norm(q_THQ, self.q_norm, self.eps), rms_norm(k_TCQ, self.k_norm, self.eps)
         cache.keys[step.cache_slots_T] = self._rotate(k_TCQ, step)
         cache.values[step.cache_slots_T] = v_TCV
-        mixed_THV = paged_attention(
-            self._rotate(q_THQ, step),
-            cache.keys,
-            cache.values,
-            step.paged,
-            self.kv_head_H,
-            a.scale,
-            self.window,
-            self.sinks,
-        )
+        mixed_THV = self.attend(self._rotate(q_THQ, step), cache.keys, cache.values, step.paged)
         return F.linear(mixed_THV.flatten(1), self.o, self.o_bias)
 
     def _rotate(self, x_THQ: Tensor, step: StepInput) -> Tensor:
@@ -182,7 +176,7 @@ class LatentAttention:
         self, spec: ModelSpec, source: WeightSource, layer: int, heads: Heads, group: Transport | None, rope: Rope
     ) -> None:
         a = self.spec = spec.attention
-        self.eps, self.rope, self.window = a.latent_norm_eps, rope, spec.window(layer)
+        self.eps, self.rope = a.latent_norm_eps, rope
 
         def read(name: str, rows: Span | None = None) -> Tensor:
             return source.read(Param(name, layer), rows=rows)
@@ -200,7 +194,9 @@ class LatentAttention:
         self.o = source.read(Param("o", layer), columns=_scaled(heads.query, a.v_head_dim))
         is_first = heads.query[0] == 0 and heads.query[1] > 0
         self.o_bias = read("o_bias") if a.out_bias and is_first else None
-        self.kv_head_H = torch.zeros(heads.query[1] - heads.query[0], dtype=torch.int64, device=self.o.device)
+        kv_head_H = torch.zeros(heads.query[1] - heads.query[0], dtype=torch.int64, device=self.o.device)
+        width = a.kv_rank + a.rope_dim
+        self.attend = attention_of(kv_head_H, a.scale, spec.window(layer), None, self.o.dtype, width, a.kv_rank)
 
     def __call__(self, h_TD: Tensor, step: StepInput, cache: LayerCache) -> Tensor:
         """Partial sums [T, D] over this rank's heads; writes this step's latent rows into the cache."""
@@ -216,7 +212,7 @@ class LatentAttention:
         nope_THN, rope_THW = q_THQ.split([a.nope_dim, a.rope_dim], dim=-1)
         absorbed_THL = torch.einsum("thn,hnl->thl", nope_THN, self.k_up_HNL)
         q_THX = torch.cat([absorbed_THL, self.rope.rotate(rope_THW, step.cos, step.sin)], dim=-1)
-        mixed_THL = paged_attention(q_THX, cache.keys, cache.values, step.paged, self.kv_head_H, a.scale, self.window)
+        mixed_THL = self.attend(q_THX, cache.keys, cache.values, step.paged)
         mixed_THV = torch.einsum("thl,hvl->thv", mixed_THL, self.v_up_HVL)
         return F.linear(mixed_THV.flatten(1), self.o, self.o_bias)
 
