@@ -134,3 +134,14 @@ def test_a_model_that_does_not_fit() -> None:
     given = Setup.of(preset("deepseek-v3"), cluster("hgx-h100"), "ep2")
     with pytest.raises(CapacityError, match="layout = ep2: deepseek-v3"):
         simulate(given, LOAD, requests=5)
+
+
+@pytest.mark.parametrize(("layout", "sequences"), [("tp2", 64), ("ep8", 256), ("pp2tp4", 64)])
+def test_a_full_deployment_serves_what_the_planner_says(layout: str, sequences: int) -> None:
+    """Under a constant number of equal requests the planner's closed form and the simulation have to agree."""
+    given, load = setup(layout), Load(prompt=1000, output=200, sequences=sequences)
+    batch = sequences / given.deployment.layout.attention_groups
+    planned = given.scorer(load).score(given.deployment, given.options, batch)
+    result, _ = simulate(given, load, requests=4 * sequences)
+    assert result.output_tps == pytest.approx(planned.output_rate.value, rel=0.05)
+    assert result.met_slo is None

@@ -156,9 +156,10 @@ def test_lost_sequences_go_on_elsewhere_with_what_they_have() -> None:
     assert (hurt.finish_s[moved] == whole.finish_s[0] + 8.5).all(), "and their tokens are computed again in a step"
 
 
-def test_a_replica_with_one_expert_group_restarts() -> None:
+@pytest.mark.parametrize("layout", ["tp2", "attn4ep4"])
+def test_a_replica_with_one_attention_group_restarts(layout: str) -> None:
     load = requests((0.0, 10, 10))
-    ledger = simulate("tp2", load, Constant(1.0), losses=[Loss(gpus=(1,), at_s=4.5, recovery_s=100.0)]).ledger
+    ledger = simulate(layout, load, Constant(1.0), losses=[Loss(gpus=(1,), at_s=4.5, recovery_s=100.0)]).ledger
     assert ledger.finish_s.tolist() == [104.5 + 6.0]  # four tokens were there, the fifth comes with the prompt
 
 

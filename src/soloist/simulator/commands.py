@@ -95,13 +95,15 @@ def _sentences(result: Result) -> list[str]:
     origins = ", ".join(f"{share:.0%} {name}" for name, share in sorted(result.origins.items()))
     lines = [
         f"{result.finished} of {result.requests} requests finished in {result.duration_s:.1f} s and {result.steps} "
-        f"steps; {result.met_slo:.1%} within the SLO, {result.refused} refused, {result.resubmitted} resubmitted after "
-        f"a loss, {result.preemptions} preemptions, {result.rebalancings} rebalancings.",
+        f"steps; {result.refused} refused, {result.resubmitted} resubmitted after a loss, {result.preemptions} "
+        f"preemptions, {result.rebalancings} rebalancings.",
         f"Output {result.output_tps:.0f} tokens/s, {result.output_tps_per_gpu:.1f} a GPU; "
         f"{result.middle_output_tps:.0f} in the middle half of the time. Input {result.input_tps:.0f} tokens/s.",
         f"A GPU's time: {result.computing:.0%} computing, {result.links:.0%} waiting for links, the rest idle. Longest "
         f"queue {np.max(result.timeline.waiting):.0f}.",
     ]
+    if result.met_slo is not None:
+        lines.append(f"{result.met_slo:.1%} of the requests within the SLO.")
     if result.band is not None:
         lines.append(f"Step times are predicted within ± {result.band:.0%} ({origins}).")
     return [*lines, *(f"{count} refused: {reason}" for reason, count in result.refusals.items())]

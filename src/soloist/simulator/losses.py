@@ -2,7 +2,7 @@
 
 The unit of loss is an attention group with its peers in all stages: without one of its GPUs it cannot work. The other
 groups of the replica wait for `recovery_s`, do the steps under way again and take over its requests; its experts are
-served by the others. A replica with a single expert group restarts as a whole instead.
+served by the others. A replica with a single attention group restarts as a whole instead.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Result(Spec, frozen=True, kw_only=True):
     ttft_s: Spread | None
     tpot_s: Spread | None
     latency_s: Spread | None
-    met_slo: float
+    met_slo: float | None
     computing: float
     links: float
     preemptions: int
@@ -125,8 +125,10 @@ def result_of(run: Simulation, ttft_s: float = 0.0, tpot_s: float = 0.0, bins: i
     )
 
 
-def met(run: Simulation, ttft_s: float, tpot_s: float) -> float:
-    """Share of all requests that finished within the SLO."""
+def met(run: Simulation, ttft_s: float, tpot_s: float) -> float | None:
+    """Share of all requests that finished within the SLO; None where there is none."""
+    if not ttft_s and not tpot_s:
+        return None
     ledger = run.ledger
     good = ledger.finished
     if ttft_s:

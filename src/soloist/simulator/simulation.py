@@ -155,7 +155,7 @@ class Simulation:
             return
         for number, groups in lost.items():
             replica = self.replicas[number]
-            if self.layout.ep == 1:
+            if self.layout.attention_groups == 1:
                 orphans = replica.restart(self.clock.now, loss.recovery_s)
                 self.load[number] = 0
             else:
