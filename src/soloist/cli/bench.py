@@ -20,7 +20,7 @@ from soloist.cli.options import (
 )
 from soloist.errors import ConfigurationError
 
-app = typer.Typer(help="Measure: layouts, the exchange, the expert layer.", no_args_is_help=True)
+app = typer.Typer(help="Measure: layouts, a server.", no_args_is_help=True)
 
 
 @app.command()
@@ -63,3 +63,59 @@ def compare(
         console.print(bench.check_greedy(series), style="green", highlight=False)
     for path in bench.write(series, out):
         console.print(f"wrote {path}", style="dim", highlight=False)
+
+
+@app.command("serve")
+def serve_(
+    url: Annotated[str, typer.Argument(help="Of any OpenAI-compatible server: http://127.0.0.1:8000.")],
+    model: Annotated[str, typer.Option("--model", help="What the server calls the model.")],
+    load: Annotated[
+        str,
+        typer.Option(help="prompt=100,output=50,rate=20,arrival=poisson|bursts|uniform,spread=0.5,ttft=2s,tpot=50ms"),
+    ] = "prompt=100,output=50,rate=10",
+    requests: Annotated[int, typer.Option(help="How many.")] = 100,
+    dataset: Annotated[Path | None, typer.Option(help="ShareGPT-style JSON; instead of random token ids.")] = None,
+    vocab: Annotated[int, typer.Option(help="Random token ids are drawn below this.")] = 1000,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key to send.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
+    out: Annotated[Path, typer.Option(help="Folder for requests.jsonl, serve.jsonl, serve.png.")] = Path("out/serve"),
+    seed: Annotated[int, typer.Option(help="Of lengths, arrivals and prompts.")] = 0,
+) -> None:
+    """Send requests to a server when they are due, whatever it answers, and measure what users would see."""
+    import asyncio
+    import json
+
+    from soloist.bench import serve as bench
+    from soloist.bench.sse import Client
+    from soloist.specs.workload import Load
+
+    wanted = Load.parse(load)
+    planned = (
+        bench.plan_file(wanted, dataset, requests, model, seed)
+        if dataset
+        else bench.plan_random(wanted, requests, model, seed, vocab)
+    )
+    outcomes = asyncio.run(bench.send(Client(url, api_key, timeout), planned, "/v1/completions"))
+    summary = bench.summarise(outcomes, wanted)
+    console = Console()
+    console.print(bench.table(summary))
+    for path in bench.write(outcomes, summary, out):
+        console.print(f"wrote {path}", style="dim", highlight=False)
+    for error, times in summary["errors"].items():
+        console.print(f"{times} × {error}", style="red", highlight=False, markup=False)
+    typer.echo(json.dumps(summary))
+
+
+@app.command("front-end")
+def front_end(
+    streams: Annotated[int, typer.Option(help="Requests at once.")] = 256,
+    tokens: Annotated[int, typer.Option(help="Of each request.")] = 400,
+    leaders: Annotated[int, typer.Option(help="That send one message a step.")] = 4,
+    step_ms: Annotated[float, typer.Option(help="Time of a step; the tokens asked for are streams / step.")] = 10.0,
+) -> None:
+    """Tokens a second that the server streams when the ranks are no limit."""
+    import json
+
+    from soloist.bench.front_end import measure
+
+    typer.echo(json.dumps(measure(streams, tokens, leaders, step_ms / 1e3)))

@@ -1,0 +1,43 @@
+"""A load test as a picture: TTFT, TPOT and latency as cumulated shares, and tokens over time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib.axes import Axes  # noqa: E402
+
+
+def plot_serve(requests: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:
+    """Four panels."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure.suptitle(
+        f"{summary['requests']} requests, {summary['tps']:.0f} tokens/s, "
+        f"{summary['met_slo']:.0%} within the SLO; {summary['load']}",
+        fontsize=9,
+    )
+    answered = [request for request in requests if request["error"] is None and request["ttft_s"] is not None]
+    for axis, key, title in (
+        (axes[0, 0], "ttft_s", "TTFT, ms"),
+        (axes[0, 1], "tpot_s", "TPOT, ms"),
+        (axes[1, 0], "latency_s", "Whole request, ms"),
+    ):
+        _cumulated(axis, [r[key] * 1e3 for r in answered if r[key] is not None], title)
+    axes[1, 1].scatter([r["due_s"] for r in answered], [r["ttft_s"] * 1e3 for r in answered], s=6)
+    axes[1, 1].set_title("TTFT (ms) by arrival (s)", fontsize=10)
+    axes[1, 1].spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _cumulated(axis: Axes, values: Sequence[float], title: str) -> None:
+    axis.plot(np.sort(values), np.arange(1, len(values) + 1) / max(len(values), 1))
+    axis.set(ylim=(0, 1), ylabel="share of requests")
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
