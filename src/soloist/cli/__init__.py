@@ -14,7 +14,7 @@ import soloist
 from soloist.cli import bench
 from soloist.cli.generate import generate
 from soloist.cli.planning import plan, scenarios, simulate, validate
-from soloist.cli.serve import serve
+from soloist.cli.serve import serve, top
 from soloist.errors import ConfigurationError, RequestError, SoloistError
 
 USER_ERROR, FAILURE = 2, 1  # exit codes
@@ -56,6 +56,7 @@ def soloist_(
 for command in (plan, simulate, scenarios, validate, generate):
     app.command()(command)
 app.command()(serve)
+app.command()(top)
 app.add_typer(bench.app, name="bench")
 
 

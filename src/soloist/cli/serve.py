@@ -60,3 +60,16 @@ def serve(
     options = engine_options(device, dtype, transport, kv_tokens, random_weights, [*watched, *(settings or [])])
     with LLM(model, layout, placement, options, chat_template=chat_template) as llm:
         serve(Served.of(llm, name or Path(model).name), limits, listening, log_level)
+
+
+def top(
+    url: Annotated[str, typer.Argument(help="Of a running server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="SOLOIST_API_KEY", help="Key to give.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print it once and end.")] = False,
+) -> None:
+    """Watch a server in the terminal; its /dashboard shows the same in a browser."""
+    from rich.console import Console
+
+    from soloist.server.top import watch
+
+    watch(url, api_key, once, Console())

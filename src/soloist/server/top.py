@@ -1,0 +1,95 @@
+"""`soloist top`: the dashboard in a terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from soloist.errors import ClusterError
+
+SHADES = " ░▒▓█"
+INTERVAL_S = 2.0
+ANSWER_S = 10.0
+
+
+def watch(url: str, key: str | None, once: bool, console: Console) -> None:
+    """Show a server's details, again and again unless `once`, until interrupted. Raises ClusterError."""
+    with Live(view(fetch(url, key)), console=console, screen=not once, auto_refresh=False) as live:
+        while not once:
+            time.sleep(INTERVAL_S)
+            live.update(view(fetch(url, key)), refresh=True)
+
+
+def fetch(url: str, key: str | None) -> dict[str, Any]:
+    """What `/details` answers."""
+    address = f"{url.rstrip('/')}/details"
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+            return json.load(answer)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise ClusterError(f"{address}: {error}; is a server running there, and is the key right?") from error
+
+
+def view(details: Mapping[str, Any]) -> Group:
+    """Everything on one screen."""
+    return Group(_head(details), _alerts(details), _experts(details), _ranks(details))
+
+
+def _head(details: Mapping[str, Any]) -> Table:
+    shown = Table(title=f"{details['model']} on {details['layout']}", box=None, expand=False)
+    used, total = (sum(one[key] for one in details["leaders"]) for key in ("blocks_used", "blocks_total"))
+    cells = {
+        "tokens/s": f"{details['tokens']['tps']:.1f}",
+        "TTFT p50 / p99": f"{_ms(details['ttft_s']['p50'])} / {_ms(details['ttft_s']['p99'])}",
+        "TPOT p50 / p99": f"{_ms(details['tpot_s']['p50'])} / {_ms(details['tpot_s']['p99'])}",
+        "open / waiting": f"{details['requests']['open']} / {details['requests']['waiting']}",
+        "KV blocks": f"{used} of {total}",
+    }
+    for name in cells:
+        shown.add_column(name, justify="right")
+    shown.add_row(*cells.values())
+    return shown
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _alerts(details: Mapping[str, Any]) -> Text:
+    if not details["alerts"]:
+        return Text("all within their thresholds", style="green")
+    lines = [f"▲ {alert['what']}: {alert['value']:.3g}, limit {alert['limit']:.3g}" for alert in details["alerts"]]
+    return Text("\n".join(lines), style="red")
+
+
+def _experts(details: Mapping[str, Any]) -> Table:
+    """A shade for each expert: its tokens over the layer's mean, full from twice the mean on."""
+    shown = Table("layer", "experts (shade: tokens over the mean)", "max/mean", box=None)
+    for layer, loads in details["experts"].items():
+        relative = np.array(loads) / (np.mean(loads) or 1.0)
+        shades = (SHADES[min(len(SHADES) - 1, int(value * (len(SHADES) - 1) / 2))] for value in relative)
+        shown.add_row(layer, "".join(shades), f"{relative.max():.2f}")
+    return shown
+
+
+def _ranks(details: Mapping[str, Any]) -> Table:
+    shown = Table("rank", "rows", "steps", "waited", "sent, MB", "memory, MB", box=None)
+    for column in shown.columns:
+        column.justify = "right"
+    for rank in details["ranks"]:
+        waited = rank["waited_s"] / details["window_s"] if details["window_s"] else 0.0
+        memory = (rank["weight_bytes"] + rank["kv_bytes"]) / 1e6
+        cells = (rank["rank"], rank["rows"], rank["steps"], f"{waited:.0%}")
+        shown.add_row(*map(str, cells), f"{rank['sent_bytes'] / 1e6:.2f}", f"{memory:.1f}")
+    return shown
