@@ -163,6 +163,14 @@ def test_a_replica_with_one_attention_group_restarts(layout: str) -> None:
     assert ledger.finish_s.tolist() == [104.5 + 6.0]  # four tokens were there, the fifth comes with the prompt
 
 
+def test_a_restarting_replica_gets_nothing_to_do_before_it_is_back() -> None:
+    load = requests((0.0, 10, 10), (0.0, 10, 10), (5.0, 10, 2), (60.0, 10, 9), (61.0, 10, 2))
+    run = simulate("dp2tp2", load, Constant(1.0), losses=[Loss(gpus=(1,), at_s=4.5, recovery_s=50.0)])
+    assert run.ledger.submissions.tolist() == [2, 1, 1, 1, 1]
+    assert run.ledger.finish_s.max() == 69.0
+    assert (run.steps["start_s"][run.steps["replica"] == 0] > 54.5).sum() == 9, "back in service"
+
+
 def test_a_loss_without_survivors_is_refused() -> None:
     losses = [Loss(gpus=(0, 1), at_s=0.5)]
     with pytest.raises(ConfigurationError, match="no attention group is left"):

@@ -157,7 +157,7 @@ class Simulation:
             replica = self.replicas[number]
             if self.layout.attention_groups == 1:
                 orphans = replica.restart(self.clock.now, loss.recovery_s)
-                self.load[number] = 0
+                self._withdraw(number)
             else:
                 orphans = replica.lose(groups - replica.lost, self.clock.now, loss.recovery_s)
                 self.load[number, list(groups)] = np.inf
@@ -166,6 +166,17 @@ class Simulation:
                 self.ledger.done[request] += tokens
                 self._submit(request)
             self._set_turn(number)
+
+    def _withdraw(self, number: int) -> None:
+        """Give a restarting replica nothing to do before it is back, if there are others."""
+        self.load[number] = np.inf
+        if np.isinf(self.load).all():
+            self.load[number] = 0
+        self.clock.at(self.replicas[number].resume_s, partial(self._return, number), LOSS)
+
+    def _return(self, number: int) -> None:
+        if np.isinf(self.load[number]).all() and self.clock.now >= self.replicas[number].resume_s:
+            self.load[number] = 0
 
     def _check_survivors(self, loss: Loss) -> None:
         if np.isinf(self.load).all():

@@ -7,7 +7,6 @@ certainly are, `advance` takes them at once and leaves the same state as taking 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 
 import msgspec
@@ -21,34 +20,30 @@ from soloist.scheduling.sequence import SequenceState
 TOKEN = 0  # what every simulated sequence is continued with
 
 
-class CountedBlocks(BlockPool):
-    """A pool whose blocks have no identity: enough where no prefix is cached, and as quick for a large cache."""
+class GrowingPool(BlockPool):
+    """A pool that knows only those of its blocks that were ever used: thousands of groups have large caches."""
 
     def __init__(self, total: int) -> None:
         super().__init__(0)
-        self.total = self._left = total
+        self.total = total
 
     @property
     def available(self) -> int:
-        return self._left
+        return super().available + self.total - len(self._references)
 
-    def take(self, count: int) -> tuple[int, ...]:
-        assert count <= self._left
-        self._left -= count
-        return (0,) * count
-
-    def release(self, blocks: Sequence[int]) -> None:
-        self._left += len(blocks)
-        assert self._left <= self.total
+    def _take(self) -> int:
+        if not self._free and len(self._references) < self.total:
+            self._free.append(len(self._references))
+            self._references.append(0)
+        return super()._take()
 
 
 class SteadyScheduler(Scheduler):
     """A scheduler whose every answer is `TOKEN`, so that batches to come are known as long as nothing happens."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        super().__init__(config)
-        if not config.prefix_caching:
-            self._pool = CountedBlocks(config.blocks)
+        super().__init__(msgspec.structs.replace(config, blocks=1))
+        self.config, self._pool = config, GrowingPool(config.blocks)
 
     def steady_rounds(self) -> int:
         """Rounds that every batch under way can take unchanged if nobody arrives; 0 where that is not certain.
