@@ -22,7 +22,7 @@ from soloist.bench.load import Load, check_batch, check_home
 from soloist.bench.report import Ceilings, Point, commit, report
 from soloist.dispatch.forms import COPY, LATENCY, Form
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
-from soloist.dispatch.one_sided import OneSidedDispatcher
+from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
 from soloist.transport.symmetric import Watch
 
 
@@ -65,7 +65,9 @@ class ExchangeRun:
             lane.y_RD(shape).fill_(float("nan"))
         bench.barrier()
         batch = dispatcher.start_dispatch(self.x_TD, self.choice, "bench, dispatch").wait()
-        scale_R = batch.ticket.lane.scale_R(shape) if shape.fp8 else None
+        ticket = batch.ticket
+        assert isinstance(ticket, Ticket)
+        scale_R = ticket.lane.scale_R(shape) if shape.fp8 else None
         used = check_batch(batch, self.inputs, bench.rank, scale_R)
         answers = [self.answers(rank) for rank in range(bench.size)]
         out_TD = dispatcher.start_combine(answers[bench.rank], batch, "bench, combine").wait()

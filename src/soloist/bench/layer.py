@@ -24,7 +24,7 @@ from soloist.bench.load import Load
 from soloist.bench.report import Ceilings, Point, commit, report
 from soloist.dispatch.base import ExpertBatch, SlotChoice
 from soloist.dispatch.forms import Form, choose_form
-from soloist.dispatch.one_sided import OneSidedDispatcher
+from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
 from soloist.kernels.experts import ExpertTiles, choose_tiles, swiglu_experts
 
 DECODE_TOKENS = 512
@@ -49,7 +49,7 @@ class LayerRun:
         self.dispatcher: OneSidedDispatcher = one_sided(bench, self.shape, self.form, LANES if self.chunks > 1 else 1)
         self.gate_up, self.down = self.weights(bench.rank)
         used = bench.size * load.tokens * load.top_k / load.experts / self.chunks
-        self.tiles = self.tiles or choose_tiles(used)
+        self.tiling = self.tiles or choose_tiles(used)
 
     def weights(self, rank: int) -> tuple[Tensor, Tensor]:
         """gate_up `[S, 2F, D]` and down `[S, D, F]` of a rank's experts."""
@@ -66,7 +66,7 @@ class LayerRun:
         return draw(2 * self.width, load.d_model), draw(load.d_model, self.width)
 
     def experts(self, batch: ExpertBatch, x_XD: Tensor | None = None) -> Tensor:
-        return swiglu_experts(batch.rows_RD, batch.row_X, batch.offsets_S, self.gate_up, self.down, self.tiles, x_XD)
+        return swiglu_experts(batch.rows_RD, batch.row_X, batch.offsets_S, self.gate_up, self.down, self.tiling, x_XD)
 
     def parts(self) -> list[tuple[Tensor, SlotChoice]]:
         """The tokens in chunks."""
@@ -80,7 +80,7 @@ class LayerRun:
         arriving = self.dispatcher.start_dispatch(*parts[0])
         for i in range(self.chunks):
             following = self.dispatcher.start_dispatch(*parts[i + 1]) if i + 1 < self.chunks else None
-            batch, x_XD = (arriving.wait(), None) if self.tiles.gather else arriving.wait_expanded()
+            batch, x_XD = (arriving.wait(), None) if self.tiling.gather else arriving.wait_expanded()
             going.append(self.dispatcher.start_combine_expanded(self.experts(batch, x_XD), batch))
             if i:
                 out.append(going[i - 1].wait())
@@ -92,10 +92,12 @@ class LayerRun:
         dispatcher = self.dispatcher
         batch = dispatcher.start_dispatch(*self.parts()[0]).wait()
         dispatcher.start_combine_expanded(self.experts(batch), batch).wait()
+        ticket = batch.ticket
+        assert isinstance(ticket, Ticket)
 
         def work() -> None:
             for _ in range(self.chunks):
-                dispatcher._weigh(batch.ticket, self.experts(batch), weigh=True, push=False)
+                dispatcher._weigh(ticket, self.experts(batch), weigh=True, push=False)
 
         return work
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -29,7 +29,7 @@ class Point:
 
     what: str
     variant: str
-    shape: dict[str, object]
+    shape: Mapping[str, object]
     seconds: float
     ceiling_s: float
     bound_by: str

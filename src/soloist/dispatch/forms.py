@@ -48,7 +48,7 @@ def choose_form(shape: ExchangeShape, latency_tokens: int = 512) -> Form:
     if shape.capacity <= latency_tokens:
         return LATENCY
     visited = 1 - (1 - 1 / shape.groups) ** shape.top_k
-    return COPY if visited > 0.7 else PUSH
+    return COPY if visited > 0.8 else PUSH
 
 
 class SideStream:
@@ -63,10 +63,10 @@ class SideStream:
         self.stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.stream)
 
-    def mark(self) -> torch.cuda.Event | None:
+    def mark(self) -> torch.Event | None:
         """The work given so far."""
         return None if self.stream is None else self.stream.record_event()
 
-    def join(self, mark: torch.cuda.Event | None) -> None:
+    def join(self, mark: torch.Event | None) -> None:
         if mark is not None:
             torch.cuda.current_stream().wait_event(mark)

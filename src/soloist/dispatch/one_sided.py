@@ -53,7 +53,7 @@ class OneSidedDispatcher:
     watch: Watch
     form: Form
     side: SideStream
-    turn: cycle[int] = field(default=None, repr=False)
+    turn: cycle[int] = field(repr=False)
 
     @classmethod
     def of(cls, shape: ExchangeShape, lanes: tuple[Lane, ...], watch: Watch, form: Form | None = None):
@@ -137,7 +137,7 @@ class OneSidedDispatcher:
             dense=False,
         )
 
-    def _receive_rows(self, ticket: Ticket, sent: torch.cuda.Event | None) -> None:
+    def _receive_rows(self, ticket: Ticket, sent: torch.Event | None) -> None:
         self.side.join(sent)
         self._await(ticket, "rows")
 
@@ -163,7 +163,9 @@ class OneSidedDispatcher:
 
     def room(self, batch: ExpertBatch) -> Tensor:
         """y_RD: where the experts may write their rows to spare a copy."""
-        return batch.ticket.lane.y_RD(batch.ticket.shape)
+        ticket = batch.ticket
+        assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
+        return ticket.lane.y_RD(ticket.shape)
 
     def _start_combine(self, y: Tensor, batch: ExpertBatch, expanded: bool) -> Returning:
         ticket = batch.ticket
@@ -198,7 +200,7 @@ class OneSidedDispatcher:
             first = shape.order(peer) * shape.capacity
             lane.home_RD(shape, peer)[here].copy_(y_RD[first : first + shape.capacity])
 
-    def _sum(self, ticket: Ticket, pulled: bool, sent: torch.cuda.Event | None) -> Tensor:
+    def _sum(self, ticket: Ticket, pulled: bool, sent: torch.Event | None) -> Tensor:
         lane, shape = ticket.lane, ticket.shape
         out_TD = torch.empty(ticket.tokens, shape.d_model, dtype=shape.dtype, device=lane.window.device)
         block, chunks, warps = self.form.chunks(shape.d_model)
@@ -243,7 +245,7 @@ class Arriving:
 
     dispatcher: OneSidedDispatcher
     ticket: Ticket
-    sent: torch.cuda.Event | None = None
+    sent: torch.Event | None = None
     x_TD: Tensor | None = None
 
     def wait(self) -> ExpertBatch:
@@ -265,12 +267,12 @@ class Arriving:
         x_XD = torch.empty(len(batch.row_X), shape.d_model, dtype=shape.dtype, device=batch.row_X.device)
         scale_R = ticket.lane.scale_R(shape) if shape.fp8 else None
         own = dispatcher._own_rows(ticket)
-        early = self.x_TD is not None and not shape.fp8
-        if early:
-            dispatcher._spread(ticket, self.x_TD, None, own.start, x_XD)
+        rest = [slice(0, shape.rows)]
         if self.x_TD is not None:
+            if not shape.fp8:
+                dispatcher._spread(ticket, self.x_TD, None, own.start, x_XD)
+                rest = [slice(0, own.start), slice(own.start + shape.capacity, shape.rows)]
             dispatcher._receive_rows(ticket, self.sent)
-        rest = [slice(0, own.start), slice(own.start + shape.capacity, shape.rows)] if early else [slice(0, shape.rows)]
         for part in rest:
             scale = None if scale_R is None else scale_R[part]
             dispatcher._spread(ticket, batch.rows_RD[part], scale, part.start, x_XD)
@@ -284,7 +286,7 @@ class Returning:
     dispatcher: OneSidedDispatcher
     ticket: Ticket
     pulled: bool
-    sent: torch.cuda.Event | None = None
+    sent: torch.Event | None = None
 
     def wait(self) -> Tensor:
         return self.dispatcher._sum(self.ticket, self.pulled, self.sent)

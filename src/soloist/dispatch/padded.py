@@ -119,7 +119,7 @@ class PaddedDispatcher:
         """out_TD: fp32 over the groups of a node, rounded, fp32 over the nodes, rounded."""
         place_TJ, group_TJ = places.sums(self.peers.size)
         node_TJ = self._node_G[group_TJ]
-        total_TD: Tensor | float = 0.0
+        total_TD = torch.zeros(len(place_TJ), y_RD.shape[1], device=y_RD.device)
         for node in range(max(self._nodes) + 1):
             partial_TD = ordered_sum(y_RD, place_TJ.where(node_TJ == node, len(y_RD))).to(y_RD.dtype)
             total_TD = total_TD + partial_TD.float()

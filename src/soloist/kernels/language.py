@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from soloist.errors import ConfigurationError
 
@@ -22,13 +23,24 @@ class _Missing:
         raise ConfigurationError.of("kernel", self.name, "install Triton, which comes with PyTorch for CUDA")
 
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ModuleNotFoundError:
-    triton: Any = SimpleNamespace(jit=lambda kernel=None, **options: _Missing(kernel) if kernel else _Missing)
-    tl: Any = SimpleNamespace(constexpr=lambda value: value)
-    TensorDescriptor: Any = None
+if TYPE_CHECKING:  # a kernel's types are Triton's, not Python's
 
-AVAILABLE = hasattr(triton, "cdiv")
+    class _Language(type):
+        def __getattr__(cls, name: str) -> Any: ...
+
+    class tl(metaclass=_Language):
+        class constexpr(Any): ...
+
+    triton: Any
+    TensorDescriptor: Any
+else:
+    try:
+        import triton
+        import triton.language as tl
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    except ModuleNotFoundError:
+        triton = SimpleNamespace(jit=lambda kernel=None, **options: _Missing(kernel) if kernel else _Missing)
+        tl = SimpleNamespace(constexpr=lambda value: value)
+        TensorDescriptor = None
+
+AVAILABLE = importlib.util.find_spec("triton") is not None

@@ -6,8 +6,10 @@ plain tensors, and the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +58,7 @@ class SymmetricGroup:
     name: str = field(default_factory=lambda: f"soloist-{next(_group_numbers)}")
 
     def __post_init__(self) -> None:
-        from torch._C import _distributed_c10d as c10d
+        c10d: Any = importlib.import_module("torch._C._distributed_c10d")
 
         # Symmetric memory finds ranks and store by the name of a process group; none of its collectives is used.
         self._named = c10d.ProcessGroup(self.store, self.rank, self.size)
