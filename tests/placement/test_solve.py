@@ -192,3 +192,8 @@ def test_impossible_slots_are_refused() -> None:
         Target.of(6, [0, 1], slots=1)
     with pytest.raises(ConfigurationError, match="slots = 7"):
         Target.of(6, [0, 1], slots=7)
+
+
+def test_negative_weights_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"weights\.nic = -1"):
+        Weights(nic=-1)

@@ -42,6 +42,11 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
     load: float = 1.0
     migration: float = 0.0
 
+    def __post_init__(self) -> None:
+        for key in self.__struct_fields__:
+            if not getattr(self, key) >= 0:
+                raise ConfigurationError.of(f"weights.{key}", getattr(self, key), "must not be negative")
+
 
 @dataclass(frozen=True)
 class Target:
