@@ -50,7 +50,7 @@ def deployment(layout: str, layers: int, experts: int, per_node: int = 8) -> tup
 
 def test_the_number_of_series_is_bounded():
     metrics, _, _ = deployment("ep128", 61, 256)
-    assert len(samples(metrics.page())) == 1329
+    assert len(samples(metrics.page())) == 1330
 
 
 def test_ranks_and_layers():
@@ -96,6 +96,7 @@ def test_a_request_is_counted_once(fake):
     assert found["time_to_first_token_seconds_count",] == 2
     assert found["inter_token_latency_seconds_count",] == 8
     assert found["sequences_ended_total", "length"] == 2
+    assert found["requests_accepted_total",] == found["requests_ended_total", "complete"] == 1
     assert details["tokens"]["generated"] == 10
     assert details["tpot_s"]["p50"] > 0
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -42,6 +43,11 @@ class Call:
     @property
     def done(self) -> bool:
         return self.failure is not None or self.cancelled or all(request.done for request in self.requests)
+
+    @property
+    def outcome(self) -> str:
+        """How it ended: "complete", "cancelled", or the code of its error."""
+        return self.failure.code if self.failure else "cancelled" if self.cancelled else "complete"
 
     @property
     def started(self) -> bool:
@@ -91,7 +97,8 @@ class Desk:
         self.max_waiting, self.timeout_s = max_waiting, timeout_s
         self.draining = False
         self.last_wait_s = 0.0  # for a first token
-        self.refused = 0
+        self.accepted = self.refused = 0
+        self.ended: Counter[str] = Counter()  # calls by outcome
         self._calls: dict[Call, asyncio.TimerHandle] = {}
         self._call_of: dict[int, Call] = {}  # by the id of the front end's request
         self._waiting: set[Call] = set()
@@ -132,6 +139,7 @@ class Desk:
         self._calls[call] = self._loop.call_later(self.timeout_s, self._expire, call)
         self._call_of |= {id(request): call for request in call.requests}
         self._waiting.add(call)
+        self.accepted += 1
         self._loop.call_soon(self._pump)  # sending may have used up the socket's signal of something to read
         return call
 
@@ -165,6 +173,7 @@ class Desk:
     def release(self, call: Call) -> None:
         """The call has been answered as far as it can be."""
         self.cancel(call)
+        self.ended[call.outcome] += 1
         self._calls.pop(call).cancel()
         self._waiting.discard(call)
         for request in call.requests:

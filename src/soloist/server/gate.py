@@ -79,13 +79,8 @@ class _Entry:
         }
         call: Call | None = self.scope["state"].get("call")
         if call:
-            fields |= {"outcome": outcome(call), "prompt_tokens": call.prompt_tokens, "tokens": call.generated}
+            fields |= {"outcome": call.outcome, "prompt_tokens": call.prompt_tokens, "tokens": call.generated}
         log.log(level, "request", extra={"fields": fields})
-
-
-def outcome(call: Call) -> str:
-    """How a call ended: "complete", "cancelled", or the code of its error."""
-    return call.failure.code if call.failure else "cancelled" if call.cancelled else "complete"
 
 
 class JsonLines(logging.Formatter):

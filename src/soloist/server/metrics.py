@@ -1,7 +1,8 @@
 """Metrics in Prometheus' form: what clients see, what schedulers hold, how the experts are loaded.
 
 Tokens are counted by plain integers as they pass; everything is put into Prometheus' form when it is asked for. The
-labels are rank, leader, layer, link and reason, never two together, so that there are few series; `/details` has more.
+labels are rank, leader, layer, link, reason and outcome, never two together, so that there are few series; `/details`
+has more.
 """
 
 from __future__ import annotations
@@ -113,6 +114,11 @@ class Metrics(Collector):
         yield ended
         yield GaugeMetricFamily("requests_open", "Requests accepted and not yet answered.", desk.calls)
         yield GaugeMetricFamily("requests_waiting", "Requests without a first token.", desk.waiting)
+        yield CounterMetricFamily("requests_accepted", "Requests accepted.", desk.accepted)
+        calls = CounterMetricFamily("requests_ended", "Requests by how they ended.", labels=["outcome"])
+        for outcome, count in desk.ended.items():
+            calls.add_metric([outcome], count)
+        yield calls
         yield CounterMetricFamily("requests_refused", "Requests refused because the queue was full.", desk.refused)
 
     def _schedulers(self) -> Iterator[Metric]:
