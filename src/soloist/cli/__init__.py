@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import soloist
-from soloist.cli import bench
+from soloist.cli import bench, placement
 from soloist.cli.generate import generate
 from soloist.cli.planning import plan, scenarios, simulate, validate
 from soloist.cli.serve import serve, top
@@ -58,6 +58,8 @@ for command in (plan, simulate, scenarios, validate, generate):
 app.command()(serve)
 app.command()(top)
 app.add_typer(bench.app, name="bench")
+app.add_typer(placement.app, name="placement")
+app.command()(placement.record)
 
 
 def _print_error(error: Exception, text: str, verbose: bool) -> None:
