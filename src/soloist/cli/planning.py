@@ -64,7 +64,7 @@ def simulate(
     load: LoadOption = "prompt=1000,output=200,rate=10",
     requests: Annotated[int, typer.Option(help="How many.")] = 1000,
     trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths: Azure CSV, ShareGPT JSON.")] = None,
-    lose: Annotated[list[str] | None, typer.Option(help="A loss, such as gpu=3@60 or node=1@120.")] = None,
+    lose: Annotated[list[str] | None, typer.Option(help="A loss: gpu=3,at=60s,recovery=5s or node=1,at=120s.")] = None,
     drift: Annotated[str, typer.Option(help="Of the hot experts: drift=60,rebalance=120,move=0.05")] = "",
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
     precision: Annotated[str, typer.Option(help="Of weights and KV cache; by default the model's own.")] = "",

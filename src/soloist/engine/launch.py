@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from soloist.engine.meeting import FRONT_END, Job, Meeting, Place, place_from
 from soloist.errors import ConfigurationError
-from soloist.frontend.sockets import Hub
+from soloist.frontend.sockets import Hub, let_last_words_out
 from soloist.frontend.wire import ToFrontEnd
 
 
@@ -115,7 +115,9 @@ def _local_rank(mission: _Mission) -> None:
     threading.Thread(target=_die_with_parent, args=(mission.folder,), daemon=True).start()
     meeting = Meeting.in_folder(mission.folder, mission.place)
     meeting.announce(FRONT_END, mission.front_end)
-    sys.exit(1 if _run_rank(mission.job, meeting, mission.make_executor) else 0)
+    error = _run_rank(mission.job, meeting, mission.make_executor)
+    let_last_words_out()  # a forked process ends without waiting for ZeroMQ's thread
+    sys.exit(1 if error else 0)
 
 
 def _die_with_parent(folder: Path) -> None:

@@ -38,7 +38,7 @@ def pack(
     """
     part_S = np.full(len(load_S), -1) if kept_S is None else kept_S.copy()
     parts, settled = len(room_P), part_S >= 0
-    load_P = np.bincount(part_S[settled], load_S[settled], parts)
+    load_P = np.bincount(part_S[settled], load_S[settled], parts).astype(np.float64)  # int64 where nothing is settled
     free_P = room_P - np.bincount(part_S[settled], minlength=parts)
     held_EP = np.zeros((expert_S.max(initial=0) + 1, parts), np.int64)
     np.add.at(held_EP, (expert_S[settled], part_S[settled]), 1)
