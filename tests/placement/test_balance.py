@@ -64,3 +64,9 @@ def test_group_load_shares_between_replicas() -> None:
 def test_moving_must_pay() -> None:
     assert pays_off(1e-3, 1000, 1e9, 1e10)
     assert not pays_off(1e-3, 1000, 1e9, 1e10, stall_s=1.0)
+
+
+def test_small_loads_count() -> None:
+    """Loads below one are told apart: each group gets a heavy and a light expert."""
+    placement = place(np.array([[0.9, 0.8, 0.2, 0.1]]), np.array([2, 2]))
+    assert sorted(placement.slots[0]) == [(0, 3), (1, 2)]
