@@ -1,6 +1,6 @@
 """Paged attention beside its ceiling: bytes of the context over HBM's rate, or products over the tensor cores'.
 
-    python -m soloist.bench.attention > attention.jsonl
+    python -m soloist.bench.attention attention.jsonl
 
 Shape legend: T tokens, N sequences, H query heads, C KV heads, Q and V widths of keys and values, M blocks of a table.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -19,8 +21,10 @@ from torch import Tensor
 from soloist.bench.gpus import captured
 from soloist.bench.report import Ceilings, Point, commit, print_table, write_lines
 from soloist.kernels.paged_attention import PagedBatch, paged_attention
-from soloist.kernels.paged_attention_triton import TritonPagedAttention
+from soloist.kernels.paged_attention_triton import Tiling, TritonPagedAttention, Widths, tiling
 from soloist.timing import measure
+
+Choice = Callable[[Widths, int, bool], Tiling]
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,31 @@ def check(load: AttentionLoad, device: torch.device, attend: Callable[[Inputs], 
     """Relative error against the definition in fp32, of a few of the sequences. Asserts that it is rounding."""
     few = replace(load, sequences=min(load.sequences, 3), context=min(load.context, 1037), tokens=min(load.tokens, 301))
     made = few.inputs(device, seed=1)
-    wide = [x.float() for x in (made.q_THQ, made.k_cache, made.v_cache)]
-    want = paged_attention(*wide, made.batch, made.kv_head_H, load.scale)
+    q_THQ, k_cache, v_cache = (x.float() for x in (made.q_THQ, made.k_cache, made.v_cache))
+    want = paged_attention(q_THQ, k_cache, v_cache, made.batch, made.kv_head_H, load.scale)
     error = float((attend(made).float() - want).norm() / want.norm())
     assert error < 0.01, f"{load.name} differs by {error:.4f}"
     return error
 
 
-def triton_attention(load: AttentionLoad, device: torch.device) -> Callable[[Inputs], Tensor]:
-    """The paged kernel of a layer of this shape."""
+def variants(load: AttentionLoad) -> Iterator[tuple[str, AttentionLoad, Choice]]:
+    """The kernel as layers run it, and other ways to cut it."""
+    yield "paged", load, tiling
+    if load.latent:
+        yield "paged, columns divided", load, lambda *of: replace(tiling(*of), apart=True)
+    if load.latent or load.tokens > 1:
+        in_bulk = partial(_in_bulk, apart=load.latent)
+        yield "paged, in blocks of 64", replace(load, block_size=64), in_bulk
+
+
+def _in_bulk(widths: Widths, group: int, decode: bool, apart: bool) -> Tiling:
+    return replace(tiling(widths, group, decode), bulk=True, apart=apart)
+
+
+def triton_attention(load: AttentionLoad, choose: Choice, device: torch.device) -> Callable[[Inputs], Tensor]:
+    """A layer of this shape."""
     kv_head_H = torch.arange(load.heads, device=device) // (load.heads // load.kv_heads)
-    layer = TritonPagedAttention(kv_head_H, load.scale)
+    layer = TritonPagedAttention(kv_head_H, load.scale, choose=choose)
     return lambda made: layer(made.q_THQ, made.k_cache, made.v_cache, made.batch)
 
 
@@ -137,26 +155,31 @@ def points(device: torch.device) -> Iterator[Point]:
     """Every load, checked, then timed."""
     machine, at = torch.cuda.get_device_name(device), commit()
     for load in LOADS:
-        attend = triton_attention(load, device)
-        check(load, device, attend)
-        made = load.inputs(device)
-        forms: dict[str, Callable[[], Tensor]] = {"paged": lambda a=attend, m=made: a(m)}
+        shape: dict[str, object] = {"N": load.sequences, "tokens": load.tokens, "context": load.context}
+        shape |= {"H": load.heads, "C": load.kv_heads, "width": f"{load.key}/{load.value}"}
+        point = partial(Point, load.name, shape=shape, machine=machine, commit=at)
+        ceiling_s, bound_by = load.ceiling(Ceilings())
+        for name, form, choose in variants(load):
+            attend = triton_attention(form, choose, device)
+            check(form, device, attend)
+            taken = seconds(partial(attend, form.inputs(device)), device)
+            yield point(name, seconds=taken, ceiling_s=ceiling_s, bound_by=bound_by)
+            torch.cuda.empty_cache()
         if load.tokens == load.context and not load.latent:
-            forms["SDPA, dense"] = sdpa(load, device)
-        shape = {"N": load.sequences, "tokens": load.tokens, "context": load.context, "H": load.heads}
-        shape |= {"C": load.kv_heads, "width": f"{load.key}/{load.value}"}
-        for name, form in forms.items():
-            yield Point(load.name, name, shape, seconds(form, device), *load.ceiling(Ceilings()), machine, at)
-        del made, forms
-        torch.cuda.empty_cache()
+            taken = seconds(sdpa(load, device), device)
+            yield point("SDPA, dense", seconds=taken, ceiling_s=ceiling_s, bound_by=bound_by)
 
 
-def main() -> None:
-    """Table on stderr, JSON lines on stdout."""
-    found = list(points(torch.device("cuda", torch.cuda.current_device())))
-    write_lines(found, sys.stdout)
+def main(path: Path) -> None:
+    """A table; points are written to `path` as they are measured."""
+    found = []
+    with path.open("w") as file:
+        for point in points(torch.device("cuda", torch.cuda.current_device())):
+            found.append(point)
+            write_lines([point], file)
+            file.flush()
     print_table(found, explain=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

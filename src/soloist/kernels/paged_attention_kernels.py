@@ -41,7 +41,7 @@ def _sequence_of(tile, starts_N, sequences, BQ: tl.constexpr):
 @triton.jit
 def _slots(table_M, key_B, end, PAGE: tl.constexpr):
     """Cache rows of some keys; those behind the end repeat the last one, which is always safe to read."""
-    inside_B = tl.minimum(key_B, end - 1)
+    inside_B = tl.maximum(tl.minimum(key_B, end - 1), 0)
     return tl.load(table_M + inside_B // PAGE).to(tl.int64) * PAGE + inside_B % PAGE
 
 
@@ -58,7 +58,7 @@ def _rows(base, at, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl
 @triton.jit
 def _row(table_M, tile, end, PAGE: tl.constexpr, B: tl.constexpr):
     """Cache row of the first key of a tile that lies in one block."""
-    key = tl.minimum(tile * B, end - 1)
+    key = tl.maximum(tl.minimum(tile * B, end - 1), 0)
     return tl.load(table_M + key // PAGE) * PAGE + key % PAGE
 
 
@@ -126,17 +126,16 @@ def tile_kernel(
     sinks_H, scale, sequences, blocks, splits, heads, q_token, q_head, k_slot, k_head, v_slot, v_head,
     DECODE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
     BULK: tl.constexpr, APART: tl.constexpr, PAGE: tl.constexpr, HEAD_TILES: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr, V: tl.constexpr,
-    VP: tl.constexpr,
+    BQ: tl.constexpr, R: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries, one split of its context.
+    """One tile of BQ queries, one split of its context.
 
     DECODE: grid (C · HEAD_TILES, N, splits), sequences of one query. Otherwise grid (T // BQ + N, C · HEAD_TILES,
     splits), all others. The logits' scale is in units of log2. `heads_CG` lists the query heads of each head tile, −1
     where there is none. SPLIT: weighted sums go to `sums` [S, rows, H, V], greatest logit and sum of weights to
     `stats` [S, rows, H, 2], where a row is a sequence (DECODE) or a token.
     """
-    BQ: tl.constexpr = 1 if DECODE else R // G
     if DECODE:
         head_tile, sequence, query = tl.program_id(0), tl.program_id(1), 0
     else:  # the last queries see most keys: they go first

@@ -62,6 +62,7 @@ class Widths:
         first, rest = whole // 2, _power_of_two(max(1, key - whole // 2))
         if whole == key or first + rest >= whole:
             first, rest = whole, 0
+        shared &= value <= first
         return cls(key, value, first, rest, first if shared else _power_of_two(value), shared)
 
 
@@ -94,14 +95,13 @@ def fitted(cut: Tiling, widths: Widths, itemsize: int) -> Tiling:
 class HeadTiles:
     """Which query heads a tile holds: those of one KV head, in several tiles where they are more than its rows."""
 
-    def __init__(self, kv_head_H: Tensor, rows: int) -> None:
-        kv_heads = kv_head_H.tolist()
+    def __init__(self, kv_heads: list[int], rows: int, device: torch.device) -> None:
         groups = [[h for h, c in enumerate(kv_heads) if c == kv] for kv in range(max(kv_heads) + 1)]
         largest = max(len(group) for group in groups)
         self.each = -(-largest // rows)  # tiles of a KV head
         self.heads = -(-largest // self.each)  # of a tile
         padded = [group + [-1] * (self.each * self.heads - len(group)) for group in groups]
-        self.index_CG = torch.tensor(padded, dtype=torch.int32, device=kv_head_H.device).view(-1, self.heads)
+        self.index_CG = torch.tensor(padded, dtype=torch.int32, device=device).view(-1, self.heads)
 
     def __len__(self) -> int:
         return len(self.index_CG)
@@ -118,10 +118,11 @@ class TritonPagedAttention:
         sinks_H: Tensor | None = None,
         choose: Callable[[Widths, int, bool], Tiling] = tiling,
     ) -> None:
-        self.kv_head_H, self.window, self.choose = kv_head_H, window, choose
+        self.kv_heads, self.device = kv_head_H.tolist(), kv_head_H.device
+        self.window, self.choose = window, choose
         self.scale = scale * math.log2(math.e)
         self.sinks_H = None if sinks_H is None else sinks_H.float()
-        self.group = int(kv_head_H.bincount().max()) if len(kv_head_H) else 0
+        self.group = max(map(self.kv_heads.count, self.kv_heads), default=0)
         self.tiles: dict[int, HeadTiles] = {}
 
     def __call__(self, q_THQ: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch) -> Tensor:
@@ -130,17 +131,17 @@ class TritonPagedAttention:
         if out_THV.numel() == 0:
             return out_THV
         call = _Call(self, q_THQ, k_cache, v_cache, batch, out_THV)
-        # Prefill first: where it splits, its merge also writes rows of single tokens, of which it knows nothing.
         counts = set(batch.counts)
-        if max(counts) > 1:
+        if max(counts) > 1:  # first: its merge also writes the rows of single tokens
             call.launch(decode=False)
         if 1 in counts:
             call.launch(decode=True)
         return out_THV
 
     def head_tiles(self, rows: int) -> HeadTiles:
+        """Made in the first call, before any capture."""
         if rows not in self.tiles:
-            self.tiles[rows] = HeadTiles(self.kv_head_H, rows)
+            self.tiles[rows] = HeadTiles(self.kv_heads, rows, self.device)
         return self.tiles[rows]
 
 
@@ -162,7 +163,8 @@ class _Call:
         cut = fitted(layer.choose(widths, layer.group, decode), widths, self.q_THQ.itemsize)
         tiles = layer.head_tiles(cut.rows)
         sequences, blocks = batch.tables_NM.shape
-        grid = (len(tiles), sequences) if decode else (tokens // (cut.rows // tiles.heads) + sequences, len(tiles))
+        queries = 1 if decode else cut.rows // tiles.heads  # of a tile
+        grid = (len(tiles), sequences) if decode else (tokens // queries + sequences, len(tiles))
         rows = sequences if decode else tokens
         choices = _choices(blocks * batch.block_size, decode, rows * heads * widths.value)
         splits = splits_of(math.prod(grid), choices, _processors(self.out_THV.device), cut.per_sm)
@@ -170,15 +172,17 @@ class _Call:
         sums = stats = self.out_THV
         if splits > 1:
             sums = torch.empty(splits, rows, heads, widths.value, dtype=torch.float32, device=self.out_THV.device)
-            stats = torch.empty(splits, rows, heads, 2, dtype=torch.float32, device=self.out_THV.device)
+            # Zeros where prefill leaves rows out, those of single tokens: they are merged too, and written by decode.
+            make = torch.empty if decode else torch.zeros
+            stats = make(splits, rows, heads, 2, dtype=torch.float32, device=self.out_THV.device)
         tile_kernel[(*grid, splits)](
             self.q_THQ, self.k_cache, self.v_cache, *bulk, self.out_THV, sums, stats, batch.starts_N, batch.lengths_N,
             batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, heads,
             *self.q_THQ.stride()[:2], *self.k_cache.stride()[:2], *self.v_cache.stride()[:2],
             DECODE=decode, SPLIT=splits > 1, SINKS=layer.sinks_H is not None, WINDOW=layer.window or 0,
             SHARED=widths.shared, BULK=bulk[0] is not None, APART=cut.apart, PAGE=batch.block_size,
-            HEAD_TILES=tiles.each, G=tiles.heads, R=cut.rows, B=cut.keys, Q=widths.key, QA=widths.first, QX=widths.rest,
-            V=widths.value, VP=widths.values,
+            HEAD_TILES=tiles.each, G=tiles.heads, BQ=queries, R=cut.rows, B=cut.keys, Q=widths.key, QA=widths.first,
+            QX=widths.rest, V=widths.value, VP=widths.values,
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         if splits > 1:
