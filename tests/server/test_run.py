@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -26,11 +28,11 @@ class Process:
         self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def wait(self) -> None:
+    def wait(self, **options) -> None:
         end = time.monotonic() + 60
         while time.monotonic() < end:
             try:
-                assert httpx.get(f"{self.url}/health").status_code == 200
+                assert httpx.get(f"{self.url}/health", **options).status_code == 200
             except httpx.TransportError:
                 assert self.process.poll() is None, self.process.stderr.read()
                 time.sleep(0.1)
@@ -102,3 +104,34 @@ def test_mistakes_are_told_in_a_line(process, options, reason):
     server = process(*options)
     assert server.process.wait(60) == 2
     assert reason in server.process.stderr.read()
+
+
+def test_the_terminal_shows_what_the_dashboard_shows(process):
+    server = process("--layout", "ep2")
+    server.wait()
+    body = {"model": NOVELS.name, "prompt": "The old", "max_tokens": 5}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code == 200
+    time.sleep(2.5)  # the ranks are asked every two seconds
+    command = [sys.executable, "-m", "soloist", "top", server.url, "--once"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"{NOVELS.name} on ep2" in shown
+    assert "max/mean" in shown
+    assert len(shown.splitlines()) > 8
+    wrong = subprocess.run([*command[:-2], "http://127.0.0.1:1", "--once"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "is a server running there" in wrong.stderr
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_https(process, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make, *names], check=True, capture_output=True)
+    server = process("--tls-cert", str(certificate), "--tls-key", str(key))
+    server.url = server.url.replace("http:", "https:")
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    server.wait(verify=trusted)
+    assert httpx.get(f"{server.url}/v1/models", verify=trusted).status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
