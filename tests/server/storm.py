@@ -219,6 +219,7 @@ def main() -> None:
     share, memory, total = -(-len(plan) // arguments.waves), [], Report()
     begin = time.monotonic()
     with (
+        LLM(NOVELS, device="cpu", show_progress=False) as reference,
         LLM(NOVELS, layout=arguments.layout, device="cpu", kv_tokens=4096) as llm,
         live(Served.of(llm, "novels"), max_waiting=100_000) as server,
     ):
@@ -229,8 +230,7 @@ def main() -> None:
             total.wrong += report.wrong
             memory.append(_memory_mb())
             print(json.dumps({"seconds": time.monotonic() - begin, "memory_MB": memory[-1]}), flush=True)
-        with LLM(NOVELS, device="cpu", show_progress=False) as reference:
-            print(json.dumps(check(server, total, plan, reference) | {"memory_MB": memory}), flush=True)
+        print(json.dumps(check(server, total, plan, reference) | {"memory_MB": memory}), flush=True)
 
 
 if __name__ == "__main__":

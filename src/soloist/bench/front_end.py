@@ -7,6 +7,7 @@ a socket that writes them as fast as it can, which shows what the reader could t
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import multiprocessing
 import os
 import tempfile
@@ -25,6 +26,7 @@ from soloist.specs.layout import Layout
 
 NAME = "fake"
 START_S = 60.0
+LOOP = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
 PIECE = (
     b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1700000000,'
     b'"model":"fake","choices":[{"index":0,"text":" 123","logprobs":null,"finish_reason":null}],"usage":null}\n\n'
@@ -55,6 +57,7 @@ def measure(streams: int, tokens: int, leaders: int, step_s: float) -> dict[str,
         "asked_tps": streams / step_s if step_s else None,
         "reader_alone_tps": _rate([outcome.tokens for outcome in poured], poured),
         "reader_alone_cpu_us_per_token": 1e6 * reader_cpu_s / sum(outcome.tokens for outcome in poured),
+        "loop": LOOP,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
     }
@@ -101,6 +104,9 @@ def _read(port: int, streams: int, tokens: int) -> tuple[list[Outcome], float]:
 
 
 def _run(coroutine: Any) -> Any:
+    """In the loop that uvicorn would take; the record names it."""
+    if LOOP == "asyncio":
+        return asyncio.run(coroutine)
     import uvloop
 
     return uvloop.run(coroutine)

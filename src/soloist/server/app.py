@@ -54,6 +54,7 @@ def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         desk.open()
         listening = asyncio.create_task(watch.listen())
+        listening.add_done_callback(_complain)
         yield
         listening.cancel()
         desk.close()
@@ -207,6 +208,12 @@ async def _body(request: Request) -> bytes:
     except TimeoutError:
         raise Refusal(408, f"the body did not come within {BODY_S:g} s", "body_timeout") from None
     return bytes(body)
+
+
+def _complain(task: asyncio.Task[None]) -> None:
+    """The watch over the ranks ends only when it is told to."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("figures of the ranks are no longer asked for", exc_info=error)
 
 
 async def _refused(_: Request, error: Exception) -> Response:
