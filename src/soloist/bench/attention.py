@@ -119,14 +119,9 @@ def variants(load: AttentionLoad) -> Iterator[tuple[str, AttentionLoad, Choice]]
     """The kernel as layers run it, and other ways to cut it."""
     yield "paged", load, tiling
     if load.latent:
-        yield "paged, columns divided", load, lambda *of: replace(tiling(*of), apart=True)
+        yield "paged, columns not divided", load, lambda *of: replace(tiling(*of), apart=False)
     if load.latent or load.tokens > 1:
-        in_bulk = partial(_in_bulk, apart=load.latent)
-        yield "paged, in blocks of 64", replace(load, block_size=64), in_bulk
-
-
-def _in_bulk(widths: Widths, group: int, decode: bool, apart: bool) -> Tiling:
-    return replace(tiling(widths, group, decode), bulk=True, apart=apart)
+        yield "paged, in blocks of 64", replace(load, block_size=64), tiling
 
 
 def triton_attention(load: AttentionLoad, choose: Choice, device: torch.device) -> Callable[[Inputs], Tensor]:

@@ -73,9 +73,9 @@ def _power_of_two(number: int, least: int = 16) -> int:
 def tiling(widths: Widths, group: int, decode: bool) -> Tiling:
     """For `group` query heads a KV head. Measured on H100: 128/128 in groups of 4 and 8, 576/512; others by analogy."""
     if widths.values > 256:  # 64 rows of sums fill the registers of 8 warps
-        return Tiling(16, 32, 4, 3) if decode and group <= 16 else Tiling(64, 64, 8, 2, per_sm=1)
+        return Tiling(16, 32, 4, 3) if decode and group <= 16 else Tiling(64, 64, 8, 2, per_sm=1, apart=True, bulk=True)
     if not decode:
-        return Tiling(128, 64, 4, 2) if widths.values <= 128 else Tiling(64, 64, 4, 2)
+        return Tiling(128, 64, 4, 2, bulk=True) if widths.values <= 128 else Tiling(64, 64, 4, 2)
     return Tiling(min(64, _power_of_two(group)), 32, 2 if group <= 32 else 4, 4)
 
 
