@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore
 
+from soloist.errors import ClusterError
 from soloist.kernels.flags import LINE_BYTES, await_kernel, signal_kernel
 from soloist.timing import median_of_slowest
 from soloist.transport.symmetric import SymmetricGroup, Watch, Window
@@ -95,11 +96,15 @@ class Bench:
 
 
 def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0) -> int:
-    """Run `python -m module arguments` once for each GPU of this host; the worst exit code."""
+    """Run `python -m module arguments` once for each GPU of this host; the worst exit code.
+
+    Raises ClusterError where there are fewer than two.
+    """
+    if (size := torch.cuda.device_count()) < 2:
+        raise ClusterError(f"this benchmark is of the exchange between GPUs and needs two or more; found {size}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    size = torch.cuda.device_count()
     world = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", module, *arguments]
     ranks = [subprocess.Popen(command, env=world | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(size)]

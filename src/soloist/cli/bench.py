@@ -20,7 +20,7 @@ from soloist.cli.options import (
 )
 from soloist.errors import ConfigurationError
 
-app = typer.Typer(help="Measure: layouts, a server.", no_args_is_help=True)
+app = typer.Typer(help="Measure: layouts, the exchange, the expert layer, a server.", no_args_is_help=True)
 
 
 @app.command()
@@ -119,3 +119,34 @@ def front_end(
     from soloist.bench.front_end import measure
 
     typer.echo(json.dumps(measure(streams, tokens, leaders, step_ms / 1e3)))
+
+
+LinesOption = Annotated[Path | None, typer.Option(help="Append a JSON line for each point to this file.")]
+ExplainOption = Annotated[bool, typer.Option("--explain", help="Say what bounds each point.")]
+
+
+@app.command()
+def exchange(
+    preset: Annotated[str, typer.Option(help="prefill, decode, wire or all.")] = "all",
+    lines: LinesOption = None,
+    explain: ExplainOption = False,
+) -> None:
+    """Dispatch and combine between the GPUs of this host, beside NCCL and the link's limit."""
+    _on_every_gpu("exchange", {"--preset": preset, "--lines": lines}, explain)
+
+
+@app.command()
+def layer(
+    chunks: Annotated[int, typer.Option(help="Parts of a prefill that travel and are computed in turn.")] = 1,
+    lines: LinesOption = None,
+    explain: ExplainOption = False,
+) -> None:
+    """A whole MoE layer on the GPUs of this host, beside its floor."""
+    _on_every_gpu("layer", {"--chunks": chunks, "--lines": lines}, explain)
+
+
+def _on_every_gpu(name: str, options: dict[str, object], explain: bool) -> None:
+    from soloist.bench.gpus import in_ranks
+
+    given = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
+    raise typer.Exit(in_ranks(f"soloist.bench.{name}", [*given, *(["--explain"] if explain else [])]))
