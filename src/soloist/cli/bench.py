@@ -150,3 +150,17 @@ def _on_every_gpu(name: str, options: dict[str, object], explain: bool) -> None:
 
     given = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
     raise typer.Exit(in_ranks(f"soloist.bench.{name}", [*given, *(["--explain"] if explain else [])]))
+
+
+@app.command()
+def transport(
+    kind: Annotated[str, typer.Option(help="shared_memory or gloo.")] = "shared_memory",
+    ranks: Annotated[int, typer.Option(help="Processes on this machine.")] = 16,
+    rows: Annotated[int, typer.Option(help="To every rank.")] = 8,
+    width: Annotated[int, typer.Option(help="fp32 elements of a row.")] = 256,
+) -> None:
+    """Small messages between processes of this machine: what a decoding step pays on a CPU."""
+    from soloist.bench.transport import time_transport
+
+    for name, seconds in time_transport(kind, ranks, rows, width).items():
+        typer.echo(f"{kind}, {ranks} ranks: {name}: {seconds * 1e6:,.0f} µs")
