@@ -7,7 +7,6 @@ a socket that writes them as fast as it can, which shows what the reader could t
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import multiprocessing
 import os
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 from soloist.bench.fake_leaders import lead
 from soloist.bench.serve import Planned, send
-from soloist.bench.sse import Client, Outcome
+from soloist.bench.sse import LOOP, Client, Outcome, run
 from soloist.frontend.frontend import FrontEnd
 from soloist.frontend.sockets import Hub
 from soloist.frontend.wire import ToFrontEnd
@@ -26,7 +25,6 @@ from soloist.specs.layout import Layout
 
 NAME = "fake"
 START_S = 60.0
-LOOP = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
 PIECE = (
     b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1700000000,'
     b'"model":"fake","choices":[{"index":0,"text":" 123","logprobs":null,"finish_reason":null}],"usage":null}\n\n'
@@ -99,17 +97,8 @@ def _read(port: int, streams: int, tokens: int) -> tuple[list[Outcome], float]:
     body |= {"stream_options": {"include_usage": True}}
     client = Client(f"http://127.0.0.1:{port}", timeout_s=300, keep_events=True)
     begin = time.process_time()
-    outcomes = _run(send(client, [Planned(0.0, body)] * streams, "/v1/completions"))
+    outcomes = run(send(client, [Planned(0.0, body)] * streams, "/v1/completions"))
     return outcomes, time.process_time() - begin
-
-
-def _run(coroutine: Any) -> Any:
-    """In the loop that uvicorn would take; the record names it."""
-    if LOOP == "asyncio":
-        return asyncio.run(coroutine)
-    import uvloop
-
-    return uvloop.run(coroutine)
 
 
 # -- the other processes ----------------------------------------------------------------------------------------------
@@ -137,7 +126,7 @@ def _serve(port: Connection, folder: str, leaders: int) -> None:
         server.should_exit = True
         await serving
 
-    _run(main())
+    run(main())
     front.close()
 
 
@@ -159,4 +148,4 @@ def _pour(port: Connection, streams: int, tokens: int) -> None:
         port.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
-    _run(main())
+    run(main())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httptools
 import msgspec
 
+LOOP = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
 _EVENT = b"data: "
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -153,3 +156,12 @@ class Client:
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         return head.encode() + body
+
+
+def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """In the loop that uvicorn would take, which `LOOP` names."""
+    if LOOP == "asyncio":
+        return asyncio.run(coroutine)
+    import uvloop
+
+    return uvloop.run(coroutine)

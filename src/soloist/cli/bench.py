@@ -82,11 +82,10 @@ def serve_(
     seed: Annotated[int, typer.Option(help="Of lengths, arrivals and prompts.")] = 0,
 ) -> None:
     """Send requests to a server when they are due, whatever it answers, and measure what users would see."""
-    import asyncio
     import json
 
     from soloist.bench import serve as bench
-    from soloist.bench.sse import Client
+    from soloist.bench.sse import Client, run
     from soloist.specs.workload import Load
 
     wanted = Load.parse(load)
@@ -95,7 +94,7 @@ def serve_(
         if dataset
         else bench.plan_random(wanted, requests, model, seed, vocab)
     )
-    outcomes = asyncio.run(bench.send(Client(url, api_key, timeout), planned, "/v1/completions"))
+    outcomes = run(bench.send(Client(url, api_key, timeout), planned, "/v1/completions"))
     summary = bench.summarise(outcomes, wanted)
     console = Console()
     console.print(bench.table(summary))
