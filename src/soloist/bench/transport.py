@@ -6,6 +6,8 @@ Shape legend: R rows, W elements of a row, N elements.
 from __future__ import annotations
 
 import multiprocessing
+import queue
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +16,22 @@ from typing import Any
 import torch
 from torch.distributed import FileStore
 
+from soloist.errors import ClusterError, ConfigurationError
 from soloist.timing import measure, median_of_slowest
 from soloist.transport.base import Transport
-from soloist.transport.connect import connect
+from soloist.transport.connect import KINDS, connect
 
 REPEATS = 200
+PATIENCE_S = 60
 
 
 def time_transport(kind: str, ranks: int, rows: int, width: int) -> dict[str, float]:
-    """Seconds of each operation between `ranks` processes: the median over calls of the slowest rank."""
+    """Seconds of each operation between `ranks` processes: the median over calls of the slowest rank.
+
+    Raises ConfigurationError for a transport that does not serve CPUs, ClusterError where a rank gave no answer.
+    """
+    if KINDS.get(kind) != "cpu":
+        raise ConfigurationError.of("--kind", kind, "choose shared_memory or gloo")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["soloist.engine.preload"])
     with tempfile.TemporaryDirectory() as folder:
@@ -31,9 +40,14 @@ def time_transport(kind: str, ranks: int, rows: int, width: int) -> dict[str, fl
         processes = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
-        seconds = [answers.get(timeout=120) for _ in processes]
-        for process in processes:
-            process.join()
+        try:
+            seconds = [answers.get(timeout=PATIENCE_S) for _ in processes]
+        except queue.Empty:
+            raise ClusterError(f"a rank of {ranks} gave no answer within {PATIENCE_S} s") from None
+        finally:
+            for process in processes:
+                process.join(PATIENCE_S if sys.exc_info()[0] is None else 0)
+                process.kill()
     return {name: median_of_slowest([one[name] for one in seconds]) for name in seconds[0]}
 
 

@@ -80,8 +80,10 @@ class Dispatcher(Protocol):
 
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> PendingTokens: ...
 
-    def dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> ExpertBatch: ...
+    def dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> ExpertBatch:
+        """`start_dispatch`, awaited."""
+        return self.start_dispatch(x_TD, choice, where).wait()
 
     def combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Tensor:
         """out_TD: for each token the sum over its groups of the `y_RD` row that it got there."""
-        ...
+        return self.start_combine(y_RD, batch, where).wait()

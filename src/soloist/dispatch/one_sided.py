@@ -14,7 +14,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from soloist.dispatch.base import ExpertBatch, SlotChoice
+from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
 from soloist.dispatch.forms import Form, SideStream, choose_form
 from soloist.dispatch.lane import ExchangeShape, Lane
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
@@ -41,7 +41,7 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class OneSidedDispatcher:
+class OneSidedDispatcher(Dispatcher):
     """Dispatcher over the windows of one NVLink domain; the groups lie on one node.
 
     Consecutive calls take the lanes in turn, so as many dispatches as there are lanes may be open at once. All ranks
@@ -231,12 +231,6 @@ class OneSidedDispatcher:
             lane.flags, lane.calls, *self._watching(ticket),
             PHASE=PHASES.index(phase), RANKS=self.shape.ranks, num_warps=1,
         )  # fmt: skip
-
-    def dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> ExpertBatch:
-        return self.start_dispatch(x_TD, choice, where).wait()
-
-    def combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Tensor:
-        return self.start_combine(y_RD, batch, where).wait()
 
 
 @dataclass(frozen=True)

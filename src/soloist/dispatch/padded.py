@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from soloist.dispatch.base import ExpertBatch, SlotChoice, Topology
+from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice, Topology
 from soloist.dispatch.rows import RowFormat, expert_major
 from soloist.errors import CapacityError
 from soloist.kernels.reference import ordered_sum
@@ -58,7 +58,7 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class PaddedDispatcher:
+class PaddedDispatcher(Dispatcher):
     """Dispatcher with equal splits. `peers`, `topology`, `slots` and `tp` as in RaggedDispatcher.
 
     capacity: rows that a rank sends to each group in a round. rounds: of every call; a rank may bring up to
@@ -135,12 +135,6 @@ class PaddedDispatcher:
     def _node_G(self) -> Tensor:
         """The same on the device, −1 for no group. Made by the first call, which is never a captured one."""
         return torch.tensor([*self._nodes, -1], device=self.peers.device)
-
-    def dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> ExpertBatch:
-        return self.start_dispatch(x_TD, choice, where).wait()
-
-    def combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Tensor:
-        return self.start_combine(y_RD, batch, where).wait()
 
 
 @dataclass(frozen=True)

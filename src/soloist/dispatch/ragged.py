@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soloist.dispatch.base import ExpertBatch, SlotChoice, Topology
+from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice, Topology
 from soloist.dispatch.rows import Departures, RowFormat, expert_major, sum_at_home
 from soloist.transport.base import Pending, Transport
 
@@ -30,7 +30,7 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class RaggedDispatcher:
+class RaggedDispatcher(Dispatcher):
     """Dispatcher over any transport.
 
     peers: one rank of each expert group, in order of group. slots: those of this rank's group, 0 included. tp: the
@@ -57,12 +57,6 @@ class RaggedDispatcher:
             y_RD = self.tp.reduce_scatter_rows(y_RD.contiguous(), ticket.gathered, where)
         pending = self.peers.start_rows(y_RD.contiguous(), ticket.received, ticket.leaving.counts, where)
         return Returning(ticket.leaving, self.topology, pending)
-
-    def dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> ExpertBatch:
-        return self.start_dispatch(x_TD, choice, where).wait()
-
-    def combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Tensor:
-        return self.start_combine(y_RD, batch, where).wait()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,16 +27,6 @@ class Pending(Protocol[Result]):
     """Something under way. `wait` is called exactly once; until then the tensors given must not be written."""
 
     def wait(self) -> Result: ...
-
-
-@dataclass(frozen=True)
-class Done(Generic[Result]):
-    """A `Pending` that has already ended."""
-
-    result: Result
-
-    def wait(self) -> Result:
-        return self.result
 
 
 @dataclass
