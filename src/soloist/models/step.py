@@ -28,6 +28,8 @@ class StepInput:
     logits_rows: Tensor  # int64: tokens whose logits are wanted
     replicated: bool  # the form of the step (models/layers.py, TokenSplit)
     name: str  # "step 17", for errors
+    live_T: Tensor | None = None  # bool: False where a row is padding; None: no row is
+    static: bool = False  # shapes only are known to the host: one token a sequence, the rows padded to a fixed number
 
     @property
     def tokens(self) -> int:
