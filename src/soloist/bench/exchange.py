@@ -17,7 +17,7 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from soloist.bench.gpus import Bench, captured, in_ranks
+from soloist.probes.gpus import Bench, captured, in_ranks
 from soloist.bench.load import Load, check_batch, check_home
 from soloist.bench.report import Ceilings, Point, commit, report
 from soloist.dispatch.forms import COPY, LATENCY, Form

@@ -19,7 +19,7 @@ import typer
 from torch import Tensor
 
 from soloist.bench.exchange import one_sided
-from soloist.bench.gpus import Bench, captured, in_ranks
+from soloist.probes.gpus import Bench, captured, in_ranks
 from soloist.bench.load import Load
 from soloist.bench.report import Ceilings, Point, commit, report
 from soloist.dispatch.base import ExpertBatch, SlotChoice

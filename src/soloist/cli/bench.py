@@ -145,7 +145,7 @@ def layer(
 
 
 def _on_every_gpu(name: str, options: dict[str, object], explain: bool) -> None:
-    from soloist.bench.gpus import in_ranks
+    from soloist.probes.gpus import in_ranks
 
     given = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
     raise typer.Exit(in_ranks(f"soloist.bench.{name}", [*given, *(["--explain"] if explain else [])]))

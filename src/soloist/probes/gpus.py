@@ -1,4 +1,4 @@
-"""One process a GPU for the benchmarks, and times of GPU work that all ranks begin together."""
+"""One process a GPU for probes and benchmarks, and times of GPU work that all ranks begin together."""
 
 from __future__ import annotations
 
@@ -102,14 +102,27 @@ def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0) -> i
     """
     if (size := torch.cuda.device_count()) < 2:
         raise ClusterError(f"this benchmark is of the exchange between GPUs and needs two or more; found {size}")
+    return start_ranks(module, arguments, size, limit_s)
+
+
+def start_ranks(module: str, arguments: Sequence[str], size: int, limit_s: float = 600.0) -> int:
+    """Run `python -m module arguments` in `size` processes that meet on this host; the worst exit code.
+
+    When one of them fails, or the time is over, the others are ended.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", module, *arguments]
     ranks = [subprocess.Popen(command, env=world | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(size)]
+    until = time.monotonic() + limit_s
     try:
-        return max(abs(rank.wait(limit_s)) for rank in ranks)
+        while (codes := [rank.poll() for rank in ranks]).count(None) and not any(codes):
+            if time.monotonic() > until:
+                raise ClusterError(f"{module}: not done after {limit_s:.0f} s on {size} ranks")
+            time.sleep(0.02)
+        return max(abs(code or 0) for code in codes)
     finally:
         for rank in ranks:
             rank.kill()

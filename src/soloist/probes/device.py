@@ -1,0 +1,84 @@
+"""What one device does: arithmetic, memory, launches. The same calls on a GPU, where they are captured, and on a CPU.
+
+Shape legend: M rows, K input width, N output width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from soloist.probes.gpus import captured
+from soloist.timing import measure
+
+LARGE = {"cuda": 8192, "cpu": 1024}  # side of the matrices that show the arithmetic rate
+BUFFER = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes copied, far beyond any cache
+PATIENCE_S = 0.15  # spent on one number
+
+
+def seconds(work: Callable[[], object], device: torch.device, patience_s: float = PATIENCE_S) -> float:
+    """Median time of `work` on this device, without the cost of launching it where a graph can hold it."""
+    run, calls = (captured(work), 1) if device.type == "cuda" else (work, 1)
+    first = median(measure(run, repeats=2, warm_up=1, device=device))
+    if device.type == "cuda" and first < 50e-6:  # a replay costs the host more: several in one graph
+        calls = 10
+        run = captured(lambda: [work() for _ in range(calls)], warm_up=1)
+    repeats = max(5, min(50, int(patience_s / max(first * calls, 1e-7))))
+    return median(measure(run, repeats=repeats, warm_up=1, device=device)) / calls
+
+
+def matmul_seconds(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> float:
+    """`[m, k] × [n, k]ᵀ`, as `torch.nn.functional.linear` does it. The weight is not in a cache."""
+    x_MK = torch.randn(m, k, device=device).to(dtype)
+    copies = max(1, min(8, (1 << 27) // (n * k * dtype.itemsize))) if device.type == "cuda" else 1
+    weights = [torch.randn(n, k, device=device).to(dtype) for _ in range(copies)]
+    out_MN = torch.empty(m, n, dtype=dtype, device=device)
+
+    def work() -> None:
+        for weight_NK in weights:
+            torch.mm(x_MK, weight_NK.T, out=out_MN)
+
+    return seconds(work, device) / copies
+
+
+def arithmetic_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix multiplication."""
+    side = LARGE[device.type]
+    return 2.0 * side**3 / matmul_seconds(side, side, side, dtype, device)
+
+
+def copy_seconds(size: int, device: torch.device) -> float:
+    """A copy of `size` bytes within the device's memory: as many read as written."""
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    return seconds(lambda: target.copy_(source), device)
+
+
+def memory_rate(device: torch.device) -> float:
+    """Bytes/s of the device's memory, read and written, of a copy far beyond its caches."""
+    size = BUFFER[device.type]
+    return 2.0 * size / copy_seconds(size, device)
+
+
+def launch_seconds(device: torch.device) -> tuple[float, float]:
+    """One small kernel called from Python, and one of many in a CUDA graph; on a CPU both are the call."""
+    x = torch.zeros(1, device=device)
+
+    def many(times: int = 50) -> None:
+        for _ in range(times):
+            x.add_(1.0)
+
+    eager = median(measure(many, repeats=10, device=device)) / 50
+    if device.type == "cpu":
+        return eager, eager
+    return eager, median(measure(captured(many), repeats=10, device=device)) / 50
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Of the device; of the whole machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

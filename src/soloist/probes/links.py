@@ -1,0 +1,88 @@
+"""What the links between ranks do, over any transport. All functions are called by all ranks together.
+
+Shape legend: R rows, W elements of a row, N elements, M ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from soloist.timing import measure, median_of_slowest
+from soloist.transport.base import Transport
+
+WIDTH = 1024  # fp32 elements of a row that is sent about
+PAIR_BYTES, ALL_BYTES = 1 << 24, 1 << 24
+
+
+def slowest(transport: Transport, seconds: list[float]) -> float:
+    """Median over repeats of the slowest rank; every rank gives as many."""
+    mine = torch.tensor([seconds], dtype=torch.float64, device=transport.device)
+    everybody = transport.all_gather_rows(mine.contiguous(), [1] * transport.size, "probe, times")
+    return median_of_slowest(everybody.tolist())
+
+
+def timed(transport: Transport, work: Callable[[], object], repeats: int = 10, warm_up: int = 3) -> float:
+    """Seconds of a collective operation."""
+    transport.barrier("probe")
+    return slowest(transport, measure(work, repeats, warm_up, transport.device))
+
+
+def _rows(transport: Transport, size: int) -> Tensor:
+    return torch.zeros(max(1, size // (4 * WIDTH)), WIDTH, device=transport.device)
+
+
+def all_reduce_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
+    """Sum of `size` bytes over all ranks."""
+    x_N = torch.zeros(max(1, size // 4), device=transport.device)
+    return timed(transport, lambda: transport.all_reduce(x_N, "probe, all-reduce"), repeats)
+
+
+def all_gather_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
+    """`size` bytes in the result, an equal part from every rank."""
+    rows_RW = _rows(transport, size // transport.size)
+    counts = [len(rows_RW)] * transport.size
+    return timed(transport, lambda: transport.all_gather_rows(rows_RW, counts, "probe, all-gather"), repeats)
+
+
+def reduce_scatter_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
+    """`size` bytes on every rank, an equal part of their sum to each."""
+    part_RW = _rows(transport, size // transport.size)
+    rows_RW, counts = part_RW.repeat(transport.size, 1), [len(part_RW)] * transport.size
+    return timed(transport, lambda: transport.reduce_scatter_rows(rows_RW, counts, "probe, reduce-scatter"), repeats)
+
+
+def exchange_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
+    """All to all: `size` bytes leave every rank, an equal part to each of the others and to itself."""
+    part_RW = _rows(transport, size // transport.size)
+    rows_RW, counts = part_RW.repeat(transport.size, 1), [len(part_RW)] * transport.size
+    return timed(transport, lambda: transport.all_to_all_rows(rows_RW, counts, counts, "probe, all-to-all"), repeats)
+
+
+def exchange_rate(transport: Transport, size: int = ALL_BYTES) -> float:
+    """Bytes/s that a rank sends to others while all of them do."""
+    return size * (transport.size - 1) / transport.size / exchange_seconds(transport, size)
+
+
+def send_seconds(transport: Transport, size: int, source: int, target: int, repeats: int = 5) -> float:
+    """One message from a rank to another and an empty answer, so that it has arrived; the others wait."""
+    x_N = torch.zeros(max(1, size // 4), device=transport.device)
+    answer = torch.zeros(1, device=transport.device)
+
+    def work() -> None:
+        if transport.rank == source:
+            transport.send(x_N, target, "probe, send")
+            transport.recv((1,), answer.dtype, target, "probe, answer")
+        elif transport.rank == target:
+            transport.recv(x_N.shape, x_N.dtype, source, "probe, receive")
+            transport.send(answer, source, "probe, answer")
+
+    return timed(transport, work, repeats, warm_up=2)
+
+
+def pair_rates(transport: Transport, size: int = PAIR_BYTES) -> list[list[float]]:
+    """`[M][M]` bytes/s from row to column, one pair at a time; 0 on the diagonal."""
+    ranks = range(transport.size)
+    return [[size / send_seconds(transport, size, a, b) if a != b else 0.0 for b in ranks] for a in ranks]

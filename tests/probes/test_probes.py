@@ -1,0 +1,42 @@
+"""The probes on a CPU: what they give is a rate or a time, positive and not absurd; over real ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from soloist.probes import device, links
+from soloist.transport.base import Transport
+
+CPU = torch.device("cpu")
+
+
+def test_device_rates_are_physical() -> None:
+    flops, moved = device.arithmetic_rate(CPU, torch.float32), device.memory_rate(CPU)
+    assert 1e8 < flops < 1e14
+    assert 1e8 < moved < 1e13
+    eager, captured = device.launch_seconds(CPU)
+    assert 1e-8 < captured <= eager < 1e-2
+
+
+def test_twice_the_matrix_takes_longer() -> None:
+    small, large = (device.matmul_seconds(side, side, side, torch.float32, CPU) for side in (128, 512))
+    assert large > 4 * small
+
+
+def probe_links(transport: Transport) -> dict[str, object]:
+    size = 1 << 18
+    return {
+        "pairs": links.pair_rates(transport, size),
+        "all": links.exchange_rate(transport, size),
+        "reduce": links.all_reduce_seconds(transport, size),
+        "gather": links.all_gather_seconds(transport, size),
+        "scatter": links.reduce_scatter_seconds(transport, size),
+    }
+
+
+def test_links_agree_on_all_ranks(ranks) -> None:
+    found = ranks.run(3, "shared_memory", probe_links)
+    assert all(other == found[0] for other in found)
+    pairs = found[0]["pairs"]
+    assert all((pairs[a][b] > 0) == (a != b) for a in range(3) for b in range(3))
+    assert all(found[0][name] > 0 for name in ("all", "reduce", "gather", "scatter"))
