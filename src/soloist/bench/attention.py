@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soloist.probes.gpus import captured
 from soloist.bench.report import Ceilings, Point, commit, print_table, write_lines
 from soloist.kernels.paged_attention import PagedBatch, paged_attention
 from soloist.kernels.paged_attention_triton import Tiling, TritonPagedAttention, Widths, tiling
+from soloist.probes.gpus import captured
 from soloist.timing import measure
 
 Choice = Callable[[Widths, int, bool], Tiling]

@@ -17,12 +17,12 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from soloist.probes.gpus import Bench, captured, in_ranks
 from soloist.bench.load import Load, check_batch, check_home
 from soloist.bench.report import Ceilings, Point, commit, report
 from soloist.dispatch.forms import COPY, LATENCY, Form
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
 from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
+from soloist.probes.gpus import Bench, captured, in_ranks
 from soloist.transport.symmetric import Watch
 
 

@@ -19,13 +19,13 @@ import typer
 from torch import Tensor
 
 from soloist.bench.exchange import one_sided
-from soloist.probes.gpus import Bench, captured, in_ranks
 from soloist.bench.load import Load
 from soloist.bench.report import Ceilings, Point, commit, report
 from soloist.dispatch.base import ExpertBatch, SlotChoice
 from soloist.dispatch.forms import Form, choose_form
 from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
 from soloist.kernels.experts import ExpertTiles, choose_tiles, swiglu_experts
+from soloist.probes.gpus import Bench, captured, in_ranks
 
 DECODE_TOKENS = 512
 LANES = 3  # a chunk being computed, one on its way there, one on its way home

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from soloist.bench.exchange import one_sided
-from soloist.probes.gpus import Bench, captured
 from soloist.bench.load import Load
 from soloist.dispatch.base import SlotChoice
 from soloist.dispatch.forms import Form
+from soloist.probes.gpus import Bench, captured
 
 
 @dataclass
