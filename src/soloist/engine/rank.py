@@ -105,9 +105,8 @@ def build_world(job: Job, meeting: Meeting, device: torch.device) -> World:
     place, options = meeting.place, job.options
     if place.size == 1:
         return World.build(local_world(1, options.deadline_s)[0], job.layout, options.gpus_per_node)
-    root = connect(
-        transport_kind(job, meeting, device), place.rank, place.size, meeting.store, device, options.deadline_s
-    )
+    kind = transport_kind(job, meeting, device)
+    root = connect(kind, place.rank, place.size, meeting.store, device, options.deadline_s, meeting.host)
     control = leaders_only(job, meeting) if device.type == "cuda" else None
     return World.build(root, job.layout, options.gpus_per_node, control)
 
@@ -130,7 +129,8 @@ def leaders_only(job: Job, meeting: Meeting) -> Transport | None:
     if not seat.is_leader or len(seat.leaders) == 1:
         return None
     store = PrefixStore(f"leaders {seat.replica}", meeting.store)
-    return connect("gloo", seat.leaders.index(seat.rank), len(seat.leaders), store, "cpu", job.options.deadline_s)
+    deadline_s = job.options.deadline_s
+    return connect("gloo", seat.leaders.index(seat.rank), len(seat.leaders), store, "cpu", deadline_s, meeting.host)
 
 
 def load_runner(job: Job, world: World, device: torch.device, report: Callable[[int], None]) -> Executor:

@@ -23,11 +23,13 @@ def connect(
     store: Store,
     device: torch.device | str = "cpu",
     deadline_s: float = 60.0,
+    host: str | None = None,
 ) -> Transport:
     """The world's transport, called by all its ranks; every one of them must arrive within the deadline.
 
     `store`: a `FileStore` of ranks on one machine, a `TCPStore` otherwise; its keys are put below `kind`, so that one
     store serves one transport of each kind. For another world (another epoch) pass a `PrefixStore` with its number.
+    host: where the others reach this rank, for transports over TCP.
     Raises ConfigurationError for an unknown kind or a device that it cannot serve, CommunicationError if a peer does
     not come.
     """
@@ -37,7 +39,7 @@ def connect(
         raise ConfigurationError.of("transport", kind, f"moves tensors on {KINDS[kind]}, not on {device}")
     store.set_timeout(timedelta(seconds=deadline_s))
     if kind == "gloo":
-        return GlooTransport(own, ranks, rank, deadline_s)
+        return GlooTransport(own, ranks, rank, deadline_s, host)
     if kind == "shared_memory":
         return SharedMemoryTransport(own, ranks, rank, deadline_s)
     if kind == "nccl":

@@ -10,11 +10,13 @@ on while this rank computes, except that rows whose counts are not known are rec
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -43,11 +45,17 @@ class _Posted:
 
 
 class GlooTransport(ExchangeTransport):
-    """One member of a gloo group. `store` is the group's own: no two groups may share a prefix."""
+    """One member of a gloo group. `store` is the group's own: no two groups may share a prefix.
 
-    def __init__(self, store: Store, ranks: Sequence[int], rank: int, deadline_s: float = 60.0) -> None:
+    host: this member's address in the network that joins the members. Without it gloo takes what the host's name
+    resolves to, which on many machines is an address of its own loopback. GLOO_SOCKET_IFNAME goes before both.
+    """
+
+    def __init__(
+        self, store: Store, ranks: Sequence[int], rank: int, deadline_s: float = 60.0, host: str | None = None
+    ) -> None:
         super().__init__(tuple(ranks), rank, deadline_s)
-        self._store = store
+        self._store, self._host = store, host
         self._group: ProcessGroupGloo | None = self._connect()
         self.under_way: deque[Exchange] = deque()
         self._tag = MESSAGE_TAG
@@ -56,8 +64,15 @@ class GlooTransport(ExchangeTransport):
         self._subgroups: defaultdict[tuple[int, ...], int] = defaultdict(int)
 
     def _connect(self) -> ProcessGroupGloo:
+        deadline = timedelta(seconds=self.deadline_s)
         try:
-            return ProcessGroupGloo(self._store, self.rank, self.size, timedelta(seconds=self.deadline_s))
+            if self._host is None or "GLOO_SOCKET_IFNAME" in os.environ:
+                return ProcessGroupGloo(self._store, self.rank, self.size, deadline)
+            gloo: Any = ProcessGroupGloo  # the stubs do not know its options
+            options = gloo._Options()
+            options._devices = [gloo.create_device(hostname=self._host)]
+            options._timeout = deadline
+            return gloo(self._store, self.rank, self.size, options)
         except RuntimeError as error:
             reason = f"did not join the group: {error}"
             raise CommunicationError(self.ranks[self.rank], None, "connecting", reason) from error
@@ -129,7 +144,8 @@ class GlooTransport(ExchangeTransport):
         name = f"{'-'.join(map(str, chosen))}/{self._subgroups[chosen]}"
         self._subgroups[chosen] += 1
         ranks = [self.ranks[i] for i in chosen]
-        return GlooTransport(PrefixStore(name, self._store), ranks, chosen.index(self.rank), self.deadline_s)
+        store = PrefixStore(name, self._store)
+        return GlooTransport(store, ranks, chosen.index(self.rank), self.deadline_s, self._host)
 
     def close(self) -> None:
         self._sent.clear()
