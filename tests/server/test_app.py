@@ -82,6 +82,20 @@ def test_several_prompts_and_continuations_keep_their_order(server):
     assert list(streamed.values()) == [choice["text"] for choice in choices]
 
 
+def test_a_conversation_finds_its_beginning_in_the_cache(server, client):
+    """Its first turn is answered while the first leader is busy; the others come when nobody is."""
+    prompt = [7 + i for i in range(40)]
+    busy = client.completions.create(model="novels", prompt=[1], max_tokens=2000, stream=True)
+    next(iter(busy))
+    for turn in range(3):
+        wanted = {"ignore_eos": True, "return_token_ids": True}
+        answer = client.completions.create(model="novels", prompt=prompt, max_tokens=8, extra_body=wanted)
+        assert answer.usage.prompt_tokens_details.cached_tokens == (len(prompt) - 13) // 16 * 16 * (turn > 0)
+        prompt += [*answer.choices[0].token_ids, 9, 9, 9, 9]
+        busy.close()
+        server.wait(lambda: not server.desk.calls)
+
+
 def test_stop_texts_end_the_answer(client):
     text = client.completions.create(**GREEDY).choices[0].text
     stop = text[6:9]

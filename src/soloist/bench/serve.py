@@ -34,15 +34,20 @@ class Planned:
     body: Mapping[str, Any]
 
 
-def plan_random(load: Load, requests: int, model: str, seed: int, vocab: int) -> list[Planned]:
-    """Prompts of random token ids, lengths and gaps as the load says."""
+def plan_random(load: Load, requests: int, model: str, seed: int, vocab: int, prefixes: int = 1) -> list[Planned]:
+    """Prompts of random token ids, lengths and gaps as the load says.
+
+    Where `load.prefix` gives prompts a common part, each prompt has one of `prefixes` different ones.
+    """
+    if prefixes < 1:
+        raise ConfigurationError.of("--prefixes", prefixes, "must be at least 1")
     random = np.random.default_rng(seed)
     prompts = lengths(load.prompt, load.spread, requests, random, "lognormal")
     outputs = lengths(load.output, load.spread, requests, random, "lognormal")
-    shared = random.integers(1, vocab, int(load.prefix * prompts.max())).tolist()
+    shared = random.integers(1, vocab, (prefixes, int(load.prefix * prompts.max())))
     bodies = []
     for prompt, output in zip(prompts.tolist(), outputs.tolist(), strict=True):
-        prefix = shared[: int(load.prefix * prompt)]
+        prefix = shared[random.integers(prefixes), : int(load.prefix * prompt)].tolist()
         ids = prefix + random.integers(1, vocab, prompt - len(prefix)).tolist()
         bodies.append(_body(model, ids, output) | {"ignore_eos": True})
     return _due(load, bodies, random)
@@ -114,6 +119,7 @@ def summarise(outcomes: Sequence[Outcome], load: Load) -> dict[str, Any]:
         "tps": tokens / wall_s if wall_s else 0.0,
         "goodput_per_s": len(met) / wall_s if wall_s else 0.0,
         "met_slo": len(met) / len(outcomes),
+        "prefix_hit_rate": _hit_rate(good),
         "ttft_s": percentiles([outcome.first_s - outcome.due_s for outcome in good]),
         "tpot_s": percentiles(tpot_s),
         "longest_gap_s": percentiles([outcome.longest_gap_s for outcome in good]),
@@ -126,6 +132,13 @@ def summarise(outcomes: Sequence[Outcome], load: Load) -> dict[str, Any]:
 def _meets(outcome: Outcome, load: Load) -> bool:
     in_time = not load.ttft_s or outcome.first_s - outcome.due_s <= load.ttft_s
     return in_time and (not load.tpot_s or (outcome.tpot_s or 0.0) <= load.tpot_s)
+
+
+def _hit_rate(outcomes: Sequence[Outcome]) -> float | None:
+    """Share of the prompt tokens that were found in the server's cache; None where it does not tell."""
+    told = [outcome for outcome in outcomes if outcome.cached_tokens is not None]
+    prompt = sum(outcome.prompt_tokens for outcome in told)
+    return sum(outcome.cached_tokens or 0 for outcome in told) / prompt if prompt else None
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
@@ -161,9 +174,11 @@ def table(summary: Mapping[str, Any]) -> Table:
 
 
 def _title(summary: Mapping[str, Any]) -> str:
+    hits = summary["prefix_hit_rate"]
+    found = "" if hits is None else f", {hits:.1%} of the prompts found in the cache"
     return (
         f"{summary['answered']} of {summary['requests']} requests answered, {summary['tps']:.1f} tokens/s, "
-        f"{summary['met_slo']:.1%} within the SLO: goodput {summary['goodput_per_s']:.2f} requests/s"
+        f"{summary['met_slo']:.1%} within the SLO: goodput {summary['goodput_per_s']:.2f} requests/s{found}"
     )
 
 

@@ -30,6 +30,8 @@ class Outcome:
     last_s: float = float("nan")
     events: int = 0  # with text
     tokens: int = 0  # as the server counts them; otherwise the events
+    prompt_tokens: int = 0  # as the server counts them
+    cached_tokens: int | None = None  # of the prompt, found in the server's prefix cache; None: it does not tell
     longest_gap_s: float = 0.0
     error: str | None = None
     kept: list[bytes] = field(default_factory=list)  # the events themselves, where they are kept
@@ -107,8 +109,9 @@ class Stream(asyncio.Protocol):
             outcome.kept.append(event)
 
     def _count(self, event: bytes) -> None:
-        usage = msgspec.json.decode(event).get("usage") or {}
-        self.outcome.tokens = usage.get("completion_tokens", 0)
+        usage, outcome = msgspec.json.decode(event).get("usage") or {}, self.outcome
+        outcome.tokens, outcome.prompt_tokens = usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
+        outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
 
     def _end(self, error: str | None) -> None:
         if not self.done.done():

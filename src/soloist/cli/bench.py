@@ -71,10 +71,11 @@ def serve_(
     model: Annotated[str, typer.Option("--model", help="What the server calls the model.")],
     load: Annotated[
         str,
-        typer.Option(help="prompt=100,output=50,rate=20,arrival=poisson|bursts|uniform,spread=0.5,ttft=2s,tpot=50ms"),
+        typer.Option(help="prompt=100,output=50,rate=20,arrival=poisson|bursts|uniform,spread=0.5,prefix=0.5,ttft=2s"),
     ] = "prompt=100,output=50,rate=10",
     requests: Annotated[int, typer.Option(help="How many.")] = 100,
     dataset: Annotated[Path | None, typer.Option(help="ShareGPT-style JSON; instead of random token ids.")] = None,
+    prefixes: Annotated[int, typer.Option(help="Different common parts that prompts have, with prefix=SHARE.")] = 1,
     vocab: Annotated[int, typer.Option(help="Random token ids are drawn below this.")] = 1000,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key to send.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
@@ -92,7 +93,7 @@ def serve_(
     planned = (
         bench.plan_file(wanted, dataset, requests, model, seed)
         if dataset
-        else bench.plan_random(wanted, requests, model, seed, vocab)
+        else bench.plan_random(wanted, requests, model, seed, vocab, prefixes)
     )
     outcomes = run(bench.send(Client(url, api_key, timeout), planned, "/v1/completions"))
     summary = bench.summarise(outcomes, wanted)

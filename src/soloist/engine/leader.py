@@ -112,8 +112,9 @@ class Leader:
             del self.texts[output.sequence]
         error = "no token could be chosen: the logits were not finite" if reason == "error" else None
         return Delta(
-            output.sequence, output.tokens, text, reason, output.logprobs, output.prompt_logprobs, output.margin, error
-        )
+            output.sequence, output.tokens, text, reason, output.logprobs, output.prompt_logprobs, output.margin, error,
+            output.cached,
+        )  # fmt: skip
 
     def report(self, step: int, deltas: list[Delta]) -> None:
         self.inbox.send(Tokens(step, tuple(deltas), self.scheduler.stats))

@@ -9,6 +9,7 @@ from itertools import count
 
 from soloist import errors
 from soloist.errors import ClusterError, SoloistError
+from soloist.frontend.prefixes import PrefixIndex
 from soloist.frontend.requests import Request, Requests
 from soloist.frontend.sockets import Hub
 from soloist.frontend.wire import (
@@ -80,6 +81,9 @@ class FrontEnd:
             if time.monotonic() > end:
                 raise ClusterError(f"ranks {missing} were not ready after start_deadline_s = {deadline_s:g}")
             progress(self.ranks)
+        sizes = [report.sizes for report in self.ranks.values() if report.sizes]
+        if sizes[0].prefix_caching and len(sizes) > 1:
+            self.requests.prefixes = PrefixIndex(sizes[0].block_size, sum(size.blocks for size in sizes))
 
     def close(self) -> None:
         """Ask all ranks to end; does not wait for them. Waiting requests end with an error."""

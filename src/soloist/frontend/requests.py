@@ -1,4 +1,4 @@
-"""Every accepted request and its tokens so far. What happens to a rank, this is what can be asked for again."""
+"""Every accepted request and its tokens so far. Whatever happens to a rank, this is what can be asked for again."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import msgspec
 
 from soloist.errors import RequestError
+from soloist.frontend.prefixes import PrefixIndex, choose
 from soloist.frontend.wire import Delta, Submit
 from soloist.scheduling.request import FinishReason, SamplingParams, TokenLogprob
 
 SEEDS = 2**31
+TYPICAL_TOKENS = 256.0  # of a continuation, before any has ended
+MEMORY = 64  # continuations over which the typical length is taken
 
 
 @dataclass
@@ -23,11 +27,14 @@ class SequenceState:
 
     submit: Submit  # what its leader was asked for
     leader: int
+    fresh: int  # tokens of the prompt that its leader has to compute, as far as the front end knows
+    expected: int  # tokens that it will probably get
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     margin: float = float("inf")
+    cached: int = 0  # tokens of the prompt that its leader found in its cache
     finish_reason: FinishReason | None = None
     error: str | None = None
     first_token_s: float = float("nan")  # on the clock of time.monotonic, as `Request.arrival_s`
@@ -42,14 +49,15 @@ class SequenceState:
         self.logprobs += delta.logprobs
         self.prompt_logprobs += delta.prompt_logprobs
         self.margin = min(self.margin, delta.margin)
+        self.cached = max(self.cached, delta.cached)
         self.finish_reason, self.error = delta.finish_reason, delta.error
 
     @property
     def cost(self) -> int:
-        """Tokens that the sequence may still occupy its leader with."""
+        """Tokens that its leader has probably still to compute for it."""
         if self.finish_reason:
             return 0
-        return len(self.submit.prompt) + self.submit.params.max_tokens - len(self.tokens)
+        return (0 if self.tokens else self.fresh) + max(self.expected - len(self.tokens), 1)
 
 
 @dataclass
@@ -82,7 +90,8 @@ Observer = Callable[[Request, SequenceState, Delta, float], None]  # the float: 
 class Requests:
     """Accepts requests, chooses their leaders and keeps account of them until they end.
 
-    `observe` is told every delta after it has been booked.
+    `observe` is told every delta after it has been booked. `prefixes` remembers which leader has seen what; without it
+    leaders are chosen by their load alone.
     """
 
     def __init__(self, leaders: Sequence[int], vocab: int) -> None:
@@ -90,7 +99,9 @@ class Requests:
         self._waiting: dict[int, tuple[Request, int]] = {}  # sequence → request, index in it
         self._load = dict.fromkeys(self.leaders, 0)  # sum of the costs of a leader's waiting sequences
         self._next_sequence = 0
+        self._typical = TYPICAL_TOKENS  # length of a continuation, lately
         self.observe: Observer | None = None
+        self.prefixes: PrefixIndex | None = None
 
     def accept(self, prompt: Sequence[int], params: SamplingParams) -> Request:
         """Book a request. Raises RequestError for one that no rank needs to see to refuse it."""
@@ -100,15 +111,23 @@ class Requests:
         for index, share in enumerate(_one_for_each(params)):
             submit = Submit(self._next_sequence, request.prompt, share)
             self._next_sequence += 1
-            state = SequenceState(submit, self.choose_leader(request.prompt))
+            state = self._place(submit)
             self._load[state.leader] += state.cost
             self._waiting[submit.sequence] = request, index
             request.sequences.append(state)
         return request
 
-    def choose_leader(self, prompt: Sequence[int]) -> int:
-        """The leader with the least to do. `prompt` is there for a choice by cached prefix."""
-        return min(self.leaders, key=self._load.__getitem__)
+    def _place(self, submit: Submit) -> SequenceState:
+        """Choose a sequence's leader: the longest cached prefix, unless others have much less to do."""
+        expected = min(submit.params.max_tokens, ceil(self._typical))
+        digests, cached = [], {}
+        if self.prefixes is not None:
+            digests = self.prefixes.digests(submit.prompt)
+            cached = self.prefixes.cached(digests)
+        leader = choose(self._load, cached, len(submit.prompt) - max(cached.values(), default=0) + expected)
+        if self.prefixes is not None:
+            self.prefixes.add(leader, digests)
+        return SequenceState(submit, leader, len(submit.prompt) - cached.get(leader, 0), expected)
 
     def apply(self, delta: Delta) -> Request | None:
         """Book what a sequence gained. None where the request was aborted meanwhile."""
@@ -124,6 +143,8 @@ class Requests:
         request.news.append((index, delta))
         if delta.finish_reason:
             del self._waiting[delta.sequence]
+            if delta.finish_reason in ("stop", "length"):
+                self._learn(state)
             if request.done and request.on_done:
                 request.on_done()
         return request
@@ -143,6 +164,12 @@ class Requests:
     def waiting_for(self) -> set[int]:
         """Leaders that have work."""
         return {leader for leader, load in self._load.items() if load > 0}
+
+    def _learn(self, state: SequenceState) -> None:
+        """From a complete continuation: how long they are, and that its leader has its KV for a prompt that goes on."""
+        self._typical += (len(state.tokens) - self._typical) / MEMORY
+        if self.prefixes is not None:
+            self.prefixes.add(state.leader, self.prefixes.digests([*state.submit.prompt, *state.tokens]))
 
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:

@@ -72,6 +72,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     margin: float = float("inf")
     error: str | None = None  # with finish_reason "error"
+    cached: int = 0  # tokens of the prompt that were found in the cache; with the first token
 
 
 class Tokens(Message, frozen=True):

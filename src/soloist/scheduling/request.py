@@ -109,3 +109,4 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt's tokens after the first; with the first new token
     finish_reason: FinishReason | None = None  # the scheduler knows the sequence no longer
     margin: float = float("inf")  # of the new token, see `Sampled`
+    cached: int = 0  # tokens of the prompt that were found in the cache; with the first new token

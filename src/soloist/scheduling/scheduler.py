@@ -200,7 +200,8 @@ class Scheduler:
         heapq.heappop(self._waiting)
         self._pool.hold(found)
         state.blocks, state.cached, state.computed = found, len(found), len(found) * self.config.block_size
-        self._prefix_hits += state.computed
+        state.found = state.computed
+        self._prefix_hits += state.found
         self._prefix_queries += len(state.tokens)
         self._running[state.id] = self._ready[state.id] = state
         return state
@@ -254,6 +255,7 @@ class Scheduler:
             prompt_logprobs=tuple(state.prompt_logprobs) if is_first else (),
             finish_reason=reason,
             margin=answer.margin,
+            cached=state.found if is_first else 0,
         )
 
     def _end(self, state: SequenceState, reason: FinishReason) -> None:

@@ -24,6 +24,7 @@ class SequenceState:
         "computed",
         "blocks",
         "cached",
+        "found",
         "digests",
         "prompt_logprobs",
         "finish_reason",
@@ -38,6 +39,7 @@ class SequenceState:
         self.computed = 0
         self.blocks: tuple[int, ...] = ()
         self.cached = 0  # leading blocks that the pool knows by their content
+        self.found = 0  # tokens whose KV was found when it was last admitted
         self.digests: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprob] = []  # of the prompt's tokens 1, 2, …
         self.finish_reason: FinishReason | None = None

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import zmq
 
@@ -57,6 +58,11 @@ class Call:
     @property
     def prompt_tokens(self) -> int:
         return sum(len(request.prompt) for request in self.requests)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose KV was found: of each prompt's first continuation."""
+        return sum(request.sequences[0].cached for request in self.requests)
 
     @property
     def generated(self) -> int:
@@ -225,12 +231,13 @@ def _first_token_s(request: Request) -> float:
     return min(firsts, default=request.arrival_s) - request.arrival_s
 
 
-def usage(call: Call) -> dict[str, int]:
+def usage(call: Call) -> dict[str, Any]:
     """As OpenAI counts."""
     return {
         "prompt_tokens": call.prompt_tokens,
         "completion_tokens": call.generated,
         "total_tokens": call.prompt_tokens + call.generated,
+        "prompt_tokens_details": {"cached_tokens": call.cached_tokens},
     }
 
 
