@@ -28,6 +28,7 @@ class Case:
     d_model: int = 8
     dtype: torch.dtype = torch.float32
     skew: float = 0.0  # how much more the first experts are liked
+    dead: int = 0  # every so many tokens there is one that goes nowhere; 0: none
     seed: int = 0
 
     @property
@@ -46,7 +47,8 @@ class Case:
         liked_TE -= self.skew * torch.arange(self.experts)
         weights_TK, ids_TK = liked_TE.topk(self.top_k)
         placement = Placement(experts=self.experts, slots=(self.slots,))
-        return x_TD, SlotTable(placement, 0, group).choose(Routing(ids_TK, weights_TK.softmax(-1)))
+        live_T = torch.arange(self.tokens[group]) % self.dead != self.dead - 1 if self.dead else None
+        return x_TD, SlotTable(placement, 0, group).choose(Routing(ids_TK, weights_TK.softmax(-1)), live_T)
 
     def answers(self, group: int, rows: int) -> Tensor:
         """y_RD that a group is said to give, of very different sizes so that the order of sums shows."""
@@ -164,6 +166,7 @@ def cases(draw: st.DrawFn, max_groups: int = 6) -> Case:
         d_model=draw(st.sampled_from([1, 3, 8, 17])),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         skew=draw(st.sampled_from([0.0, 0.5, 100.0])),
+        dead=draw(st.sampled_from([0, 0, 1, 3])),
         seed=draw(st.integers(0, 999)),
     )
 

@@ -72,7 +72,7 @@ def exchange(dispatchers: list[OneSidedDispatcher], case: Case) -> list[Outcome]
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name}-{'pull' if form.pull else 'copied'}")
 def test_equal_to_the_definition(form: Form) -> None:
-    case = typical(3, torch.float16, node_of_group=(0, 0, 0), d_model=13, tokens=(3, 0, 5))
+    case = typical(3, torch.float16, node_of_group=(0, 0, 0), d_model=13, tokens=(3, 0, 5), dead=3)
     check(exchange(world(shape_of(case), form), case), case)
 
 

@@ -14,14 +14,17 @@ over the nodes in order, one rounding to the payload type. `ragged` over the `lo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class SlotChoice:
-    """Where each token goes: filled by the router from its expert choice and the placement."""
+    """Where each token goes: filled by the router from its expert choice and the placement.
+
+    A token that goes nowhere, as those do that only fill up a batch, has −1 for all its groups and slots.
+    """
 
     group_TK: Tensor  # int64: expert group
     slot_TK: Tensor  # int64: slot within the group
@@ -56,6 +59,19 @@ class PendingTokens(Protocol):
     def wait(self) -> Tensor: ...
 
 
+class PendingRows(PendingBatch, Protocol):
+    """A dispatch under way that can expand the rows itself."""
+
+    @property
+    def rows(self) -> int:
+        """R of the batch to come."""
+        ...
+
+    def wait_expanded(self) -> tuple[ExpertBatch, Tensor]:
+        """The batch and x_XD, each row once for every slot that it chose. `rows_RD` is not to be used then."""
+        ...
+
+
 @dataclass(frozen=True)
 class Topology:
     """Which node each expert group lies on. Nodes are declared, never guessed."""
@@ -76,6 +92,10 @@ class Dispatcher(Protocol):
     `where` names the layer in errors.
     """
 
+    def fit(self, tokens: int) -> Self:
+        """The same for calls of at most `tokens` tokens a rank, a number that all ranks agree on."""
+        return self
+
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> PendingBatch: ...
 
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> PendingTokens: ...
@@ -87,3 +107,12 @@ class Dispatcher(Protocol):
     def combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Tensor:
         """out_TD: for each token the sum over its groups of the `y_RD` row that it got there."""
         return self.start_combine(y_RD, batch, where).wait()
+
+
+@runtime_checkable
+class ExpandedDispatcher(Protocol):
+    """A dispatcher that also takes the experts' results before they are weighed and summed; it waits for no host."""
+
+    def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> PendingRows: ...
+
+    def start_combine_expanded(self, y_XD: Tensor, batch: ExpertBatch, where: str = "") -> PendingTokens: ...

@@ -65,6 +65,11 @@ class OneSidedDispatcher(Dispatcher):
         shape = self.shape.fit(tokens)
         return replace(self, shape=shape, form=form or choose_form(shape))
 
+    def with_slots(self, slots: int) -> OneSidedDispatcher:
+        """For a layer in which this rank's group has as many slots or fewer; the lanes are the same."""
+        assert slots <= self.shape.slots
+        return replace(self, shape=replace(self.shape, slots=slots))
+
     @property
     def rank(self) -> int:
         return self.watch.rank
@@ -241,6 +246,10 @@ class Arriving:
     ticket: Ticket
     sent: torch.Event | None = None
     x_TD: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.ticket.shape.rows
 
     def wait(self) -> ExpertBatch:
         dispatcher, ticket = self.dispatcher, self.ticket

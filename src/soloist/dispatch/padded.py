@@ -34,11 +34,12 @@ class Places:
 
     @classmethod
     def of(cls, group_TK: Tensor, groups: int, rounds: int, capacity: int) -> Places:
-        one_TG = torch.zeros(len(group_TK), groups, dtype=torch.int64, device=group_TK.device)
+        group_TK = group_TK.where(group_TK >= 0, groups)
+        one_TG = torch.zeros(len(group_TK), groups + 1, dtype=torch.int64, device=group_TK.device)
         one_TG.scatter_(1, group_TK, 1)
         nth_TK = (one_TG.cumsum(0) - 1).gather(1, group_TK)
         same_TKK = group_TK[:, :, None] == group_TK[:, None, :]
-        first_TK = ~same_TKK.tril(-1).any(2)
+        first_TK = ~same_TKK.tril(-1).any(2) & (group_TK < groups)
         place_TK = nth_TK // capacity * (groups * capacity) + group_TK * capacity + nth_TK % capacity
         return cls(place_TK.where(first_TK, rounds * groups * capacity), group_TK.where(first_TK, groups))
 

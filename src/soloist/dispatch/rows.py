@@ -36,9 +36,13 @@ class Departures:
 
 
 def distinct(first: Tensor, second: Tensor, firsts: int, seconds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct pairs of two index tensors that broadcast, in order, and the matrix that marks them."""
-    marked = torch.zeros(firsts, seconds, dtype=torch.bool, device=first.device)
+    """The distinct pairs of two index tensors that broadcast, in order, and the matrix that marks them.
+
+    A first of −1 makes no pair: it marks a spare last row.
+    """
+    marked = torch.zeros(firsts + 1, seconds, dtype=torch.bool, device=first.device)
     marked[first, second] = True
+    marked = marked[:firsts]
     found_first, found_second = marked.nonzero(as_tuple=True)
     return found_first, found_second, marked
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
@@ -25,10 +27,12 @@ from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.scheduler import Scheduler
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect, local_world
+from soloist.transport.symmetric import SymmetricGroup
 
 PROGRESS_S = 0.2  # between reports of a rank that loads
 MakeExecutor = Callable[[Job, World, torch.device, Callable[[int], None]], Executor]
 MakeWorld = Callable[[Job, Meeting, torch.device], World]
+_groups: Counter[str] = Counter()  # that share memory, by their members: each has a store of its own
 
 
 def run_rank(
@@ -108,7 +112,24 @@ def build_world(job: Job, meeting: Meeting, device: torch.device) -> World:
     kind = transport_kind(job, meeting, device)
     root = connect(kind, place.rank, place.size, meeting.store, device, options.deadline_s, meeting.host)
     control = leaders_only(job, meeting) if device.type == "cuda" else None
-    return World.build(root, job.layout, options.gpus_per_node, control)
+    windows = partial(symmetric_group, meeting, device) if options.transport == "auto" and nvlink(meeting) else None
+    return World.build(root, job.layout, options.gpus_per_node, control, windows)
+
+
+def nvlink(meeting: Meeting) -> bool:
+    """Whether this host's GPUs that ranks use can read and write each other's memory."""
+    gpus = range(meeting.place.local_size) if torch.cuda.device_count() >= meeting.place.local_size else range(0)
+    pairs = [(one, other) for one in gpus for other in gpus if one != other]
+    return bool(pairs) and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
+
+
+def symmetric_group(meeting: Meeting, device: torch.device, ranks: Sequence[int]) -> SymmetricGroup:
+    """Memory that some ranks of a node share. Every rank asks for the same kinds of groups in the same order."""
+    index = list(ranks).index(meeting.place.rank)
+    members = " ".join(map(str, ranks))
+    store = PrefixStore(f"symmetric {members}, {_groups[members]}", meeting.store)
+    _groups[members] += 1
+    return SymmetricGroup(store, index, len(ranks), device)
 
 
 def transport_kind(job: Job, meeting: Meeting, device: torch.device) -> str:

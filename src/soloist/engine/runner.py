@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from soloist.dispatch.ragged import RaggedDispatcher
+from soloist.engine.dispatchers import Dispatchers
 from soloist.engine.kv_cache import allocate, blocks_that_fit
 from soloist.engine.options import EngineOptions
 from soloist.engine.sampler import prompt_logprobs, sample
@@ -61,21 +61,21 @@ class Runner:
 
     def _moe_layers(self, layout: Layout, placement: Placement, source: WeightSource) -> Iterator[tuple[int, MoELayer]]:
         """The experts of this stage's MoE layers, in the slots that the placement gives this rank's group."""
-        seat = self.world.seat
-        for layer in layout.stage_layers(seat.stage, self.spec.layers):
-            if layer in self.spec.dense_layers:
-                continue
-            index = self.spec.moe_layers.index(layer)
-            held = placement.slots[index][seat.group]
-            experts = Experts.load(self.spec, source, layer, held, seat.tp_index, layout.tp)
-            sharded, replicated = (
-                RaggedDispatcher(self.world.experts, self.world.topology, len(held), tp) for tp in (self.world.tp, None)
-            )
+        seat, spec = self.world.seat, self.spec
+        stage = layout.stage_layers(seat.stage, spec.layers)
+        held_by_layer = {
+            layer: placement.slots[index][seat.group] for index, layer in enumerate(spec.moe_layers) if layer in stage
+        }
+        slots = [len(held) for held in held_by_layer.values()]
+        dispatchers = Dispatchers(spec, slots, self.world, self.options, self.dtype, self.device)
+        for layer, held in held_by_layer.items():
+            experts = Experts.load(spec, source, layer, held, seat.tp_index, layout.tp)
+            sharded, replicated = dispatchers.of(len(held))
             yield (
                 layer,
                 MoELayer(
-                    router=Router.load(self.spec, source, layer),
-                    table=SlotTable(placement, index, seat.group, self.device),
+                    router=Router.load(spec, source, layer),
+                    table=SlotTable(placement, spec.moe_layers.index(layer), seat.group, self.device),
                     dispatcher=sharded,
                     replicated=replicated,
                     experts=experts,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from soloist.dispatch.base import Topology
 from soloist.specs.layout import Layout, Seat
 from soloist.transport.base import Transport
+from soloist.transport.symmetric import SymmetricGroup, Watch
+
+Windows = Callable[[Sequence[int]], SymmetricGroup]
 
 
 @dataclass
@@ -26,10 +29,22 @@ class World:
     attention: Transport | None  # seat.attention_peers: shares of the same heads
     pipeline: Transport | None  # seat.pipeline_peers: the same place in every stage
     control: Transport | None  # seat.leaders; None on ranks that lead nobody
+    windows: Windows | None = None  # where the GPUs of a node reach each other's memory
+    gpus_per_node: int = 1
+    watches: list[Watch] = field(default_factory=list)
 
     @classmethod
-    def build(cls, root: Transport, layout: Layout, gpus_per_node: int, control: Transport | None = None) -> World:
+    def build(
+        cls,
+        root: Transport,
+        layout: Layout,
+        gpus_per_node: int,
+        control: Transport | None = None,
+        windows: Windows | None = None,
+    ) -> World:
         """Called by all ranks of `root`, which are all ranks of the layout. `control` overrides the CPU group.
+
+        windows: makes the group of some ranks whose GPUs reach each other over NVLink; none where they do not.
 
         Every rank builds the kinds in the same order, and the groups of a kind are disjoint, so that whoever waits
         for a member waits for one that is still busy with an earlier kind: there is no circle to wait in.
@@ -45,7 +60,25 @@ class World:
             attention=_group(root, seat.attention_peers),
             pipeline=_group(root, seat.pipeline_peers),
             control=control or (root.subgroup(seat.leaders) if seat.is_leader else None),
+            windows=windows,
+            gpus_per_node=gpus_per_node,
         )
+
+    def nvlink(self, ranks: Sequence[int]) -> SymmetricGroup | None:
+        """Memory that these ranks share, where they are on one node whose GPUs reach each other. Collective."""
+        one_node = len({rank // self.gpus_per_node for rank in ranks}) == 1
+        return self.windows(ranks) if self.windows and one_node else None
+
+    def watch(self, ranks: Sequence[int]) -> Watch:
+        """A record of those of `ranks` that keep this rank's kernels waiting; `check` looks at it."""
+        index = tuple(ranks).index(self.seat.rank)
+        self.watches.append(Watch(index, tuple(ranks), self.root.device, self.root.deadline_s))
+        return self.watches[-1]
+
+    def check(self) -> None:
+        """Raises CommunicationError if a kernel gave up on a peer; costs no synchronisation."""
+        for watch in self.watches:
+            watch.check()
 
     @property
     def data_transports(self) -> list[Transport]:

@@ -37,10 +37,10 @@ def weigh_kernel(
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, MOST: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, WEIGH: tl.constexpr, PUSH: tl.constexpr, SIGNAL: tl.constexpr,
 ):  # fmt: skip
-    """Programs share the chunks of R rows; rows without a local slot are left out.
+    """Programs share the chunks of R rows.
 
     WEIGH: `y_D` is `y_XD` and a row is the sum of its entries; otherwise it is `y_RD`. PUSH: to the window of the rank
-    that the row came from; otherwise to `out_RD`. SIGNAL: publish.
+    that the row came from, rows without a local slot left out; otherwise to `out_RD`, zeros for those. SIGNAL: publish.
     """
     k = tl.arange(0, KP)
     width = tl.full((), D, tl.int64)
@@ -50,7 +50,7 @@ def weigh_kernel(
         inside = column < D
         slot_K = tl.load(slots_RK + row * K + k, mask=k < K, other=-1)
         count = tl.sum((slot_K >= 0).to(tl.int32), 0)
-        if count > 0:
+        if (count > 0) | (not PUSH):
             if WEIGH:
                 y = _weighted(y_D, place_RK + row * K, weight_X, count, column, D, MOST, BLOCK)
                 y = y.to(y_D.dtype.element_ty)

@@ -18,10 +18,11 @@ def index_kernel(
     """One program a slot, which needs nothing from the others: it counts all choices of lower slots by itself.
 
     Writes the slot's part of `row_X` and `weight_X`, the end of that part, and to `place_RK` where the row's j-th
-    choice in order of slot lies among the expanded rows.
+    choice in order of slot lies among the expanded rows. RANKS: those to wait for, 0 where nothing travels.
     """
     slot = tl.program_id(0)
-    await_all(flags, calls, failed, report, code, timeout_ns, PHASE_CHOICES, RANKS)
+    if RANKS > 0:
+        await_all(flags, calls, failed, report, code, timeout_ns, PHASE_CHOICES, RANKS)
     k = tl.arange(0, KP)
     lower = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, rows, BLOCK):

@@ -156,9 +156,8 @@ class GroupedQueryAttention:
         squares_T2 = torch.stack([q.float().square().sum(-1), k[:, owned].float().square().sum(-1)], dim=-1)
         if self.group is not None:
             squares_T2 = self.group.all_reduce(squares_T2, self.where)
-        widths = torch.tensor([a.heads * a.head_dim, a.kv_heads * a.head_dim], device=q.device)
-        inverse_T2 = torch.rsqrt(squares_T2 / widths + self.eps)
-        scaled = (q.float() * inverse_T2[:, :1], k.float() * inverse_T2[:, 1:])
+        squares_T1 = (squares_T2[:, :1] / (a.heads * a.head_dim), squares_T2[:, 1:] / (a.kv_heads * a.head_dim))
+        scaled = [x.float() * torch.rsqrt(square + self.eps) for x, square in zip((q, k), squares_T1, strict=True)]
         return self.q_norm * scaled[0].to(q.dtype), self.k_norm * scaled[1].to(k.dtype)
 
 

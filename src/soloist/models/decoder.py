@@ -73,7 +73,8 @@ class Block:
     def _sharded(self, h_tD: Tensor, split: TokenSplit) -> Tensor:
         """Each rank dispatches its own tokens; the shared experts run while they travel."""
         shared = None if self.shared is None else partial(self._in_group, self.shared, h_tD, split)
-        return self.moe(h_tD, meanwhile=shared)
+        live_t = split.live(split.size, self.seat.attention_index)
+        return self.moe(h_tD, meanwhile=shared, live_T=live_t, most=split.most(split.size))
 
     def _in_group(self, network: FeedForward, h_tD: Tensor, split: TokenSplit) -> Tensor:
         """A feed-forward whose width is cut over the attention group."""
@@ -84,10 +85,15 @@ class Block:
 
     def _replicated(self, h_TD: Tensor, split: TokenSplit) -> Tensor:
         """Every rank has all tokens: the ranks of each `tp` dispatch a slice of them, one all-reduce sums it all."""
-        slices = split.size // self.seat.layout.tp
-        start, stop = share(split.tokens, slices, self.seat.attention_index // self.seat.layout.tp)
-        partial_TD = self.shared(h_TD) if self.shared else torch.zeros_like(h_TD)
-        partial_TD[start:stop] += self.moe(h_TD[start:stop], gather_in_group=False)
+        slices, index = split.size // self.seat.layout.tp, self.seat.attention_index // self.seat.layout.tp
+        start, stop = share(split.tokens, slices, index)
+        live_t, most = split.live(slices, index), split.most(slices)
+        part_tD = self.moe(h_TD[start:stop], gather_in_group=False, live_T=live_t, most=most)
+        if slices == 1:
+            partial_TD = self.shared(h_TD) + part_tD if self.shared else part_tD
+        else:
+            partial_TD = self.shared(h_TD) if self.shared else torch.zeros_like(h_TD)
+            partial_TD[start:stop] += part_tD
         return split.reduce(partial_TD, self.where)
 
 
@@ -132,7 +138,8 @@ class Decoder:
 
     def split(self, step: StepInput) -> TokenSplit:
         """How this step's tokens lie over the attention group."""
-        return TokenSplit(self.group, step.tokens, step.replicated and self.group is not None, self.watch)
+        replicated = step.replicated and self.group is not None
+        return TokenSplit(self.group, step.tokens, replicated, self.watch, step.peak, step.live_T)
 
     def embed(self, step: StepInput, split: TokenSplit) -> Tensor:
         """x_tD of the first stage: each rank looks up the ids of its share of the vocabulary."""

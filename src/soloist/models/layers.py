@@ -40,6 +40,8 @@ class TokenSplit:
     tokens: int
     replicated: bool
     watch: Stopwatch
+    peak: int  # the most tokens of any attention group
+    live_T: Tensor | None = None  # bool: tokens that do not only fill up a batch
 
     @property
     def size(self) -> int:
@@ -54,6 +56,14 @@ class TokenSplit:
     def tokens_here(self, index: int) -> int:
         """Tokens that rank `index` of the group holds."""
         return self.tokens if self.group is None or self.replicated else self.counts[index]
+
+    def most(self, parts: int) -> int:
+        """The most tokens that any rank sends to experts, where a group's tokens are cut into `parts`."""
+        return -(-self.peak // parts)
+
+    def live(self, parts: int, index: int) -> Tensor | None:
+        """Part `index` of live_T."""
+        return None if self.live_T is None else self.live_T[slice(*share(self.tokens, parts, index))]
 
     def gather(self, x_tD: Tensor, where: str = "") -> Tensor:
         """All tokens of the group, from what each rank holds."""

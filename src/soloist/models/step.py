@@ -28,6 +28,7 @@ class StepInput:
     logits_rows: Tensor  # int64: tokens whose logits are wanted
     replicated: bool  # the form of the step (models/layers.py, TokenSplit)
     name: str  # "step 17", for errors
+    peak: int  # the most tokens of any attention group in the step
     live_T: Tensor | None = None  # bool: False where a row is padding; None: no row is
     static: bool = False  # shapes only are known to the host: one token a sequence, the rows padded to a fixed number
 
@@ -62,7 +63,10 @@ class StepInput:
         paged = PagedBatch.of(starts, [c.stop for c in chunks], _to(tables_NM, device), block_size)
         cos, sin = rope.angles(_to(positions_T, device), dtype)
         rows = _to(_concatenate(wanted), device)
-        return cls(_to(ids_T, device), _to(slots_T, device), paged, cos, sin, rows, replicated, f"step {batch.step}")
+        return cls(
+            _to(ids_T, device), _to(slots_T, device), paged, cos, sin, rows, replicated, f"step {batch.step}",
+            max(batch.peak, batch.tokens),
+        )  # fmt: skip
 
 
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:

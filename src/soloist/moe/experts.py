@@ -12,6 +12,8 @@ from torch import Tensor
 
 from soloist.dispatch.base import ExpertBatch
 from soloist.errors import ConfigurationError
+from soloist.kernels.experts import ExpertTiles, choose_tiles, fits, swiglu_experts
+from soloist.kernels.language import AVAILABLE
 from soloist.kernels.reference import activate, choose_grouped_linear, expand, weighted_sum
 from soloist.moe.reader import Reader, Span
 from soloist.specs.layout import share
@@ -89,3 +91,21 @@ class Experts:
         out_XD = self.grouped_linear(activate(hidden_XF, self.spec), self.down, batch.offsets_S, self.down_bias)
         rows = len(batch.rows_RD)
         return weighted_sum(out_XD, batch.row_X, batch.weight_X, batch.offsets_S, rows, self.most, batch.dense)
+
+    # -- fused ------------------------------------------------------------------------------------------------------
+    def tiles(self, rows_per_slot: float) -> ExpertTiles | None:
+        """How the fused kernels cut a batch; None where `forward` is to be used.
+
+        They serve SwiGLU without biases in bf16 and fp16 on a GPU.
+        """
+        plain = self.spec.kind != "swiglu" or self.spec.activation != "silu" or self.spec.bias
+        if plain or not AVAILABLE or not self.down.is_cuda or self.down.dtype == torch.float32 or not len(self.down):
+            return None
+        tiles = choose_tiles(rows_per_slot)
+        return tiles if fits(tiles, *self.down.shape[1:]) else None
+
+    def expanded(self, batch: ExpertBatch, tiles: ExpertTiles, x_XD: Tensor | None = None) -> Tensor:
+        """y_XD: what each expanded row's expert makes of it. `x_XD`: the expanded rows, where they are made already."""
+        return swiglu_experts(
+            batch.rows_RD, batch.row_X, batch.offsets_S, self.gate_up, self.down, tiles, x_XD
+        )  # fmt: skip

@@ -1,16 +1,17 @@
 """One MoE layer: tokens travel to their experts and back, and something else may be computed meanwhile.
 
-Shape legend: T tokens of this rank, D model width.
+Shape legend: T tokens of this rank, D model width, R rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor
 
-from soloist.dispatch.base import Dispatcher
+from soloist.dispatch.base import Dispatcher, ExpandedDispatcher, ExpertBatch, PendingBatch, PendingRows, PendingTokens
 from soloist.moe.experts import Experts
 from soloist.moe.router import Router, SlotTable
 from soloist.moe.stats import LoadStats
@@ -35,30 +36,56 @@ class MoELayer:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def __call__(
-        self, x_TD: Tensor, meanwhile: Callable[[], Tensor] | None = None, gather_in_group: bool = True
+        self,
+        x_TD: Tensor,
+        meanwhile: Callable[[], Tensor] | None = None,
+        gather_in_group: bool = True,
+        live_T: Tensor | None = None,
+        most: int | None = None,
     ) -> Tensor:
         """out_TD: for each token the weighted sum of its experts, plus what `meanwhile` returns.
 
-        `meanwhile` runs while the tokens travel. Called by all ranks of a stage together, also with T = 0.
+        `meanwhile` runs while the tokens travel. live_T (bool): tokens that are not only there to fill a batch; the
+        others go nowhere. `most`: the most tokens that any rank brings, a number that all ranks agree on; None stands
+        for as many as dispatchers hold. Called by all ranks of a stage together, also with T = 0.
         """
         dispatcher = self.dispatcher if gather_in_group else self.replicated
+        dispatcher = dispatcher if most is None else dispatcher.fit(most)
         where = f"layer {self.layer}"
         # 1. Choose experts, and a slot for each of them.
         with self.watch("router"):
             routing = self.router.route(x_TD)
-            choice = self.table.choose(routing)
+            choice = self.table.choose(routing, live_T)
         # 2. Send the tokens off, do the other work, take in what has arrived from everybody.
         with self.watch("exchange"):
             arriving = dispatcher.start_dispatch(x_TD, choice, where)
         with self.watch("experts"):
             other_TD = meanwhile() if meanwhile else None
+        # 3. Run the local experts, and send the results home.
+        batch, returning = self._through_experts(dispatcher, arriving, where)
+        self.stats.record(self.layer, routing, batch, live_T)
+        # 4. Each token sums up its own.
+        with self.watch("exchange"):
+            out_TD = returning.wait()
+        return out_TD if other_TD is None else out_TD + other_TD
+
+    def _through_experts(
+        self, dispatcher: Dispatcher, arriving: PendingBatch, where: str
+    ) -> tuple[ExpertBatch, PendingTokens]:
+        """By the fused kernels where experts and dispatcher both can, otherwise row by row."""
+        if isinstance(dispatcher, ExpandedDispatcher):
+            coming = cast(PendingRows, arriving)
+            tiles = self.experts.tiles(coming.rows * self.router.spec.top_k / self.router.experts)
+            if tiles is not None:
+                with self.watch("exchange"):
+                    batch, x_XD = (coming.wait(), None) if tiles.gather else coming.wait_expanded()
+                with self.watch("experts"):
+                    y_XD = self.experts.expanded(batch, tiles, x_XD)
+                with self.watch("exchange"):
+                    return batch, dispatcher.start_combine_expanded(y_XD, batch, where)
         with self.watch("exchange"):
             batch = arriving.wait()
-        self.stats.record(self.layer, routing, batch)
-        # 3. Run the local experts.
         with self.watch("experts"):
             y_RD = self.experts.forward(batch)
-        # 4. Send the results home, where each token sums up its own.
         with self.watch("exchange"):
-            out_TD = dispatcher.combine(y_RD, batch, where)
-        return out_TD if other_TD is None else out_TD + other_TD
+            return batch, dispatcher.start_combine(y_RD, batch, where)

@@ -50,6 +50,10 @@ class Router:
         correction_E = source.read(Param("correction_bias", layer)) if spec.router.correction_bias else None
         return cls(spec.router, source.read(Param("router", layer)), bias_E, correction_E)
 
+    @property
+    def experts(self) -> int:
+        return len(self.weight_ED)
+
     def route(self, x_TD: Tensor) -> Routing:
         """Score, choose, weigh, renormalise, scale."""
         logits_TE = self._logits(x_TD)
@@ -98,10 +102,14 @@ class SlotTable:
         is_own_EM = self.group_EM == group
         self.own_E = is_own_EM.int().argmax(1).where(is_own_EM.any(1), -1)
 
-    def choose(self, routing: Routing) -> SlotChoice:
+    def choose(self, routing: Routing, live_T: Tensor | None = None) -> SlotChoice:
+        """Group and slot of each choice; −1 for tokens that are not live."""
         replica_TK = self._replica(routing.expert_ids_TK)
         ids_TK = routing.expert_ids_TK
-        return SlotChoice(self.group_EM[ids_TK, replica_TK], self.slot_EM[ids_TK, replica_TK], routing.weights_TK)
+        group_TK, slot_TK = self.group_EM[ids_TK, replica_TK], self.slot_EM[ids_TK, replica_TK]
+        if live_T is not None:
+            group_TK, slot_TK = group_TK.where(live_T[:, None], -1), slot_TK.where(live_T[:, None], -1)
+        return SlotChoice(group_TK, slot_TK, routing.weights_TK)
 
     def _replica(self, ids_TK: Tensor) -> Tensor:
         """The policy: the replica of the own group, else replicas in turn, by group and token."""

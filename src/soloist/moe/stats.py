@@ -1,6 +1,6 @@
 """How evenly the experts are loaded: counters that cost next to nothing and are read when somebody asks.
 
-Shape legend: E experts, T tokens, K top-k.
+Shape legend: E experts, T tokens, K top-k, R rows.
 """
 
 from __future__ import annotations
@@ -20,34 +20,49 @@ class LayerLoad:
     """What one rank saw of one layer since the counters were last taken."""
 
     tokens_E: Tensor  # int64: choices of each logical expert by the tokens that this rank routed
-    rows: int = 0  # rows that arrived for this rank's experts
+    rows: int  # rows that arrived for this rank's experts
 
 
 class LoadStats:
-    """Counters of all MoE layers of a rank. Recording stays on the device and waits for nothing."""
+    """Counters of all MoE layers of a rank. Recording stays on the device and waits for nothing.
+
+    A layer's counters are made at its first call and live as long as this object, so that a CUDA graph that was
+    captured later goes on counting when it is replayed.
+    """
 
     def __init__(self, experts: int, enabled: bool = False, recorder: RoutingRecorder | None = None) -> None:
         """`recorder` gets every routing, whether counting is enabled or not."""
         self.experts, self.enabled, self.recorder = experts, enabled, recorder
-        self._layers: dict[int, LayerLoad] = {}
+        self._counts: dict[int, Tensor] = {}  # E + 1: choices, then rows
 
-    def record(self, layer: int, routing: Routing, batch: ExpertBatch) -> None:
-        """Count one pass through a layer, if enabled."""
+    def record(self, layer: int, routing: Routing, batch: ExpertBatch, live_T: Tensor | None = None) -> None:
+        """Count one pass through a layer, if enabled; tokens that are not live do not count."""
         if self.recorder:
             self.recorder.record(layer, routing.expert_ids_TK)
         if not self.enabled:
             return
-        ids = routing.expert_ids_TK.flatten()
-        if layer not in self._layers:
-            self._layers[layer] = LayerLoad(ids.new_zeros(self.experts))
-        load = self._layers[layer]
-        load.tokens_E.index_add_(0, ids, torch.ones_like(ids))
-        load.rows += len(batch.rows_RD)
+        ids_TK = routing.expert_ids_TK
+        if layer not in self._counts:
+            self._counts[layer] = ids_TK.new_zeros(self.experts + 1)
+        counts = self._counts[layer]
+        live_TK = torch.ones_like(ids_TK) if live_T is None else live_T[:, None].expand_as(ids_TK).to(ids_TK.dtype)
+        counts.index_add_(0, ids_TK.flatten(), live_TK.flatten())
+        counts[-1] += len(batch.rows_RD) if batch.dense else _rows_named(batch)
 
     def take(self) -> dict[int, LayerLoad]:
         """The counters of each layer since the last call."""
-        taken, self._layers = self._layers, {}
-        return taken
+        taken = {layer: counts.clone() for layer, counts in self._counts.items()}
+        for counts in self._counts.values():
+            counts.zero_()
+        return {layer: LayerLoad(counts[:-1], int(counts[-1])) for layer, counts in taken.items()}
+
+
+def _rows_named(batch: ExpertBatch) -> Tensor:
+    """How many rows the index names: those that came."""
+    used_X = torch.arange(len(batch.row_X), device=batch.row_X.device) < batch.offsets_S[-1]
+    named_R = torch.zeros(len(batch.rows_RD) + 1, dtype=torch.int64, device=batch.row_X.device)
+    named_R[batch.row_X.where(used_X, len(batch.rows_RD))] = 1
+    return named_R[:-1].sum()
 
 
 def imbalance(load_N: Tensor) -> float:

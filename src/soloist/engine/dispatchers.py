@@ -1,0 +1,76 @@
+"""Which dispatchers a rank's MoE layers use, and the memory that the layers share, since they take turns.
+
+tokens stay on this rank            local       one expert group, or one GPU
+peers in one NVLink domain          one_sided   kernels write and read the peers' memory
+anything else, and CPUs             ragged      over the transports
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from soloist.dispatch.base import Dispatcher
+from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
+from soloist.dispatch.local import LocalDispatcher, LocalIndex
+from soloist.dispatch.one_sided import OneSidedDispatcher
+from soloist.dispatch.ragged import RaggedDispatcher
+from soloist.engine.options import EngineOptions
+from soloist.engine.world import World
+from soloist.kernels.language import AVAILABLE
+from soloist.specs.model import ModelSpec
+
+
+class Dispatchers:
+    """Made once for all layers of a rank; `of` gives a layer's."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        slots: Sequence[int],
+        world: World,
+        options: EngineOptions,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`slots`: of this rank's group, in each of its layers. Collective where windows are opened."""
+        self.spec, self.world, self.dtype = spec, world, dtype
+        self.device, self.most = device, max(slots, default=0)
+        layout, seat = world.seat.layout, world.seat
+        self.tokens = -(-options.max_batch_tokens // layout.attention_ranks)
+        few = min(options.max_batch_tokens, options.replicate_below)
+        self.index = None
+        if device.type == "cuda" and AVAILABLE and layout.ep == 1 and self.most:
+            self.index = LocalIndex.of(options.max_batch_tokens, spec.router.top_k, self.most, device)
+        stage = tuple(range(seat.stage_start, seat.stage_start + layout.stage_ranks))
+        self.sharded = self._one_sided(stage, layout.tp, self.tokens)
+        self.replicated = None
+        if layout.attention_ranks > 1 and layout.ep > 1:
+            self.replicated = self._one_sided(seat.expert_peers, 1, -(-few * layout.tp // layout.attention_ranks))
+
+    def of(self, slots: int) -> tuple[Dispatcher, Dispatcher]:
+        """For tokens that differ between the ranks of a TP group, and for tokens that are the same on all of them."""
+        world, tp = self.world, self.world.seat.layout.tp
+        local = LocalDispatcher(slots, self.index) if self.index else None
+        sharded = _resized(self.sharded, slots) or (local if tp == 1 else None)
+        replicated = local or _resized(self.replicated, slots)
+        return (
+            sharded or RaggedDispatcher(world.experts, world.topology, slots, world.tp),
+            replicated or RaggedDispatcher(world.experts, world.topology, slots),
+        )
+
+    def _one_sided(self, ranks: tuple[int, ...], tp: int, capacity: int) -> OneSidedDispatcher | None:
+        """For calls of at most `capacity` tokens a rank between these ranks, groups of `tp`; None without NVLink."""
+        group = self.world.nvlink(ranks) if len(ranks) > 1 else None
+        if group is None:
+            return None
+        shape = ExchangeShape(
+            len(ranks), tp, self.most, self.spec.router.top_k, self.spec.d_model, capacity, self.dtype
+        )  # fmt: skip
+        watch = self.world.watch(ranks)
+        return OneSidedDispatcher.of(shape, (Lane(group.window(WindowPlan(shape).size), shape),), watch)
+
+
+def _resized(dispatcher: OneSidedDispatcher | None, slots: int) -> OneSidedDispatcher | None:
+    return None if dispatcher is None else dispatcher.with_slots(slots)
