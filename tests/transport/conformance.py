@@ -240,8 +240,20 @@ def barriers(t: Transport) -> None:
         assert times[:, 1].min() >= times[:, 0].max()
 
 
+def counts_of_exchanges(t: Transport) -> None:
+    """Numbers for several exchanges at once; they are no payload."""
+    t.traffic.reset()
+    for width in (1, 3):
+        counts_MC = torch.arange(t.size * width).view(t.size, width) + 1000 * t.rank
+        received_MC = t.exchange_counts(counts_MC)
+        wanted = [[1000 * source + t.rank * width + c for c in range(width)] for source in range(t.size)]
+        assert received_MC.tolist() == wanted
+    assert not any(t.traffic.bytes_to)
+
+
 CHECKS: tuple[Callable[[Transport], None], ...] = (
     all_rows,
+    counts_of_exchanges,
     large_rows,
     consecutive_rows,
     overlapping_rows,

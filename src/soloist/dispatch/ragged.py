@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice, Topology
-from soloist.dispatch.rows import Departures, RowFormat, expert_major, sum_at_home
+from soloist.dispatch.rows import Departures, RowFormat, expert_major, join_group, phase, sum_at_home
 from soloist.transport.base import Pending, Transport
 
 
@@ -47,11 +46,11 @@ class RaggedDispatcher(Dispatcher):
         leaving = Departures.of(choice, self.peers.size)
         form = RowFormat(x_TD.dtype, x_TD.shape[1], leaving.top_k)
         message_RW = form.pack(x_TD, choice, leaving)
-        where = _phase(where, "dispatch")
+        where = phase(where, "dispatch")
         return Arriving(self, form, leaving, self.peers.start_rows(message_RW, leaving.counts, where=where), where)
 
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
-        ticket, where = batch.ticket, _phase(where, "combine")
+        ticket, where = batch.ticket, phase(where, "combine")
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
         if self.tp is not None and ticket.gathered is not None:
             y_RD = self.tp.reduce_scatter_rows(y_RD.contiguous(), ticket.gathered, where)
@@ -71,11 +70,7 @@ class Arriving:
 
     def wait(self) -> ExpertBatch:
         message_RW, received = self.pending.wait()
-        gathered, tp = None, self.dispatcher.tp
-        if tp is not None:
-            own = torch.tensor([[len(message_RW)]], device=message_RW.device)
-            gathered = tp.all_gather_rows(own, [1] * tp.size, self.where).flatten().tolist()
-            message_RW = tp.all_gather_rows(message_RW, gathered, self.where)
+        message_RW, gathered = join_group(message_RW, self.dispatcher.tp, self.where)
         rows_RD, slot_RK, weight_RK = self.form.parts(message_RW)
         row_X, weight_X, offsets_S = expert_major(slot_RK, weight_RK, self.dispatcher.slots)
         used = int(offsets_S[-1]) if self.dispatcher.slots else 0
@@ -93,7 +88,3 @@ class Returning:
     def wait(self) -> Tensor:
         y_RD, _ = self.pending.wait()
         return sum_at_home(y_RD, self.leaving, self.topology)
-
-
-def _phase(where: str, phase: str) -> str:
-    return f"{where}, {phase}" if where else phase

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from soloist.dispatch.base import SlotChoice, Topology
 from soloist.kernels.reference import member_table, ordered_sum
+from soloist.transport.base import Transport
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,20 @@ def expert_major(slot_RK: Tensor, weight_RK: Tensor, slots: int) -> tuple[Tensor
     return order_X // slot_RK.shape[1], weight_RK.flatten()[order_X], offsets_S
 
 
+def join_group(message_RW: Tensor, tp: Transport | None, where: str) -> tuple[Tensor, list[int] | None]:
+    """What all ranks of a TP group received, in order of rank, and how many rows each of them did."""
+    if tp is None:
+        return message_RW, None
+    own = torch.tensor([[len(message_RW)]], device=message_RW.device)
+    gathered = tp.all_gather_rows(own, [1] * tp.size, where).flatten().tolist()
+    return tp.all_gather_rows(message_RW, gathered, where), gathered
+
+
+def phase(where: str, name: str) -> str:
+    """A place in the program, as errors name it."""
+    return f"{where}, {name}" if where else name
+
+
 def sum_at_home(y_RD: Tensor, leaving: Departures, topology: Topology) -> Tensor:
     """out_TD: the rows that came home, summed for each token along the topology's tree (dispatch/base.py).
 
@@ -121,13 +136,13 @@ def sum_at_home(y_RD: Tensor, leaving: Departures, topology: Topology) -> Tensor
     """
     node_of_group, nodes, groups_of_node = _nodes(topology, y_RD.device)
     if nodes == 1:
-        return _sum(y_RD, leaving.token_R, leaving.tokens, min(leaving.top_k, groups_of_node))
+        return sum_rows(y_RD, leaving.token_R, leaving.tokens, min(leaving.top_k, groups_of_node))
     node_R = node_of_group[leaving.group_R]
     _, token_P, marked_NT = distinct(node_R, leaving.token_R, nodes, leaving.tokens)
     pair_NT = marked_NT.flatten().cumsum(0).view_as(marked_NT) - 1
     pair_R = pair_NT[node_R, leaving.token_R]
-    partial_PD = _sum(y_RD, pair_R, len(token_P), min(leaving.top_k, groups_of_node))
-    return _sum(partial_PD, token_P, leaving.tokens, min(leaving.top_k, nodes))
+    partial_PD = sum_rows(y_RD, pair_R, len(token_P), min(leaving.top_k, groups_of_node))
+    return sum_rows(partial_PD, token_P, leaving.tokens, min(leaving.top_k, nodes))
 
 
 @lru_cache(maxsize=64)
@@ -138,6 +153,6 @@ def _nodes(topology: Topology, device: torch.device) -> tuple[Tensor, int, int]:
     return torch.tensor(node_of_group, device=device), len(order), max(map(node_of_group.count, node_of_group))
 
 
-def _sum(values_XD: Tensor, sum_X: Tensor, sums: int, most: int) -> Tensor:
+def sum_rows(values_XD: Tensor, sum_X: Tensor, sums: int, most: int) -> Tensor:
     """Each sum in fp32 in order of its entries, rounded once to the dtype of the values."""
     return ordered_sum(values_XD, member_table(sum_X, sums, most)).to(values_XD.dtype)

@@ -109,6 +109,14 @@ class Transport(ABC):
         """`start_rows`, awaited."""
         return self.start_rows(rows_RW, send_counts, recv_counts, where).wait()
 
+    @abstractmethod
+    def exchange_counts(self, counts_MC: Tensor, where: str = "") -> Tensor:
+        """Row p of `counts_MC` to member p; returns one row from each, in order of source.
+
+        For numbers that the host needs to post the receives of several exchanges: int64 on the CPU, C equal on all
+        ranks. They are no payload, so `traffic` leaves them out.
+        """
+
     # -- collectives ------------------------------------------------------------------------------------------------
     @abstractmethod
     def all_reduce(self, x_N: Tensor, where: str = "") -> Tensor:

@@ -39,6 +39,10 @@ class ExchangeTransport(Transport):
         self.traffic.count_rows(self.rank, send_counts, row_bytes(rows_RW))
         return self._start(rows_RW, send_counts, recv_counts, where)
 
+    def exchange_counts(self, counts_MC: Tensor, where: str = "") -> Tensor:
+        ones = [1] * self.size
+        return self._start(counts_MC.contiguous(), ones, ones, where).wait()[0]
+
     def all_gather_rows(self, rows_RW: Tensor, counts: Sequence[int] | None = None, where: str = "") -> Tensor:
         gathered = self._gather(rows_RW, counts, where)
         self.traffic.count_ring(self.rank, gathered.nbytes)

@@ -1,6 +1,7 @@
 """Rows over NCCL: ranks on GPUs of one host or many.
 
-Shape legend: R rows, W elements of a row, N elements of any shape, M members.
+Shape legend: R rows, W elements of a row, N elements of any shape, M members,
+C numbers to each of them.
 
 The group is built on a given store and is never the default group. Results are ordered on the current stream: `wait`
 makes that stream wait, not the host. The host waits in two places only: for the counts of rows where the caller does
@@ -72,7 +73,7 @@ class NcclTransport(Transport):
         self._run(self._group.eager_connect_single_device, device, where="connecting")
         self._pairs: Any = None  # a second group: one that is connected eagerly would use one stream for all peers
         self._sent: deque[tuple[Any, Tensor]] = deque()
-        self._counts = _Counts(self.size, device)
+        self._counts: dict[int, _Counts] = {}
         self._subgroups: defaultdict[tuple[int, ...], int] = defaultdict(int)
 
     def _build(self, name: str) -> Any:
@@ -90,7 +91,7 @@ class NcclTransport(Transport):
     ) -> Pending[tuple[Tensor, list[int]]]:
         assert sum(send_counts) == len(rows_RW), f"counts {send_counts} for {len(rows_RW)} rows"
         self.traffic.count_rows(self.rank, send_counts, row_bytes(rows_RW))
-        received = self._exchange_counts(send_counts, where) if recv_counts is None else list(recv_counts)
+        received = self._counts_for(send_counts, where) if recv_counts is None else list(recv_counts)
         received_RW = rows_RW.new_empty(sum(received), *rows_RW.shape[1:])
         options = AllToAllOptions()
         options.asyncOp = True  # on NCCL's own stream, so that the current one goes on
@@ -99,18 +100,25 @@ class NcclTransport(Transport):
         )
         return _Rows(work, rows_RW, received_RW, received)
 
-    def _exchange_counts(self, send_counts: Sequence[int], where: str) -> list[int]:
+    def exchange_counts(self, counts_MC: Tensor, where: str = "") -> Tensor:
         """On a stream of its own: it need not wait for whatever computes the rows."""
-        counts = self._counts
+        width = counts_MC.shape[1]
+        if width not in self._counts:
+            self._counts[width] = _Counts((self.size, width), self.device)
+        counts = self._counts[width]
         with torch.cuda.stream(counts.stream):
-            counts.load(send_counts)
-            self._run(self._group.alltoall_base, counts.received_M, counts.sent_M, [], [], where=where).wait()
+            counts.load(counts_MC)
+            self._run(self._group.alltoall_base, counts.received_MC, counts.sent_MC, [], [], where=where).wait()
             event = counts.fetch()
         self._wait_for(event, where)
-        received = counts.host_received_M.tolist()
-        if min(received) < 0:  # NCCL's watchdog has ended the exchange
+        received_MC = counts.host_received_MC.clone()
+        if received_MC.min() < 0:  # NCCL's watchdog has ended the exchange
             raise self._broken("the connection broke", where)
-        return received
+        return received_MC
+
+    def _counts_for(self, send_counts: Sequence[int], where: str) -> list[int]:
+        """One number to and from every member."""
+        return self.exchange_counts(torch.tensor(send_counts)[:, None], where).flatten().tolist()
 
     # -- collectives ------------------------------------------------------------------------------------------------
     def all_reduce(self, x_N: Tensor, where: str = "") -> Tensor:
@@ -120,7 +128,7 @@ class NcclTransport(Transport):
         return x_N
 
     def all_gather_rows(self, rows_RW: Tensor, counts: Sequence[int] | None = None, where: str = "") -> Tensor:
-        counts = self._exchange_counts([len(rows_RW)] * self.size, where) if counts is None else list(counts)
+        counts = self._counts_for([len(rows_RW)] * self.size, where) if counts is None else list(counts)
         self.traffic.count_ring(self.rank, sum(counts) * row_bytes(rows_RW))
         most = max(counts)
         if not most:
@@ -145,7 +153,7 @@ class NcclTransport(Transport):
         return mine_RW[: counts[self.rank]]
 
     def barrier(self, where: str = "") -> None:
-        self._exchange_counts([0] * self.size, where)
+        self._counts_for([0] * self.size, where)
 
     # -- point to point ---------------------------------------------------------------------------------------------
     def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
@@ -224,21 +232,21 @@ class NcclTransport(Transport):
 
 
 class _Counts:
-    """Buffers for one number to and from every member. The host waits for each exchange, so one set is enough."""
+    """Buffers for some numbers to and from every member. The host waits for each exchange, so one set is enough."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self.sent_M, self.received_M = torch.zeros(2, size, dtype=torch.int64, device=device)
-        self.host_sent_M, self.host_received_M = torch.zeros(2, size, dtype=torch.int64).pin_memory()
+        self.sent_MC, self.received_MC = torch.zeros(2, *shape, dtype=torch.int64, device=device)
+        self.host_sent_MC, self.host_received_MC = torch.zeros(2, *shape, dtype=torch.int64).pin_memory()
         self.stream.wait_stream(torch.cuda.current_stream(device))
 
-    def load(self, counts: Sequence[int]) -> None:
-        self.host_sent_M.copy_(torch.tensor(counts))
-        self.received_M.fill_(-1)
-        self.sent_M.copy_(self.host_sent_M, non_blocking=True)
+    def load(self, counts_MC: Tensor) -> None:
+        self.host_sent_MC.copy_(counts_MC)
+        self.received_MC.fill_(-1)
+        self.sent_MC.copy_(self.host_sent_MC, non_blocking=True)
 
     def fetch(self) -> torch.cuda.Event:
-        self.host_received_M.copy_(self.received_M, non_blocking=True)
+        self.host_received_MC.copy_(self.received_MC, non_blocking=True)
         event = torch.cuda.Event()
         event.record(self.stream)
         return event
