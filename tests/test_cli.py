@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import soloist
 from soloist import cli
+from tests.mpirun import free_port
 
 NOVELS = str(Path(__file__).parents[1] / "models" / "novels-moe-11m")
 PROMPT = "The old house upon the hill"
@@ -140,9 +140,3 @@ def test_joining_with_a_layout_of_another_size_names_both():
     _, errors = process.communicate(timeout=60)
     assert process.returncode == cli.USER_ERROR
     assert "WORLD_SIZE = 2: layout ep16 needs 16 ranks" in errors
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -2,27 +2,30 @@
 
 Shape legend: R rows, W elements of a row, P members (of a matrix [P, P]: from, to).
 
-`tests/transport/test_conformance.py` runs them on CPUs. Under a launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT this file runs them itself, on GPUs:
-`torchrun --nproc-per-node 2 -m tests.transport.conformance`.
+`tests/transport/test_conformance.py` runs them on CPUs. Under torchrun, mpirun or srun this file runs them itself, on
+GPUs: `torchrun --nproc-per-node 2 -m tests.transport.conformance`; over MPI:
+`SOLOIST_TRANSPORT=mpi mpirun -n 4 python -m tests.transport.conformance`.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore
 
+from soloist.engine.meeting import Meeting, place_from
 from soloist.errors import CommunicationError
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect
+from soloist.transport.mpi_options import MpiOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
 SLOW_S = 0.2
@@ -309,25 +312,35 @@ def one_never_sends(t: Transport, culprit: int) -> tuple[int, int | None, str] |
     return blame(t, lambda: t.recv((2,), torch.float32, culprit, where="stage 1, input"))
 
 
-def main() -> None:
-    """Every check over NCCL, or over what SOLOIST_TRANSPORT names."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def main(also: str = "") -> None:
+    """Every check over NCCL, or over what SOLOIST_TRANSPORT names; `failures`: then who is named for a lost peer."""
+    place = place_from(os.environ)
+    assert place, "start me with torchrun, mpirun or srun"
     kind = os.environ.get("SOLOIST_TRANSPORT", "nccl")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "nccl" else torch.device("cpu")
-    if kind == "nccl":
+    on_gpu = kind == "nccl" or os.environ.get("SOLOIST_DEVICE") == "cuda"
+    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(address, port, size, rank == 0 and not hosted, timedelta(seconds=60))
-    t = connect(kind, rank, size, store, device, deadline_s=30.0)
+    store = Meeting.at_master(place, 60.0).store
+    options = MpiOptions(**json.loads(os.environ.get("SOLOIST_MPI", "{}")))
+
+    def join(name: str) -> Transport:
+        return connect(kind, place.rank, place.size, PrefixStore(name, store), device, 30.0, mpi=options)
+
+    t = join("checks")
     for check in (*CHECKS, reductions_within_rounding if kind == "nccl" else reductions):
         check(t)
         t.barrier()
         t.traffic.reset()
-        if rank == 0:
-            print(f"{kind}, {size} ranks: {check.__name__} passed", flush=True)
+        if place.rank == 0:
+            print(f"{kind}, {place.size} ranks: {check.__name__} passed", flush=True)
     t.close()
+    for failure in (one_stops, one_closes, one_never_sends) if also == "failures" else ():
+        t = join(failure.__name__)
+        t.deadline_s = 0.7
+        if told := failure(t, place.size - 1):
+            print(f"{failure.__name__}: {told[2]}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -11,7 +11,11 @@ from soloist.transport.connect import connect
 
 @pytest.mark.parametrize(
     ("kind", "device", "remedy"),
-    [("carrier pigeon", "cpu", "gloo, nccl, shared_memory"), ("gloo", "cuda:0", "on cpu"), ("nccl", "cpu", "on cuda")],
+    [
+        ("carrier pigeon", "cpu", "gloo, mpi, nccl, shared_memory"),
+        ("gloo", "cuda:0", "on cpu"),
+        ("nccl", "cpu", "on cuda"),
+    ],
 )
 def test_what_cannot_be_connected(tmp_path: Path, kind: str, device: str, remedy: str) -> None:
     with pytest.raises(ConfigurationError, match=f"transport = '{kind}'.*{remedy}"):

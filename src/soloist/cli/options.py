@@ -17,7 +17,7 @@ LayoutOption = Annotated[str, typer.Option("--layout", help="How to cut the mode
 PlacementOption = Annotated[Path | None, typer.Option("--placement", help="File that says which expert lies where.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-TransportOption = Annotated[str, typer.Option("--transport", help="auto, shared_memory, gloo or nccl.")]
+TransportOption = Annotated[str, typer.Option("--transport", help="auto, shared_memory, gloo, nccl or mpi.")]
 KvTokensOption = Annotated[int | None, typer.Option("--kv-tokens", help="KV cache of an attention group.")]
 RandomWeightsOption = Annotated[int | None, typer.Option("--random-weights", metavar="SEED", help="Make weights up.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other engine option.")]

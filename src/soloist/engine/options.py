@@ -10,6 +10,7 @@ import msgspec
 
 from soloist.errors import ConfigurationError
 from soloist.specs.model import Dtype, Spec
+from soloist.transport.mpi_options import MpiOptions
 
 
 class EngineOptions(Spec, frozen=True, kw_only=True):
@@ -17,7 +18,8 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype | None = None  # None: the model's own on a GPU, float32 on a CPU
-    transport: Literal["auto", "local", "shared_memory", "gloo", "nccl"] = "auto"
+    transport: Literal["auto", "local", "shared_memory", "gloo", "nccl", "mpi"] = "auto"
+    mpi: MpiOptions = MpiOptions()  # of transport = mpi
     gpus_per_node: int = 8  # ranks of a declared node
     block_size: int = 16  # tokens of a KV block
     kv_tokens: int | None = None  # KV cache of each attention group; None: what memory allows, on a CPU 32 k at most
@@ -45,14 +47,20 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> EngineOptions:
-        """From names and values; numbers may be texts. Raises ConfigurationError for an unknown or unfit one."""
-        unknown = fields.keys() - set(cls.__struct_fields__)
-        if unknown:
+        """From names and values; numbers may be texts. Raises ConfigurationError for an unknown or unfit one.
+
+        `mpi.progress` names a field of the field `mpi`.
+        """
+        known = (*cls.__struct_fields__, *(f"mpi.{key}" for key in MpiOptions.__struct_fields__))
+        if unknown := fields.keys() - set(known):
             key = min(unknown)
-            near = difflib.get_close_matches(key, cls.__struct_fields__, n=3) or cls.__struct_fields__
+            near = difflib.get_close_matches(key, known, n=3) or known
             raise ConfigurationError.of(key, fields[key], f"is no engine option; there is {', '.join(near)}")
+        nested = {key: value for key, value in fields.items() if "." not in key}
+        if inner := {key.partition(".")[2]: value for key, value in fields.items() if "." in key}:
+            nested["mpi"] = inner
         try:
-            return msgspec.convert(dict(fields), cls, strict=False)
+            return msgspec.convert(nested, cls, strict=False)
         except msgspec.ValidationError as error:
             reason, _, place = str(error).partition(" - at ")
             key = place.strip("`").removeprefix("$.")

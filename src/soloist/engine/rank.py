@@ -110,7 +110,8 @@ def build_world(job: Job, meeting: Meeting, device: torch.device) -> World:
     if place.size == 1:
         return World.build(local_world(1, options.deadline_s)[0], job.layout, options.gpus_per_node)
     kind = transport_kind(job, meeting, device)
-    root = connect(kind, place.rank, place.size, meeting.store, device, options.deadline_s, meeting.host)
+    store, deadline_s = meeting.store, options.deadline_s
+    root = connect(kind, place.rank, place.size, store, device, deadline_s, meeting.host, options.mpi)
     control = leaders_only(job, meeting) if device.type == "cuda" else None
     windows = partial(symmetric_group, meeting, device) if options.transport == "auto" and nvlink(meeting) else None
     return World.build(root, job.layout, options.gpus_per_node, control, windows)
@@ -136,7 +137,7 @@ def transport_kind(job: Job, meeting: Meeting, device: torch.device) -> str:
     """As asked for; by default NCCL on GPUs, shared memory on one machine's CPUs, gloo on several."""
     kind = job.options.transport
     if kind == "local":
-        raise ConfigurationError.of("transport", kind, "serves one process only; use shared_memory, gloo or nccl")
+        raise ConfigurationError.of("transport", kind, "serves one process only; use shared_memory, gloo, nccl or mpi")
     if kind != "auto":
         return kind
     if device.type == "cuda":

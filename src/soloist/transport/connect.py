@@ -11,9 +11,10 @@ from soloist.errors import ConfigurationError
 from soloist.transport.base import Transport
 from soloist.transport.gloo import GlooTransport
 from soloist.transport.local import LocalGroup, LocalTransport
+from soloist.transport.mpi_options import MpiOptions
 from soloist.transport.shared_memory import SharedMemoryTransport
 
-KINDS = {"gloo": "cpu", "nccl": "cuda", "shared_memory": "cpu"}  # and the device whose tensors they move
+KINDS = {"gloo": "cpu", "mpi": "", "nccl": "cuda", "shared_memory": "cpu"}  # and the only device they serve
 
 
 def connect(
@@ -24,24 +25,30 @@ def connect(
     device: torch.device | str = "cpu",
     deadline_s: float = 60.0,
     host: str | None = None,
+    mpi: MpiOptions | None = None,
 ) -> Transport:
     """The world's transport, called by all its ranks; every one of them must arrive within the deadline.
 
     `store`: a `FileStore` of ranks on one machine, a `TCPStore` otherwise; its keys are put below `kind`, so that one
     store serves one transport of each kind. For another world (another epoch) pass a `PrefixStore` with its number.
+    MPI has its own way to meet and needs no store.
     host: where the others reach this rank, for transports over TCP.
     Raises ConfigurationError for an unknown kind or a device that it cannot serve, CommunicationError if a peer does
     not come.
     """
     ranks, own = range(size), PrefixStore(kind, store)
     device = torch.device(device)
-    if kind in KINDS and device.type != KINDS[kind]:
+    if device.type != (KINDS.get(kind) or device.type):
         raise ConfigurationError.of("transport", kind, f"moves tensors on {KINDS[kind]}, not on {device}")
     store.set_timeout(timedelta(seconds=deadline_s))
     if kind == "gloo":
         return GlooTransport(own, ranks, rank, deadline_s, host)
     if kind == "shared_memory":
         return SharedMemoryTransport(own, ranks, rank, deadline_s)
+    if kind == "mpi":
+        from soloist.transport.mpi import MpiTransport
+
+        return MpiTransport.world(rank, size, device, deadline_s, mpi)
     if kind == "nccl":
         from soloist.transport.nccl import NcclTransport
 
