@@ -14,6 +14,7 @@ import time
 import httpx
 import pytest
 
+from soloist.planner.plan import Plan
 from tests.server.live import NOVELS
 
 
@@ -135,3 +136,16 @@ def test_https(process, tmp_path):
     assert httpx.get(f"{server.url}/v1/models", verify=trusted).status_code == 200
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
+
+
+def test_a_plan_says_how_to_serve(process, tmp_path):
+    plan = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "soloist", "plan", str(NOVELS), "--gpus", "2", "--out", str(plan)]
+    load = ["--load", "prompt=100,output=50,ttft=2s"]
+    subprocess.run([*command, *load], check=True, capture_output=True)
+    server = process("--plan", str(plan))
+    server.wait()
+    details = httpx.get(f"{server.url}/details").json()
+    assert details["layout"] == str(Plan.load_file(plan).layout)
+    assert details["planned"]["tpot"]["unit"] == "ms"
+    assert details["slo_s"] == {"ttft": 2.0, "tpot": None}

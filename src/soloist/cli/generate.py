@@ -14,18 +14,22 @@ from soloist.cli.options import (
     LayoutOption,
     Model,
     PlacementOption,
+    PlanOption,
     RandomWeightsOption,
     SetOption,
     TransportOption,
+    deployment,
     engine_options,
+    read_plan,
 )
 
 
 def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue.")] = None,
-    layout: LayoutOption = "ep1",
+    layout: LayoutOption = None,
     placement: PlacementOption = None,
+    plan: PlanOption = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a continuation at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the best token always.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
@@ -66,6 +70,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     wanted = read_prompts(prompts or [], prompt_file, token_ids)
-    options = engine_options(device, dtype, transport, kv_tokens, random_weights, settings)
-    with LLM(model, layout, placement, options) as llm:
+    made = read_plan(plan, layout)
+    options = engine_options(device, dtype, transport, kv_tokens, random_weights, settings, made)
+    with LLM(*deployment(model, layout, placement, made, options), options) as llm:
         print_answers(llm, wanted, params, chat, "json" if as_json else "stream" if stream else "whole")

@@ -11,9 +11,15 @@ from soloist.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from soloist.engine.options import EngineOptions
+    from soloist.placement.placement import Placement
+    from soloist.planner.plan import Plan
+    from soloist.specs.layout import Layout
 
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, hub id, or name of a preset.")]
-LayoutOption = Annotated[str, typer.Option("--layout", help="How to cut the model: ep16, tp8pp2, ep64tp2, attn8ep8, …")]
+LayoutOption = Annotated[
+    str | None, typer.Option("--layout", help="How to cut the model: ep1 (default), ep16, tp8pp2, ep64tp2, attn8ep8, …")
+]
+PlanOption = Annotated[Path | None, typer.Option("--plan", help="Plan file: layout, placement and sizes from there.")]
 PlacementOption = Annotated[Path | None, typer.Option("--placement", help="File that says which expert lies where.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
@@ -30,15 +36,49 @@ def engine_options(
     kv_tokens: int | None,
     random_weights: int | None,
     settings: list[str] | None,
+    plan: Plan | None = None,
 ) -> EngineOptions:
-    """The options that the commands running a model share. Raises ConfigurationError."""
+    """The options that commands running a model share, given ones before planned ones. Raises ConfigurationError."""
     from soloist.engine.options import EngineOptions
+    from soloist.engine.planned import planned_options
 
-    given: dict[str, Any] = {"device": device, "dtype": dtype, "transport": transport}
-    given |= {"kv_tokens": kv_tokens, "random_weights": random_weights}
+    wanted = {"device": device, "dtype": dtype, "transport": transport}
+    wanted |= {"kv_tokens": kv_tokens, "random_weights": random_weights}
+    given: dict[str, Any] = planned_options(plan) if plan else {}
+    given |= {key: value for key, value in wanted.items() if value is not None}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigurationError.of("--set", setting, "write KEY=VALUE")
         given[key.replace("-", "_")] = value
     return EngineOptions.of(given)
+
+
+def read_plan(file: Path | None, layout: str | None) -> Plan | None:
+    """The plan of `--plan`, which takes the place of `--layout`."""
+    from soloist.planner.plan import Plan
+
+    if file and layout:
+        raise ConfigurationError.of("--layout", layout, f"{file} has a layout; give one of --layout and --plan")
+    return Plan.load_file(file) if file else None
+
+
+def deployment(
+    model: str | None, layout: str | None, placement: Path | None, plan: Plan | None, options: EngineOptions
+) -> tuple[str, str | Layout, Path | Placement | None]:
+    """Model, layout and placement to run. A plan names them all; a model or a placement of its own may be given too."""
+    from soloist.engine.model import Model
+    from soloist.engine.planned import check_planned
+
+    if plan is None:
+        if model is None:
+            raise ConfigurationError.of("MODEL", None, "name one, or give --plan")
+        return model, layout or "ep1", placement
+    name = model or plan.model.name
+    try:
+        found = Model.find(name, options.random_weights is not None)
+    except ConfigurationError as error:
+        hint = "" if model else " (the plan knows only this name: give its folder or hub id as MODEL)"
+        raise ConfigurationError(f"{error}{hint}") from error
+    check_planned(plan, found.spec, options.device)
+    return name, plan.layout, placement or plan.placement

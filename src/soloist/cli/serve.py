@@ -12,19 +12,27 @@ from soloist.cli.options import (
     DtypeOption,
     KvTokensOption,
     LayoutOption,
-    Model,
     PlacementOption,
+    PlanOption,
     RandomWeightsOption,
     SetOption,
     TransportOption,
+    deployment,
     engine_options,
+    read_plan,
 )
+
+MAX_WAITING = 1024  # requests without a first token, where no plan says better
 
 
 def serve(
-    model: Model,
-    layout: LayoutOption = "ep1",
+    model: Annotated[str | None, typer.Argument(help="Folder of a checkpoint, hub id, or name of a preset.")] = None,
+    layout: LayoutOption = None,
     placement: PlacementOption = None,
+    plan: PlanOption = None,
+    slo: Annotated[
+        str, typer.Option(help="What clients were promised: ttft=500ms,tpot=50ms. By default the plan's.")
+    ] = "",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     api_key: Annotated[
@@ -32,7 +40,10 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; by default the folder's name.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file instead of the checkpoint's own.")] = None,
-    max_waiting: Annotated[int, typer.Option(help="Requests without a first token; more are told to wait.")] = 1024,
+    max_waiting: Annotated[
+        int | None,
+        typer.Option(help="Requests without a first token; more are told to wait. Default: the plan's, or 1024."),
+    ] = None,
     request_timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
     max_body_mb: Annotated[float, typer.Option(help="Largest request, in MB.")] = 8.0,
     drain: Annotated[float, typer.Option(help="Seconds for accepted requests after SIGTERM.")] = 60.0,
@@ -53,13 +64,18 @@ def serve(
     from soloist.server.app import Limits
     from soloist.server.run import Listening, serve
     from soloist.server.served import Served
+    from soloist.server.slo import Slo, admitted
 
-    limits = Limits(max_waiting, request_timeout, int(max_body_mb * 1e6))
+    made = read_plan(plan, layout)
+    promised = Slo.parse(slo) if slo else Slo.of(made.load) if made else Slo()
+    most = max_waiting or (admitted(made, promised) if made else None) or MAX_WAITING
+    limits = Limits(most, request_timeout, int(max_body_mb * 1e6))
     listening = Listening(host, port, tuple(api_key or ()), drain, tls_cert, tls_key, tls_client_ca)
     watched = [f"count_experts={details}", f"measure={details}"]
-    options = engine_options(device, dtype, transport, kv_tokens, random_weights, [*watched, *(settings or [])])
-    with LLM(model, layout, placement, options, chat_template=chat_template) as llm:
-        serve(Served.of(llm, name or Path(model).name), limits, listening, log_level)
+    options = engine_options(device, dtype, transport, kv_tokens, random_weights, [*watched, *(settings or [])], made)
+    model, cut, held = deployment(model, layout, placement, made, options)
+    with LLM(model, cut, held, options, chat_template=chat_template) as llm:
+        serve(Served.of(llm, name or Path(model).name, promised, made), limits, listening, log_level)
 
 
 def top(

@@ -47,7 +47,7 @@ def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()
     """The application; `app.state.desk` takes its calls while it runs."""
     desk = Desk(served, limits.max_waiting, limits.request_timeout_s)
 
-    tally, watch = Tally(), Watch(served.front, served.gpus_per_node)
+    tally, watch = Tally(served.slo), Watch(served.front, served.gpus_per_node)
     served.front.requests.observe = tally.observe
 
     @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -52,6 +53,8 @@ class Details:
             "tokens": {"generated": self.tally.generated, "prompt": self.tally.prompt_tokens} | self._rates(),
             "ttft_s": _quantiles(self.tally.recent_first_s),
             "tpot_s": _quantiles(self.tally.recent_tpot_s),
+            "planned": self._planned(),
+            "slo_s": {"ttft": served.slo.ttft_s or None, "tpot": served.slo.tpot_s or None},
             "leaders": self._leaders(),
             "window_s": window.seconds,
             "phases_s": window.phases,
@@ -72,6 +75,11 @@ class Details:
             "tps": (self.tally.generated - generated) / seconds,
             "prompt_tps": (self.tally.prompt_tokens - prompt) / seconds,
         }
+
+    def _planned(self) -> dict[str, dict[str, Any]]:
+        """What the plan, if there is one, predicted for its load: value, unit, band and where it comes from."""
+        plan = self.desk.served.plan
+        return {name: msgspec.structs.asdict(figure) for name, figure in plan.predicted.items()} if plan else {}
 
     def _leaders(self) -> list[dict[str, Any]]:
         stats = {rank: report.stats for rank, report in self.desk.front.ranks.items() if report.stats}
@@ -100,7 +108,10 @@ class Details:
         limits = self.thresholds
         if found["failure"]:
             yield {"what": f"the engine has failed: {found['failure']}", "value": 1, "limit": 0}
+        slo = self.desk.served.slo
         for what, value, limit in (
+            ("TTFT p90, s", found["ttft_s"]["p90"] or 0.0, slo.ttft_s or math.inf),
+            ("TPOT p90, s", found["tpot_s"]["p90"] or 0.0, slo.tpot_s or math.inf),
             ("exchange's share of the ranks' time", _share(found["phases_s"], "exchange"), limits.exchange_share),
             ("spread of the ranks' load", _spread(rank["rows"] for rank in found["ranks"]), limits.load_spread),
             ("KV cache in use", _kv_share(found["leaders"]), limits.kv_share),

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from soloist.frontend.requests import Request, SequenceState
 from soloist.frontend.wire import Delta
 from soloist.server.desk import Desk
+from soloist.server.slo import Slo
 from soloist.server.watch import Watch, max_over_mean
 
 RECENT = 512  # sequences whose times the dashboard shows
@@ -49,7 +50,9 @@ class Histogram:
 class Tally:
     """What passes through the front end. Its `observe` is called with every delta."""
 
-    def __init__(self) -> None:
+    def __init__(self, slo: Slo = Slo()) -> None:  # noqa: B008
+        self.slo = slo
+        self.in_time = 0  # complete sequences that met it
         self.prompt_tokens = self.generated = 0
         self.ended: Counter[str] = Counter()  # sequences by finish reason
         self.first, self.gap, self.whole = Histogram(TTFT_S), Histogram(GAP_S), Histogram(WHOLE_S)
@@ -76,9 +79,11 @@ class Tally:
     def _ends(self, request: Request, sequence: SequenceState, reason: str) -> None:
         self.ended[reason] += 1
         self.whole.observe(time.monotonic() - request.arrival_s)
+        tpot_s = (sequence.last_token_s - sequence.first_token_s) / max(1, len(sequence.tokens) - 1)
         if len(sequence.tokens) > 1:
-            gaps = len(sequence.tokens) - 1
-            self.recent_tpot_s.append((sequence.last_token_s - sequence.first_token_s) / gaps)
+            self.recent_tpot_s.append(tpot_s)
+        if reason in ("stop", "length"):
+            self.in_time += self.slo.is_met(sequence.first_token_s - request.arrival_s, tpot_s)
 
 
 class Metrics(Collector):
@@ -112,6 +117,7 @@ class Metrics(Collector):
         for reason in ("stop", "length", "abort", "error"):
             ended.add_metric([reason], tally.ended[reason])
         yield ended
+        yield CounterMetricFamily("sequences_in_time", "Complete sequences that met the SLO.", tally.in_time)
         yield GaugeMetricFamily("requests_open", "Requests accepted and not yet answered.", desk.calls)
         yield GaugeMetricFamily("requests_waiting", "Requests without a first token.", desk.waiting)
         yield CounterMetricFamily("requests_accepted", "Requests accepted.", desk.accepted)

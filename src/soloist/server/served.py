@@ -12,6 +12,8 @@ from soloist.engine.chat import ChatTemplate
 from soloist.engine.llm import LLM
 from soloist.errors import RequestError
 from soloist.frontend.frontend import FrontEnd
+from soloist.planner.plan import Plan
+from soloist.server.slo import Slo
 
 LONG_TEXT = 4096  # characters from which a thread encodes it, lest streams wait
 
@@ -25,11 +27,13 @@ class Served:
     tokenizer: Any = None
     template: ChatTemplate | None = None
     gpus_per_node: int = 8
+    slo: Slo = Slo()
+    plan: Plan | None = None  # what the deployment was planned to do
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(cls, llm: LLM, name: str) -> Served:
-        return cls(name, llm.front, llm.tokenizer, llm.template, llm.options.gpus_per_node)
+    def of(cls, llm: LLM, name: str, slo: Slo = Slo(), plan: Plan | None = None) -> Served:  # noqa: B008
+        return cls(name, llm.front, llm.tokenizer, llm.template, llm.options.gpus_per_node, slo, plan)
 
     async def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
         """A prompt as tokens, special ones added as the tokenizer does."""
