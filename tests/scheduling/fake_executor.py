@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from zlib import crc32
 
-from soloist.scheduling.request import Chunk, Sampled, SamplingParams, StepBatch, TokenLogprob
+from soloist.scheduling.request import UNKNOWN, Chunk, Sampled, SamplingParams, StepBatch, TokenLogprob
 
 VOCAB = 50
 EOS = 0
@@ -38,6 +38,7 @@ class FakeExecutor:
     def __init__(self, blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.kv: list[list[tuple[int, int] | None]] = [[None] * block_size for _ in range(blocks)]
+        self.last: dict[int, int] = {}  # what was chosen last for each sequence
 
     def run(self, batch: StepBatch) -> list[Sampled]:
         written = [slot for chunk in batch.chunks for slot in self.slots(chunk)[chunk.start :]]
@@ -56,13 +57,18 @@ class FakeExecutor:
     def _run(self, chunk: Chunk) -> Sampled | None:
         slots = self.slots(chunk)
         tokens = self._read(slots[: chunk.start])
-        for token, (block, offset) in zip(chunk.tokens, slots[chunk.start :], strict=True):
+        known = UNKNOWN not in chunk.tokens
+        assert known or len(chunk.tokens) == 1
+        new = chunk.tokens if known else (self.last[chunk.sequence],)
+        for token, (block, offset) in zip(new, slots[chunk.start :], strict=True):
             self.kv[block][offset] = (token, digest(tokens))
             tokens.append(token)
         assert bool(chunk.params) == (chunk.samples or chunk.scores_prompt)
-        assert chunk.history in ((), tuple(tokens))
+        assert chunk.history in ((), tuple(tokens if known else tokens[:-1]))
         if not chunk.params:
             return None
+        if chunk.samples:
+            self.last[chunk.sequence] = next_token(tokens)
         targets = [*tokens[chunk.start + 1 :], *([chunk.following] if chunk.following >= 0 else [])]
         return Sampled(
             chunk.sequence,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from soloist.errors import ConfigurationError, RequestError
-from soloist.scheduling.request import Output, Sampled, SamplingParams, StepBatch
+from soloist.scheduling.request import UNKNOWN, Output, Sampled, SamplingParams, StepBatch
 from soloist.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.scheduling.fake_executor import EOS, VOCAB, FakeExecutor, alone, digest
 
@@ -43,8 +43,8 @@ class Driver:
         assert len(batch.chunks) <= self.config.max_sequences
         assert all(chunk.tokens for chunk in batch.chunks)
         under_way = [c.sequence for b, _ in self.flying for c in b.chunks] + [c.sequence for c in batch.chunks]
-        assert len(set(under_way)) == len(under_way)
-        assert len(self.flying) + bool(batch.chunks) <= self.config.in_flight
+        assert max(map(under_way.count, under_way), default=0) <= 1 + self.config.ahead
+        assert len(self.flying) + bool(batch.chunks) <= self.config.places
 
     def answer(self, index: int = 0) -> list[Output]:
         batch, sampled = self.flying.pop(index)
@@ -100,6 +100,7 @@ configs = st.builds(
     max_positions=st.integers(4, 40),
     prefix_caching=st.booleans(),
     in_flight=st.integers(1, 4),
+    ahead=st.booleans(),
 )
 # Few different tokens, and prompts that begin with the same text, so that prefixes are shared often.
 prompts = st.builds(
@@ -144,7 +145,7 @@ def test_every_request_gets_what_it_gets_alone(
             chance.choice([driver.scheduler.abort, lambda s: driver.scheduler.finish(s, "stop")])(sequence)
             given_up.add(sequence)
         elif driver.flying and (act < 0.6 or not driver.scheduler.can_schedule):
-            driver.answer(chance.randrange(len(driver.flying)))
+            driver.answer(0 if config.ahead else chance.randrange(len(driver.flying)))
         else:
             driver.schedule()
     driver.assert_empty()
@@ -157,9 +158,10 @@ def test_every_request_gets_what_it_gets_alone(
             driver.assert_as_alone(sequence, prompt, wish)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 4])
-def test_preempted_sequences_lose_nothing(in_flight: int) -> None:
-    driver = Driver(config(blocks=10, max_batch_tokens=16, in_flight=in_flight))
+def test_preempted_sequences_lose_nothing(in_flight: int, ahead: bool) -> None:
+    driver = Driver(config(blocks=10, max_batch_tokens=16, in_flight=in_flight, ahead=ahead))
     wish = SamplingParams(temperature=0, ignore_eos=True, max_tokens=24, prompt_logprobs=0)
     prompts = {i: [i + 1] * (6 + i) for i in range(8)}
     for sequence, prompt in prompts.items():
@@ -372,6 +374,72 @@ def test_batches_that_have_become_unequal_are_evened_out_before_anybody_joins() 
         driver.answer()
     assert sizes[0] == [5, 5, 5, 5]
     assert sizes[4:] == [[5, 1, 1, 1], [1, 1, 1, 2], [1, 1, 2, 2], [1, 2, 2, 2], [2, 2, 2, 3]]
+
+
+def ahead() -> Driver:
+    """Two sequences that decode, their newest batch not yet back."""
+    driver = Driver(config(ahead=True))
+    for sequence in range(2):
+        driver.scheduler.add(sequence, [sequence + 1] * 4, GREEDY)
+    driver.schedule()
+    return driver
+
+
+def test_the_next_step_is_scheduled_before_the_one_under_way_is_back() -> None:
+    driver = ahead()
+    batch = driver.schedule()
+    assert [(c.start, c.tokens, c.samples) for c in batch.chunks] == [(4, (UNKNOWN,), True)] * 2
+    assert not driver.scheduler.can_schedule
+    assert driver.schedule().chunks == ()
+    driver.answer()
+    assert driver.scheduler.can_schedule
+    driver.run()
+    driver.assert_as_alone(1, [2] * 4, GREEDY)
+    driver.assert_empty()
+
+
+def test_what_ends_by_its_length_is_not_scheduled_once_too_often() -> None:
+    driver = ahead()
+    steps = 1
+    while driver.scheduler.has_work:
+        while driver.scheduler.can_schedule:
+            steps += bool(driver.schedule().chunks)
+        driver.answer()
+    assert steps == GREEDY.max_tokens
+
+
+def test_a_sequence_that_ends_unforeseen_is_dropped_one_step_later() -> None:
+    driver = ahead()
+    later = driver.schedule()
+    driver.scheduler.finish(0, "stop")
+    driver.answer()
+    assert driver.scheduler.stats.blocks_used == 4  # the later batch still writes to the blocks of both
+    assert [c.sequence for c in driver.schedule().chunks] == [1]
+    assert [output.sequence for output in driver.answer()] == [1]
+    assert [c.sequence for c in later.chunks] == [0, 1]
+    assert driver.scheduler.stats.blocks_used == 2
+    driver.run()
+    driver.assert_as_alone(1, [2] * 4, GREEDY)
+    driver.assert_empty()
+
+
+def test_an_older_sequence_waits_for_the_blocks_of_a_younger_one_that_is_under_way() -> None:
+    driver = Driver(config(blocks=4, prefix_caching=False, ahead=True))
+    prompts = {0: [1] * 5, 1: [2] * 3}
+    for sequence, prompt in prompts.items():
+        driver.scheduler.add(sequence, prompt, GREEDY)
+    driver.schedule()
+    for _ in range(3):  # in the second of them the younger one takes the last block
+        driver.schedule()
+        driver.answer()
+    assert driver.schedule().chunks == ()
+    driver.answer()
+    assert [c.sequence for c in driver.schedule().chunks] == [0]
+    assert driver.scheduler.stats.preemptions == 1
+    driver.run()
+    for sequence, prompt in prompts.items():
+        driver.assert_as_alone(sequence, prompt, GREEDY)
+    driver.assert_empty()
 
 
 def test_an_aborted_sequence_in_flight_keeps_its_blocks_until_the_batch_returns() -> None:

@@ -15,12 +15,18 @@ class SchedulerConfig(Spec, frozen=True, kw_only=True):
     max_sequences: int = 256  # of a batch
     max_positions: int  # tokens of a sequence, prompt and continuation together
     prefix_caching: bool = True
-    in_flight: int = 1  # batches that may be under way at once: the stages of a pipeline
+    in_flight: int = 1  # batches of different sequences that may be under way at once: the stages of a pipeline
+    ahead: bool = False  # one more batch is made up before the oldest one under way is back; batches run in order
 
     def __post_init__(self) -> None:
         for key in ("blocks", "block_size", "max_batch_tokens", "max_sequences", "max_positions", "in_flight"):
             if getattr(self, key) < 1:
                 raise ConfigurationError.of(key, getattr(self, key), "must be at least 1")
+
+    @property
+    def places(self) -> int:
+        """Batches that may be under way at once."""
+        return self.in_flight + self.ahead
 
     @property
     def longest_sequence(self) -> int:

@@ -11,6 +11,7 @@ from soloist.errors import RequestError
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+UNKNOWN = -1  # stands for the token that the batch before chose for the same sequence, where that is not back yet
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,12 +56,12 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """A run of one sequence's tokens to compute in a step. Filled by the scheduler, read by every rank of its group."""
 
     sequence: int  # unique within the leader
-    tokens: tuple[int, ...]  # ids; the first has position `start`
+    tokens: tuple[int, ...]  # ids; the first has position `start`; a single one may be UNKNOWN
     start: int
     blocks: tuple[int, ...]  # block table: position p lies in blocks[p // block_size]
     samples: bool  # the last token's logits choose the next token
     params: SamplingParams | None = None  # for the sampler; set where `samples` or prompt logprobs are wanted
-    history: tuple[int, ...] = ()  # all tokens so far, only where the repetition penalty needs them
+    history: tuple[int, ...] = ()  # all known tokens so far, only where the repetition penalty needs them
     scores_prompt: bool = False  # the logits of all its tokens are wanted, for prompt log probabilities
     following: int = -1  # the prompt's token after such a chunk; -1: none
 
@@ -76,10 +77,16 @@ class StepBatch(msgspec.Struct, frozen=True, array_like=True):
     step: int
     chunks: tuple[Chunk, ...] = ()
     peak: int = 0  # the most tokens of any group in this step, agreed by the leaders: all groups take the same form
+    decodes: bool = False  # also agreed: no group has more than one token of a sequence
 
     @property
     def tokens(self) -> int:
         return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def is_decode(self) -> bool:
+        """No sequence has more than one token in it."""
+        return self.tokens == len(self.chunks)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -4,6 +4,10 @@
                ▲                          │
                └──────── preempt ─────────┘   blocks freed, all tokens pending again
 
+With `ahead`, the oldest batch under way is taken for back before it is: its sequences go on, each with a token that is
+not known yet and that the ranks pass on themselves. One that turns out to have ended is in one batch more than it
+needs; what that batch chooses for it is dropped, and its blocks are kept until then. Batches must run in order.
+
 Order is order of arrival everywhere: the oldest waiting sequence is admitted first, and nobody overtakes it; when
 blocks run out, the youngest ready sequence gives way to an older one. So the oldest sequence can always be served
 once no batch is in flight, and every sequence becomes the oldest in time: none starves, none is lost.
@@ -39,7 +43,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
 class Scheduler:
     """Turns requests into batches and the tokens chosen for them into outputs. One for each attention group.
 
-    Each batch that has chunks is answered by `update` once, in any order. A sequence is in one batch at a time.
+    Each batch that has chunks is answered by `update` once, in any order, and in theirs where `ahead` is set. A sequence
+    is in one batch at a time, save in one more that was scheduled ahead.
     """
 
     def __init__(self, config: SchedulerConfig, eos_ids: Sequence[int] = ()) -> None:
@@ -51,6 +56,7 @@ class Scheduler:
         self._ready: dict[int, SequenceState] = {}
         self._waiting: list[SequenceState] = []  # a heap, oldest first; finished ones are dropped when they surface
         self._flying: dict[int, list[SequenceState]] = {}  # by step, in the order of the batch's chunks
+        self._foreseen: dict[int, list[SequenceState]] = {}  # one batch at most, still under way but taken for back
         self._stalled = False  # nothing could be scheduled, and nothing has happened since
         self._step = self._arrivals = 0
         self._preemptions = self._prefix_hits = self._prefix_queries = 0
@@ -87,6 +93,8 @@ class Scheduler:
         With several batches in flight each takes an even share of the sequences, so that all stages have work.
         """
         self._step += 1
+        if self._can_foresee:
+            self._foresee()
         draft = _Draft(self.config.max_batch_tokens)
         running_share, whole_share = self._share(0), self._share(self._waiting_count)
         for state in sorted(self._ready.values(), key=_turn):
@@ -105,12 +113,17 @@ class Scheduler:
         """Take the answers to a batch, one for each chunk with `params`. Sequences that go on become ready again."""
         answers = {answer.sequence: answer for answer in sampled}
         outputs: list[Output] = []
-        for state, chunk in zip(self._flying.pop(batch.step, ()), batch.chunks, strict=True):
+        foreseen = self._foreseen.pop(batch.step, None)
+        states = self._flying.pop(batch.step, ()) if foreseen is None else foreseen
+        for state, chunk in zip(states, batch.chunks, strict=True):
+            state.flying -= 1
             if state.finish_reason is not None:  # while it was in flight
-                self._pool.release(state.blocks)
+                self._release(state)
                 continue
-            self._ready[state.id] = state
-            self._computed(state, chunk)
+            state.expected = False
+            if foreseen is None:
+                self._ready[state.id] = state
+                self._computed(state, chunk.stop)
             if chunk.params is not None and (output := self._answered(state, chunk, answers[state.id])):
                 outputs.append(output)
         self._stalled = False
@@ -119,20 +132,20 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Something is waiting, running or in flight."""
-        return bool(self._sequences or self._flying)
+        return bool(self._sequences or self._flying or self._foreseen)
 
     @property
     def can_schedule(self) -> bool:
         """`schedule` may find something; False: it will not before something else happens."""
-        free = len(self._flying) < self.config.in_flight
-        return free and not self._stalled and (bool(self._ready) or self._waiting_count > 0)
+        has_place = len(self._flying) < self.config.in_flight and (bool(self._ready) or self._waiting_count > 0)
+        return not self._stalled and (has_place or self._can_foresee)
 
     @property
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             waiting=self._waiting_count,
             running=len(self._running),
-            in_flight=len(self._flying),
+            in_flight=len(self._flying) + len(self._foreseen),
             blocks_used=self._pool.used,
             blocks_total=self._pool.total,
             preemptions=self._preemptions,
@@ -141,6 +154,23 @@ class Scheduler:
         )
 
     # ------------------------------------------------------------------------------------- parts of schedule
+
+    @property
+    def _can_foresee(self) -> bool:
+        return self.config.ahead and not self._foreseen and len(self._flying) == self.config.in_flight
+
+    def _foresee(self) -> None:
+        """Take the oldest batch under way for back: what it computes is there when the next one runs."""
+        step = next(iter(self._flying))
+        states = self._foreseen[step] = self._flying.pop(step)
+        for state in states:
+            if state.finish_reason is not None:
+                continue
+            samples = state.scheduled == len(state.tokens)
+            self._computed(state, state.scheduled)
+            state.expected = samples
+            if not (samples and state.ends_with_next(self.config.max_positions)):
+                self._ready[state.id] = state
 
     @property
     def _waiting_count(self) -> int:
@@ -160,16 +190,23 @@ class Scheduler:
     def _launch(self, state: SequenceState, draft: _Draft) -> None:
         """Put a ready sequence's next tokens into the batch, unless blocks for them cannot be had."""
         count = min(state.pending, draft.budget)
-        if self._make_room(state, count):
+        if self._make_room(state, count, draft):
             del self._ready[state.id]
             draft.add(state, count)
+            state.scheduled, state.flying = state.computed + count, state.flying + 1
 
-    def _make_room(self, state: SequenceState, count: int) -> bool:
-        """Give a ready sequence the blocks for its next tokens, taking them from younger ready ones where needed."""
+    def _make_room(self, state: SequenceState, count: int, draft: _Draft) -> bool:
+        """Give a ready sequence the blocks for its next tokens, taking them from younger ready ones where needed.
+
+        One that is in a batch under way keeps them until that is back; meanwhile nobody younger may go first.
+        """
         lacking = self.config.blocks_for(state.computed + count) - len(state.blocks)
         while lacking > self._pool.available:
             youngest = max(self._ready.values())
             if youngest is state:
+                return False
+            if youngest.flying:
+                draft.close()
                 return False
             self._preempt(youngest)
         if lacking:
@@ -224,10 +261,10 @@ class Scheduler:
 
     # --------------------------------------------------------------------------------------- parts of update
 
-    def _computed(self, state: SequenceState, chunk: Chunk) -> None:
-        """The KV of a chunk is there: offer the blocks that it filled to others."""
-        state.computed = chunk.stop
-        full = chunk.stop // self.config.block_size
+    def _computed(self, state: SequenceState, stop: int) -> None:
+        """The KV of a chunk that ends at `stop` is there: offer the blocks that it filled to others."""
+        state.computed = stop
+        full = stop // self.config.block_size
         if self.config.prefix_caching and full > state.cached:
             digests = state.full_digests(self.config.block_size, full)
             for index in range(state.cached, full):
@@ -262,7 +299,12 @@ class Scheduler:
         state.finish_reason = reason
         del self._sequences[state.id]
         self._running.pop(state.id, None)
-        if self._ready.pop(state.id, None):  # a batch in flight still writes to its blocks: `update` releases those
+        self._ready.pop(state.id, None)
+        self._release(state)
+
+    def _release(self, state: SequenceState) -> None:
+        """The blocks of a sequence that has ended, unless a batch under way still writes to them: `update` does then."""
+        if not state.flying:
             self._pool.release(state.blocks)
 
 
@@ -277,6 +319,10 @@ class _Draft:
     def is_full(self, share: int) -> bool:
         """No budget is left, or `share` sequences are in."""
         return not self.budget or len(self.chunks) >= share
+
+    def close(self) -> None:
+        """Nobody is added any more."""
+        self.budget = 0
 
     def add(self, state: SequenceState, count: int) -> None:
         self.chunks.append(state.chunk(count))

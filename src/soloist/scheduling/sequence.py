@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from soloist.scheduling.blocks import ROOT, chain
-from soloist.scheduling.request import Chunk, FinishReason, SamplingParams, TokenLogprob
+from soloist.scheduling.request import UNKNOWN, Chunk, FinishReason, SamplingParams, TokenLogprob
 
 
 class SequenceState:
@@ -22,6 +22,9 @@ class SequenceState:
         "tokens",
         "prompt_length",
         "computed",
+        "expected",
+        "flying",
+        "scheduled",
         "blocks",
         "cached",
         "found",
@@ -37,6 +40,9 @@ class SequenceState:
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
         self.computed = 0
+        self.expected = False  # a batch under way chooses one more token, which is already counted as pending
+        self.flying = 0  # batches under way that it is in
+        self.scheduled = 0  # how far the last of them computes it
         self.blocks: tuple[int, ...] = ()
         self.cached = 0  # leading blocks that the pool knows by their content
         self.found = 0  # tokens whose KV was found when it was last admitted
@@ -50,7 +56,7 @@ class SequenceState:
     @property
     def pending(self) -> int:
         """Tokens still to be computed before the next one can be chosen."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) + self.expected - self.computed
 
     @property
     def lacks_prompt_logprobs(self) -> bool:
@@ -67,11 +73,12 @@ class SequenceState:
     def chunk(self, count: int) -> Chunk:
         """The next `count` pending tokens as the ranks see them."""
         stop = self.computed + count
-        samples = stop == len(self.tokens)
-        scores_prompt = self.lacks_prompt_logprobs and stop > len(self.prompt_logprobs)
+        samples = count == self.pending
+        before_last = self.computed < self.prompt_length - 1
+        scores_prompt = self.lacks_prompt_logprobs and before_last and stop > len(self.prompt_logprobs)
         return Chunk(
             sequence=self.id,
-            tokens=tuple(self.tokens[self.computed : stop]),
+            tokens=(UNKNOWN,) if self.computed == len(self.tokens) else tuple(self.tokens[self.computed : stop]),
             start=self.computed,
             blocks=self.blocks,
             samples=samples,
@@ -85,11 +92,16 @@ class SequenceState:
         """Keep what is new in the answer to a chunk from `start`: after a preemption, parts are computed again."""
         self.prompt_logprobs += logprobs[len(self.prompt_logprobs) - start : self.prompt_length - 1 - start]
 
+    def ends_with_next(self, max_positions: int) -> bool:
+        """The next token will be the last one, whatever it is."""
+        return len(self.tokens) + 1 >= self._longest(max_positions)
+
     def stop_reason(self, eos_ids: frozenset[int], max_positions: int) -> FinishReason | None:
         """Why the last token ends the sequence, if it does."""
         token = self.tokens[-1]
         if token in self.params.stop_token_ids or (token in eos_ids and not self.params.ignore_eos):
             return "stop"
-        if len(self.tokens) >= min(self.prompt_length + self.params.max_tokens, max_positions):
-            return "length"
-        return None
+        return "length" if len(self.tokens) >= self._longest(max_positions) else None
+
+    def _longest(self, max_positions: int) -> int:
+        return min(self.prompt_length + self.params.max_tokens, max_positions)
