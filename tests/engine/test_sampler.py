@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from soloist.engine.sampler import prompt_logprobs, sample
+from soloist.engine.sampler import sample, score_prompt
 from soloist.scheduling.request import Chunk, SamplingParams
 
 V = 64
@@ -228,7 +228,7 @@ def test_prompt_log_probabilities(following: int, targets: list[int]) -> None:
     wish = SamplingParams(prompt_logprobs=2)
     part = Chunk(0, (4, 5, 6), 0, (0,), False, wish, scores_prompt=True, following=following)
     raw_NV = logits_NV.log_softmax(-1)
-    got = prompt_logprobs(logits_NV, part)
+    got = score_prompt(logits_NV, part).logprobs()
     assert [t.token for t in got] == targets
     for row, t in enumerate(got):
         assert t.logprob == pytest.approx(raw_NV[row, t.token].item(), abs=1e-5)
@@ -237,10 +237,10 @@ def test_prompt_log_probabilities(following: int, targets: list[int]) -> None:
 
 def test_prompt_log_probabilities_of_one_token_and_of_many() -> None:
     wish = SamplingParams(prompt_logprobs=0)
-    assert prompt_logprobs(logits_of(1), Chunk(0, (4,), 0, (0,), True, wish, scores_prompt=True)) == ()
+    assert score_prompt(logits_of(1), Chunk(0, (4,), 0, (0,), True, wish, scores_prompt=True)).logprobs() == ()
     tokens = tuple(i % V for i in range(700))
     logits_NV = logits_of(700)
-    got = prompt_logprobs(logits_NV, Chunk(0, tokens, 0, (0,), True, wish, scores_prompt=True))
+    got = score_prompt(logits_NV, Chunk(0, tokens, 0, (0,), True, wish, scores_prompt=True)).logprobs()
     expected = logits_NV.log_softmax(-1)[range(699), tokens[1:]]
     assert [t.logprob for t in got] == pytest.approx(expected.tolist(), abs=1e-5)
 

@@ -20,63 +20,93 @@ import hashlib
 import secrets
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import isnan
 
 import torch
 from torch import Tensor
 
+from soloist.engine.host_copy import HostCopy
+from soloist.kernels.choose import best_of, gumbel, tempered
 from soloist.scheduling.request import Chunk, Sampled, SamplingParams, TokenLogprob
 
 ROWS_AT_ONCE = 256  # of prompt positions: bounds the memory for log probabilities
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The tokens of some chunks: on the device, where the next step finds them, and on their way to the host."""
+
+    token_C: Tensor  # int64
+    chunks: Sequence[Chunk]
+    wanted: Sequence[int]  # rows with log probabilities
+    numbers: HostCopy  # token_C, margin_C, and those
+
+    def sampled(self, deadline_s: float = 60.0) -> list[Sampled]:
+        """One for each chunk; waits for the copy."""
+        token_C, margin_C, *rows = self.numbers.wait(deadline_s)
+        logprobs = dict(zip(self.wanted, rows[0].tolist(), strict=True)) if rows else {}
+        return [
+            _sampled(chunk, token, margin, logprobs.get(row))
+            for row, (chunk, token, margin) in enumerate(
+                zip(self.chunks, token_C.tolist(), margin_C.tolist(), strict=True)
+            )
+        ]
+
+
 def sample(logits_CV: Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
+    """Choose the token after each chunk, see `draw`."""
+    return draw(logits_CV, chunks).sampled()
+
+
+def draw(logits_CV: Tensor, chunks: Sequence[Chunk], input_C: Tensor | None = None) -> Drawn:
     """Choose the token after each chunk. Row i of `logits_CV` (fp32, left unchanged) belongs to `chunks[i]`.
 
     Log probabilities are those of the model: of the logits as they are, before penalty, temperature and filters.
     `margin` is the lead of the chosen score; it is exact for greedy rows, too. A row that is not finite gives no
-    token. Copies from the device once.
+    token. `input_C` (int64) are the last tokens of the chunks, for penalties where the host does not know them. The
+    host waits for nothing.
     """
-    if not chunks:
-        return []
-    scores_CV = _draw_scores(_penalised(logits_CV, chunks), chunks)
-    token_C1 = scores_CV.argmax(-1, keepdim=True)
-    best_C2 = scores_CV.topk(2).values.double()
-    margin_C1 = torch.where(best_C2[:, :1].isfinite(), best_C2[:, :1] - best_C2[:, 1:], torch.nan)
-
     wanted = [row for row, chunk in enumerate(chunks) if _params(chunk).logprobs is not None]
-    parts = [token_C1.double(), margin_C1]
+    token_C, margin_C = best_of(_draw_scores(_penalised(logits_CV, chunks, input_C), chunks))
+    parts = [token_C, margin_C]
     if wanted:
         rows_L = torch.tensor(wanted, device=logits_CV.device)
         count = max(_params(chunks[row]).logprobs or 0 for row in wanted)
-        parts.append(_logprobs(logits_CV[rows_L], token_C1[rows_L], count))
-    tokens, margins, *rows = _to_host(parts)
-    logprobs = dict(zip(wanted, rows[0], strict=True)) if wanted else {}
-    return [
-        _sampled(chunk, token, margin, logprobs.get(row))
-        for row, (chunk, (token,), (margin,)) in enumerate(zip(chunks, tokens, margins, strict=True))
-    ]
+        parts.append(_logprobs(logits_CV[rows_L], token_C[rows_L, None], count))
+    return Drawn(token_C, chunks, wanted, HostCopy(parts))
 
 
-def prompt_logprobs(logits_NV: Tensor, chunk: Chunk) -> tuple[TokenLogprob, ...]:
-    """Log probabilities of `chunk.tokens[1:]` and of `chunk.following`, if any, by the logits (fp32) before each.
+def takes_plain_choice(params: SamplingParams) -> bool:
+    """Neither filters nor penalties nor log probabilities: `kernels.choose` gives the same token."""
+    is_filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    return not is_filtered and params.repetition_penalty == 1 and params.logprobs is None
 
-    `logits_NV` holds the logits of all of the chunk's tokens. Copies from the device once.
-    """
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """Log probabilities of a chunk's tokens, on their way to the host."""
+
+    targets: Sequence[int]
+    count: int  # of best tokens beside each
+    numbers: HostCopy
+
+    def logprobs(self, deadline_s: float = 60.0) -> tuple[TokenLogprob, ...]:
+        """Those of `chunk.tokens[1:]` and of `chunk.following`, if any; waits for the copy."""
+        (rows_NX,) = self.numbers.wait(deadline_s)
+        rows = zip(self.targets, rows_NX.tolist(), strict=True)
+        return tuple(_token_logprob(target, row, self.count) for target, row in rows)
+
+
+def score_prompt(logits_NV: Tensor, chunk: Chunk) -> ScoredPrompt:
+    """By the logits (fp32) before each token. `logits_NV` holds those of all of the chunk's tokens."""
     targets = [*chunk.tokens[1:], *([chunk.following] if chunk.following >= 0 else [])]
     count = _params(chunk).prompt_logprobs or 0
     target_N1 = torch.tensor(targets, device=logits_NV.device, dtype=torch.int64)[:, None]
     pieces = zip(logits_NV[: len(targets)].split(ROWS_AT_ONCE), target_N1.split(ROWS_AT_ONCE), strict=True)
-    rows = torch.cat([_logprobs(logits, target, count) for logits, target in pieces]).tolist() if targets else []
-    return tuple(_token_logprob(target, row, count) for target, row in zip(targets, rows, strict=True))
-
-
-def _to_host(parts: Sequence[Tensor]) -> list[list[list[float]]]:
-    """Rows of several matrices, in one copy."""
-    host = torch.cat([part.flatten() for part in parts]).cpu()
-    pieces = host.split([part.numel() for part in parts])
-    return [piece.view(part.shape).tolist() for piece, part in zip(pieces, parts, strict=True)]
+    rows_NX = torch.cat([_logprobs(logits, target, count) for logits, target in pieces])
+    return ScoredPrompt(targets, count, HostCopy([rows_NX]))
 
 
 def _params(chunk: Chunk) -> SamplingParams:
@@ -87,22 +117,21 @@ def _params(chunk: Chunk) -> SamplingParams:
 # ------------------------------------------------------------------------------------------------------------ scores
 
 
-def _penalised(logits_CV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+def _penalised(logits_CV: Tensor, chunks: Sequence[Chunk], input_C: Tensor | None) -> Tensor:
     """Repetition penalty (Keskar et al. 2019, as in transformers): seen tokens' logits are divided by it, or
     multiplied where negative. A new tensor where anything changes."""
-    pairs = [
-        (row, token, _params(chunk).repetition_penalty)
-        for row, chunk in enumerate(chunks)
-        if _params(chunk).repetition_penalty != 1
-        for token in set(chunk.history)
-    ]
-    if not pairs:
+    penalised = [row for row, chunk in enumerate(chunks) if _params(chunk).repetition_penalty != 1]
+    if not penalised:
         return logits_CV
-    rows, tokens, penalties = zip(*pairs, strict=True)
-    where = (torch.tensor(rows, device=logits_CV.device), torch.tensor(tokens, device=logits_CV.device))
-    penalty_P = torch.tensor(penalties, device=logits_CV.device)
-    seen_P = logits_CV[where]
-    return logits_CV.index_put(where, torch.where(seen_P < 0, seen_P * penalty_P, seen_P / penalty_P))
+    device = logits_CV.device
+    pairs = [(row, token) for row in penalised for token in set(chunks[row].history)]
+    rows_P, tokens_P = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.to(device)
+    if input_C is not None:  # a token that is seen twice is still divided once
+        last_P = torch.tensor(penalised, device=device)
+        rows_P, tokens_P = torch.cat([rows_P, last_P]), torch.cat([tokens_P, input_C[last_P]])
+    penalty_C = torch.tensor([_params(chunk).repetition_penalty for chunk in chunks], device=device)
+    seen_P, penalty_P = logits_CV[rows_P, tokens_P], penalty_C[rows_P]
+    return logits_CV.index_put((rows_P, tokens_P), torch.where(seen_P < 0, seen_P * penalty_P, seen_P / penalty_P))
 
 
 def _draw_scores(logits_CV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
@@ -114,17 +143,16 @@ def _draw_scores(logits_CV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     params = [_params(chunks[row]) for row in drawn]
     settings_R4 = torch.tensor([(p.temperature, p.top_p, p.min_p, p.top_k or vocab) for p in params], device=device)
     temperature_R1, top_p_R1, min_p_R1, top_k_R1 = settings_R4.split(1, dim=1)
-    keys_R2 = torch.tensor([_key(chunks[row]) for row in drawn], device=device, dtype=torch.int32)
+    keys_R2 = torch.tensor([key_of(chunks[row]) for row in drawn], device=device, dtype=torch.int32)
 
     rows_R = torch.tensor(drawn, device=device)
-    scores_RV = logits_CV[rows_R]
-    scores_RV = (scores_RV - scores_RV.amax(-1, keepdim=True)) / temperature_R1.clamp(min=1e-30)
+    scores_RV = tempered(logits_CV[rows_R], temperature_R1)
     threshold_R1 = min_p_R1.log()  # the best score is 0
     ranked = [p.top_k or vocab for p in params if p.top_k or p.top_p < 1]
     if ranked:
         ranked_R1 = _ranked_threshold(scores_RV, min(max(ranked), vocab), top_k_R1, top_p_R1)
         threshold_R1 = threshold_R1.maximum(ranked_R1)
-    scores_RV = scores_RV.masked_fill(scores_RV < threshold_R1, -torch.inf) + _gumbel(keys_R2, vocab)
+    scores_RV = scores_RV.masked_fill(scores_RV < threshold_R1, -torch.inf) + gumbel(keys_R2, vocab)
     return logits_CV.index_copy(0, rows_R, scores_RV)
 
 
@@ -151,7 +179,7 @@ def _process_seed() -> str:
     return secrets.token_hex(16)
 
 
-def _key(chunk: Chunk) -> tuple[int, int]:
+def key_of(chunk: Chunk) -> tuple[int, int]:
     """64 bits that stand for a request's seed and the position of the token to be drawn.
 
     A request without a seed has one that lasts as long as the process.
@@ -159,22 +187,6 @@ def _key(chunk: Chunk) -> tuple[int, int]:
     seed = _params(chunk).seed
     source = f"{_process_seed()} {chunk.sequence}" if seed is None else str(seed)
     return struct.unpack("<2i", hashlib.blake2b(f"{source} {chunk.stop}".encode(), digest_size=8).digest())
-
-
-def _gumbel(keys_R2: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise for every token id, -log(-log u), a function of a row's key and the id alone."""
-    ids_V = torch.arange(vocab, device=keys_R2.device, dtype=torch.int32)
-    bits_RV = _mix((_mix(ids_V) ^ keys_R2[:, :1]) + keys_R2[:, 1:]) & 0x7FFFFFFF
-    # Where u is 1 - tiny the noise is greatest: count from that end, at which floating point is finest.
-    complement_RV = ((bits_RV.float() + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
-    return -(-torch.log1p(-complement_RV)).log()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers whose output bits depend on all input bits (constants: C. Wellons, lowbias32)."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
-    return x ^ ((x >> 16) & 0xFFFF)
 
 
 # ------------------------------------------------------------------------------------------------- log probabilities
