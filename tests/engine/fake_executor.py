@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from soloist.frontend.requests import Request
 from soloist.frontend.sockets import Hub
 from soloist.frontend.wire import Figures, ToFrontEnd
 from soloist.placement.placement import Placement
-from soloist.scheduling.request import Sampled, SamplingParams, StepBatch, TokenLogprob
+from soloist.scheduling.request import UNKNOWN, Sampled, SamplingParams, StepBatch, TokenLogprob
 from soloist.specs.layout import Layout
 from soloist.specs.model import AttentionSpec, ExpertSpec, ModelSpec, RopeSpec, RouterSpec
 from soloist.transport.connect import local_world
@@ -56,6 +57,17 @@ def continuation(prompt: Sequence[int], max_tokens: int, ignore_eos: bool = Fals
     return tokens[len(prompt) :]
 
 
+@dataclass(frozen=True)
+class Here:
+    """An answer that need not be waited for."""
+
+    sampled: list[Sampled]
+    is_here = True
+
+    def wait(self) -> list[Sampled]:
+        return self.sampled
+
+
 class FakeExecutor:
     """Checks that all ranks of a stage take the same step, and that a step passes through the stages in order."""
 
@@ -63,13 +75,14 @@ class FakeExecutor:
 
     def __init__(self, job: Job, world: World, device: torch.device, report: Callable[[int], None]) -> None:
         self.world, self.block_size = world, job.options.block_size
+        self.last: dict[int, int] = {}  # what was chosen last for each sequence
         report(1000)
 
     def allocate(self, blocks: int) -> None:
         self.cache = np.full(blocks * self.block_size, -1)
 
-    def run(self, batch: StepBatch) -> list[Sampled] | None:
-        form = torch.tensor([[batch.step, batch.peak]])
+    def run(self, batch: StepBatch) -> Here | None:
+        form = torch.tensor([[batch.step, batch.peak + 1000 * batch.decodes]])
         for group in (self.world.experts, self.world.attention):
             if group is not None:
                 assert (group.all_gather_rows(form, where=f"step {batch.step}") == form).all()
@@ -79,7 +92,7 @@ class FakeExecutor:
         if pipeline and not seat.is_last_stage:
             pipeline.send(form, seat.stage + 1, f"step {batch.step}")
         answers = [self.answer(chunk) for chunk in batch.chunks]
-        return [a for a in answers if a] if seat.sampler == seat.rank else None
+        return Here([a for a in answers if a]) if seat.sampler == seat.rank else None
 
     def figures(self) -> Figures:
         bytes_to, waited_s = self.world.take_traffic()
@@ -88,10 +101,11 @@ class FakeExecutor:
     def answer(self, chunk) -> Sampled | None:
         rows = np.array([chunk.blocks[p // self.block_size] * self.block_size + p % self.block_size
                          for p in range(chunk.stop)])  # fmt: skip
-        self.cache[rows[chunk.start :]] = chunk.tokens
+        unknown = chunk.tokens == (UNKNOWN,)
+        self.cache[rows[chunk.start :]] = self.last[chunk.sequence] if unknown else chunk.tokens
         if chunk.params is None:
             return None
-        token = next_token(self.cache[rows].tolist())
+        token = self.last[chunk.sequence] = next_token(self.cache[rows].tolist())
         return Sampled(chunk.sequence, token if chunk.samples else None, TokenLogprob(token, -1.0), margin=float(token))
 
 

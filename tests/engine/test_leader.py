@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from fake_executor import continuation, next_token
+from fake_executor import Here, continuation, next_token
 
 from soloist.engine.leader import IDLE_STEPS, Leader, State
 from soloist.frontend.wire import Shutdown, Submit, Wake, WakeMe
@@ -31,10 +31,10 @@ class Executor:
     def __init__(self):
         self.tokens: dict[int, list[int]] = {}
 
-    def run(self, batch: StepBatch) -> list[Sampled]:
+    def run(self, batch: StepBatch) -> Here:
         for chunk in batch.chunks:
             self.tokens.setdefault(chunk.sequence, []).extend(chunk.tokens)
-        return [Sampled(c.sequence, next_token(self.tokens[c.sequence])) for c in batch.chunks if c.samples]
+        return Here([Sampled(c.sequence, next_token(self.tokens[c.sequence])) for c in batch.chunks if c.samples])
 
 
 class Crew:

@@ -20,9 +20,10 @@ from soloist.scheduling.request import SamplingParams
 LAYOUTS = ["ep1", "ep4", "pp2", "pp2ep2", "tp2", "dp2ep2", "attn2ep4pp2"]
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=[*LAYOUTS, "ep1 ahead", "ep4 ahead", "tp2 ahead", "dp2ep2 ahead"])
 def deployment(request, tmp_path):
-    with Deployment(tmp_path, request.param) as deployment:
+    layout, *ahead = request.param.split()
+    with Deployment(tmp_path, layout, ahead="on" if ahead else "off") as deployment:
         yield deployment
 
 

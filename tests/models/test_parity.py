@@ -90,8 +90,9 @@ def run_rank(transport: Transport, case: Case, layout: Layout, placement: Placem
     found: dict[int, list[torch.Tensor]] = {i: [] for i in own}
     for step in range(DECODED + 2):
         peak = max(sum(len(p[step].tokens) for p in plans.values() if step < len(p)), 1)
+        decodes = all(len(p[step].tokens) == 1 for p in plans.values() if step < len(p))
         chunks = tuple(plans[i][step] for i in own if step < len(plans[i]))
-        logits = runner.logits(StepBatch(step, chunks, peak))
+        logits = runner.logits(StepBatch(step, chunks, peak, decodes))
         if logits is not None:
             for chunk, part in zip(chunks, logits.split([len(c.tokens) for c in chunks]), strict=True):
                 found[chunk.sequence].append(part.clone())
@@ -113,6 +114,13 @@ def check(case: Case, layout: Layout, placement: Placement | None = None, **opti
 @pytest.mark.parametrize("layout", FEW_LAYOUTS)
 def test_every_family(family_case: Case, layout: str) -> None:
     check(family_case, Layout.parse(layout))
+
+
+@pytest.mark.parametrize("replicate_below", [0, 64])
+@pytest.mark.parametrize("layout", ["ep1", "ep2", "tp2pp2"])
+def test_every_family_in_steps_of_fixed_shape(family_case: Case, layout: str, replicate_below: int) -> None:
+    """Four rows for three sequences, or eight: what stands in the others must not matter."""
+    check(family_case, Layout.parse(layout), replicate_below=replicate_below, cuda_graphs="4,8")
 
 
 @pytest.mark.parametrize("layout", ["tp2", "ep2tp2"])

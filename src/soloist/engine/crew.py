@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from soloist.engine.answers import Answer
 from soloist.engine.meeting import Meeting
 from soloist.errors import CommunicationError
 from soloist.frontend.sockets import Hub, Spoke
 from soloist.frontend.wire import Allocate, Figures, FromPeer, Hello, Ready, Result, Shutdown, Step, Tell, ToPeer
 from soloist.scheduling.request import Sampled, StepBatch
 from soloist.specs.layout import Seat
+
+_POLL_S = 50e-6
 
 
 class Executor(Protocol):
@@ -21,7 +25,7 @@ class Executor(Protocol):
 
     def allocate(self, blocks: int) -> None: ...
 
-    def run(self, batch: StepBatch) -> list[Sampled] | None: ...
+    def run(self, batch: StepBatch) -> Answer | None: ...
 
     def figures(self) -> Figures: ...
 
@@ -88,14 +92,14 @@ def follow(runner: Executor, seat: Seat, meeting: Meeting, say: Callable[[Ready 
     leader is lost.
     """
     leader: Spoke[ToPeer] = Spoke(meeting.find(_name(seat.leader)), seat.rank, ToPeer)
+    answers: deque[tuple[int, Answer]] = deque()  # of steps whose results the leader waits for
     try:
         leader.send(Hello(runner.kv_blocks))
         while True:
-            match leader.receive(None):
+            match _next(leader, answers):
                 case Step(batch):
-                    sampled = runner.run(batch)
-                    if sampled is not None:
-                        leader.send(Result(batch.step, tuple(sampled)))
+                    if answer := runner.run(batch):
+                        answers.append((batch.step, answer))
                 case Allocate(blocks):
                     runner.allocate(blocks)
                     say(Ready())
@@ -105,6 +109,20 @@ def follow(runner: Executor, seat: Seat, meeting: Meeting, say: Callable[[Ready 
                     return
     finally:
         leader.close()
+
+
+def _next(leader: Spoke[ToPeer], answers: deque[tuple[int, Answer]]) -> ToPeer | None:
+    """The leader's next message. Answers go out as soon as they are there, so that no step waits behind another."""
+    while answers:
+        step, answer = answers[0]
+        if answer.is_here:
+            answers.popleft()
+            leader.send(Result(step, tuple(answer.wait())))
+        elif message := leader.receive(0):
+            return message
+        else:
+            time.sleep(_POLL_S)
+    return leader.receive(None)
 
 
 def _name(leader: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,11 +39,3 @@ class HostCopy:
             time.sleep(_POLL_S)
         pieces = self._numbers.split([shape.numel() for shape in self._shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
-
-
-def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Integers of any shapes as int32 tensors on the device, in one copy that the host does not wait for."""
-    packed = torch.empty(sum(array.size for array in arrays), dtype=torch.int32, pin_memory=device.type == "cuda")
-    np.concatenate([array.ravel() for array in arrays], out=packed.numpy(), casting="unsafe")
-    pieces = packed.to(device, non_blocking=True).split([array.size for array in arrays])
-    return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]

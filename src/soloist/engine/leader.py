@@ -16,12 +16,13 @@ import msgspec
 import torch
 from tokenizers import Tokenizer
 
+from soloist.engine.answers import Answer
 from soloist.engine.crew import Crew, Executor
 from soloist.engine.detokenise import TextStream
 from soloist.errors import RequestError
 from soloist.frontend.sockets import Spoke
 from soloist.frontend.wire import Abort, Delta, Shutdown, Submit, Tell, Tokens, ToLeader, Wake, WakeMe
-from soloist.scheduling.request import Output, Sampled, StepBatch
+from soloist.scheduling.request import Output, StepBatch
 from soloist.scheduling.scheduler import Scheduler
 from soloist.transport.base import Transport
 
@@ -52,7 +53,7 @@ class Leader:
         self.scheduler, self.runner, self.crew, self.inbox = scheduler, runner, crew, inbox
         self.control, self.tokenizer = control, tokenizer
         self.texts: dict[int, TextStream] = {}  # of the sequences that are not finished
-        self.flying: deque[tuple[StepBatch, list[Sampled] | None]] = deque()  # as long for every leader
+        self.flying: deque[tuple[StepBatch, Answer | None]] = deque()  # as long for every leader
         self.idle_steps = 0
         self.sleeps = self.woken = 0  # number of the last sleep begun, and of the last that the front end ended
         self.stopping = False
@@ -63,7 +64,7 @@ class Leader:
         while True:
             self.read_inbox()
             batch = self.scheduler.schedule()
-            state, peak = self.agree(batch)
+            state, peak, decodes = self.agree(batch)
             if state == State.STOP:
                 break
             if state == State.IDLE:
@@ -71,22 +72,25 @@ class Leader:
                 continue
             self.idle_steps = 0
             if state == State.RUN:
-                self.launch(msgspec.structs.replace(batch, peak=peak))
-            if state == State.LAND or len(self.flying) == self.scheduler.config.in_flight:
+                self.launch(msgspec.structs.replace(batch, peak=peak, decodes=decodes))
+            if state == State.LAND or len(self.flying) == self.scheduler.config.places:
                 self.land()
 
     # -- a step -----------------------------------------------------------------------------------------------------
-    def agree(self, batch: StepBatch) -> tuple[State, int]:
-        """What all leaders do next, and the most tokens that any of them has for it."""
+    def agree(self, batch: StepBatch) -> tuple[State, int, bool]:
+        """What all leaders do next, the most tokens that any of them has for it, and whether all of them only decode.
+
+        The step before is still running on the ranks' devices meanwhile, where it is scheduled ahead.
+        """
         wish = State.RUN if batch.chunks else State.LAND if self.flying else State.IDLE
         if self.stopping:
             wish = State.STOP
         if self.control is None or self.control.size == 1:
-            return wish, batch.tokens
-        mine = torch.tensor([[wish, batch.tokens]], dtype=torch.int64)
+            return wish, batch.tokens, batch.is_decode
+        mine = torch.tensor([[wish, batch.tokens, not batch.is_decode]], dtype=torch.int64)
         everyone = self.control.all_gather_rows(mine, [1] * self.control.size, f"agreement on step {batch.step}")
-        state, peak = everyone.max(dim=0).values.tolist()
-        return State(state), peak
+        state, peak, prefills = everyone.max(dim=0).values.tolist()
+        return State(state), peak, not prefills
 
     def launch(self, batch: StepBatch) -> None:
         self.crew.start(batch)
@@ -94,9 +98,8 @@ class Leader:
 
     def land(self) -> None:
         """Take the result of the oldest batch under way."""
-        batch, sampled = self.flying.popleft()
-        if sampled is None:
-            sampled = self.crew.result(batch.step)
+        batch, answer = self.flying.popleft()
+        sampled = answer.wait() if answer else self.crew.result(batch.step)
         if batch.chunks:
             self.report(batch.step, [self.delta(output) for output in self.scheduler.update(batch, sampled)])
 

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import msgspec
 
 from soloist.errors import ConfigurationError
-from soloist.specs.model import Dtype, Spec
+from soloist.specs.model import Dtype, ModelSpec, Spec
 from soloist.transport.mpi_options import MpiOptions
+
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
 class EngineOptions(Spec, frozen=True, kw_only=True):
@@ -21,15 +23,17 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     transport: Literal["auto", "local", "shared_memory", "gloo", "nccl", "mpi"] = "auto"
     mpi: MpiOptions = MpiOptions()  # of transport = mpi
     gpus_per_node: int = 8  # ranks of a declared node
-    block_size: int = 16  # tokens of a KV block
+    block_size: int = 0  # tokens of a KV block; 0: 64 on a GPU, 16 on a CPU
     kv_tokens: int | None = None  # KV cache of each attention group; None: what memory allows, on a CPU 32 k at most
     gpu_memory_fraction: float = 0.9
-    max_batch_tokens: int = 2048  # tokens of a step and attention group
+    max_batch_tokens: int = 0  # tokens of a step and attention group; 0: 8192 on a GPU, 2048 on a CPU
     max_sequences: int = 256  # sequences of a step and attention group
     max_positions: int | None = None  # None: the model's own limit
     prefix_caching: bool = True
     replicate_below: int = 64  # tokens of a step under which an attention group replicates instead of sharding them
-    micro_batches: int | None = None  # batches in flight in a pipeline; None: one for each stage
+    micro_batches: int = 0  # batches in flight in a pipeline; 0: one for each stage
+    cuda_graphs: str = "auto"  # sequences of the decoding steps that are captured: auto, off, or like 1,8,64
+    ahead: Literal["auto", "on", "off"] = "auto"  # make up a step before the last is back; auto: on GPUs, save pp > 1
     random_weights: int | None = None  # a seed: make weights up instead of reading them
     measure: bool = False  # time the phases of every step
     count_experts: bool = False  # count the tokens of every expert, for Figures.chosen
@@ -38,12 +42,51 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     start_deadline_s: float = 300.0  # bound of the start, loading included
 
     def __post_init__(self) -> None:
-        sizes = ("gpus_per_node", "block_size", "max_batch_tokens", "max_sequences")
-        for key in (*sizes, "deadline_s", "start_deadline_s"):
+        for key in ("gpus_per_node", "max_sequences", "deadline_s", "start_deadline_s"):
             if getattr(self, key) <= 0:
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive")
+        for key in ("block_size", "max_batch_tokens", "micro_batches"):
+            if getattr(self, key) < 0:
+                raise ConfigurationError.of(key, getattr(self, key), "must be positive, or 0 for what suits the device")
         if not 0 < self.gpu_memory_fraction <= 1:
             raise ConfigurationError.of("gpu_memory_fraction", self.gpu_memory_fraction, "must lie in (0, 1]")
+        if self.ahead == "on" and self.record:
+            raise ConfigurationError.of("ahead", "on", "a record needs every token on the host; leave one of them out")
+        self.graph_buckets(is_gpu=True)
+
+    def on(self, device: str, stages: int = 1) -> EngineOptions:
+        """With everything filled in that depends on the kind of device and the layout's pipeline stages."""
+        is_gpu = device == "cuda"
+        runs_beside = is_gpu and stages == 1 and not self.record
+        if self.ahead == "on" and stages > 1:
+            raise ConfigurationError.of("ahead", "on", "in a pipeline tokens come back over the host; leave it out")
+        return msgspec.structs.replace(
+            self,
+            block_size=self.block_size or (64 if is_gpu else 16),
+            max_batch_tokens=self.max_batch_tokens or (8192 if is_gpu else 2048),
+            micro_batches=self.micro_batches or stages,
+            ahead="on" if self.ahead == "on" or (self.ahead == "auto" and runs_beside) else "off",
+        )
+
+    def graph_buckets(self, is_gpu: bool) -> tuple[int, ...]:
+        """Numbers of sequences that decoding steps are captured for, ascending. On a CPU only where asked for."""
+        most = min(self.max_sequences, self.max_batch_tokens or self.max_sequences)
+        if self.cuda_graphs == "off" or self.record or (self.cuda_graphs == "auto" and not is_gpu):
+            return ()
+        if self.cuda_graphs == "auto":
+            return (*(rows for rows in (*_BUCKETS, *range(320, most, 64)) if rows < most), most)
+        try:
+            found = sorted({int(number) for number in self.cuda_graphs.split(",")})
+        except ValueError:
+            found = [0]
+        if found[0] < 1:
+            remedy = "must be auto, off, or numbers of sequences like 1,8,64"
+            raise ConfigurationError.of("cuda_graphs", self.cuda_graphs, remedy)
+        return tuple(rows for rows in found if rows <= most)
+
+    def longest(self, spec: ModelSpec) -> int:
+        """Tokens that a sequence may reach."""
+        return min(self.max_positions or spec.max_positions, spec.max_positions)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> EngineOptions:

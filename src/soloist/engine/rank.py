@@ -8,7 +8,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -62,6 +62,7 @@ def serve(
     def report(bytes_read: int) -> None:
         inbox.send(Loading(bytes_read))
 
+    job = replace(job, options=job.options.on(device.type, job.layout.pp))
     if not world.seat.is_leader:
         follow(make_executor(job, world, device, report), world.seat, meeting, inbox.send)
         return
@@ -83,9 +84,10 @@ def scheduler_sizes(job: Job, blocks: int) -> SchedulerConfig:
         block_size=options.block_size,
         max_batch_tokens=options.max_batch_tokens,
         max_sequences=options.max_sequences,
-        max_positions=min(options.max_positions or job.spec.max_positions, job.spec.max_positions),
+        max_positions=options.longest(job.spec),
         prefix_caching=options.prefix_caching,
-        in_flight=options.micro_batches or job.layout.pp,
+        in_flight=options.micro_batches,
+        ahead=options.ahead == "on",
     )
 
 

@@ -5,21 +5,27 @@ Shape legend: C tokens whose logits are wanted, V vocabulary, t tokens that this
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from soloist.engine.answers import Answer, StepAnswer
 from soloist.engine.dispatchers import Dispatchers
+from soloist.engine.feedback import Feedback
+from soloist.engine.graphs import Shape, StaticStep, StaticSteps
+from soloist.engine.host_copy import HostCopy
 from soloist.engine.kv_cache import allocate, blocks_that_fit
 from soloist.engine.options import EngineOptions
-from soloist.engine.sampler import prompt_logprobs, sample
+from soloist.engine.sampler import Drawn, ScoredPrompt, draw, score_prompt, takes_plain_choice
 from soloist.engine.world import World
 from soloist.frontend.wire import Figures
 from soloist.models.decoder import Decoder
 from soloist.models.layers import TokenSplit
 from soloist.models.rope import Rope
-from soloist.models.step import StepInput
+from soloist.models.step import StepInput, to_device
 from soloist.models.weights import WeightSource
 from soloist.moe.experts import Experts
 from soloist.moe.layer import MoELayer
@@ -27,7 +33,7 @@ from soloist.moe.recorder import RoutingRecorder
 from soloist.moe.router import Router, SlotTable
 from soloist.moe.stats import LoadStats
 from soloist.placement.placement import Placement
-from soloist.scheduling.request import Sampled, StepBatch
+from soloist.scheduling.request import StepBatch
 from soloist.specs.layout import Layout, share
 from soloist.specs.model import ModelSpec
 from soloist.timing import Stopwatch
@@ -47,6 +53,7 @@ class Runner:
     ) -> None:
         """Reads this rank's weights. Collective only in that peers must not wait longer than the start deadline."""
         placement.check(spec, layout)
+        options = options.on(source.device.type, layout.pp)
         self.spec, self.world, self.options = spec, world, options
         self.device, self.dtype = source.device, source.dtype
         self.watch, self.recorder = Stopwatch(self.device, options.measure), self._recorder(layout)
@@ -92,43 +99,100 @@ class Runner:
         layers = [layer for layer in spec.moe_layers if layer in stage]
         return RoutingRecorder(self.options.record, self.world.seat.rank, layers, spec.experts, spec.router.top_k)
 
+    @torch.inference_mode()
     def allocate(self, blocks: int) -> None:
-        """Make the KV cache, after the ranks of a sequence have agreed on the number of blocks."""
+        """Make the KV cache, after the ranks of a sequence have agreed on the number of blocks; capture the graphs.
+
+        One block more than agreed takes what padding leaves. Called by all ranks of a stage together.
+        """
+        options = self.options
         self.kv_blocks = blocks
-        self.caches = allocate(self.spec, self.heads, blocks, self.options.block_size, self.device, self.dtype)
+        self.caches = allocate(self.spec, self.heads, blocks + 1, options.block_size, self.device, self.dtype)
+        self.feedback = Feedback(options.micro_batches + 1, options.max_sequences, self.device)
+        width = -(-options.longest(self.spec) // options.block_size)
+        shape = Shape(width, options.block_size, blocks, self.device, self.dtype)
+        is_enabled, self.watch.enabled = self.watch.enabled, False  # events in a graph cannot be read
+        buckets = options.graph_buckets(self.device.type == "cuda")
+        self.static = StaticSteps(buckets, lambda rows: self._static_step(rows, shape), self.device)
+        self.watch.enabled = is_enabled
+
+    def _static_step(self, rows: int, shape: Shape) -> StaticStep:
+        seat, replicated = self.world.seat, rows < self.options.replicate_below
+        x_tD = None
+        if not seat.is_first_stage:
+            split = TokenSplit(self.world.attention, rows, replicated, self.watch, rows)
+            tokens = split.tokens_here(seat.attention_index)
+            x_tD = torch.zeros(tokens, self.spec.d_model, dtype=self.dtype, device=self.device)
+        return StaticStep(rows, shape, replicated, self.rope, self.feedback, self._stage, x_tD, seat.is_last_stage)
 
     @torch.inference_mode()
-    def run(self, batch: StepBatch) -> list[Sampled] | None:
-        """One step. Returns what was sampled on the sampler's rank, None on the others.
+    def run(self, batch: StepBatch) -> Answer | None:
+        """One step. What was chosen on the sampler's rank, None on the others.
 
-        In a pipeline it waits for the previous stage and passes on to the next one.
+        On a GPU it is only started. In a pipeline it takes over from the previous stage and passes on to the next one.
         """
-        logits_CV = self.logits(batch)
         self.steps += 1
-        if logits_CV is None or self.world.seat.attention_index != 0:
+        sources, places = self.feedback.sources(batch), self.feedback.begin(batch)
+        static = self.static.of(batch)
+        out = self._forward(batch, sources, places, static)
+        if not self.world.seat.is_last_stage:
             return None
         with self.watch("sampling"):
-            return self._sample(batch, logits_CV)
+            return self._answer(batch, out, places) if static is None else self._static_answer(batch, static, places)
 
     @torch.inference_mode()
     def logits(self, batch: StepBatch) -> Tensor | None:
         """logits_CV (fp32) of the rows that the batch asks for; None before the last stage."""
-        seat, replicated = self.world.seat, max(batch.peak, batch.tokens) < self.options.replicate_below
+        sources, places = self.feedback.sources(batch), self.feedback.begin(batch)
+        static = self.static.of(batch)
+        out = self._forward(batch, sources, places, static)
+        if not self.world.seat.is_last_stage:
+            return None
+        wanted = [row for row, chunk in enumerate(batch.chunks) if chunk.samples or chunk.scores_prompt]
+        return (out if static is None else out[wanted]).float()
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+    def _forward(self, batch: StepBatch, sources: np.ndarray, places: np.ndarray, static: StaticStep | None) -> Tensor:
+        """What this stage makes of a batch: logits on the last one."""
+        if static is not None:
+            static.fill(batch, sources, places)
+            return self._pass(static.x_tD, lambda _: self._replay(static), f"step {batch.step}")
+        replicated = max(batch.peak, batch.tokens) < self.options.replicate_below
         step = StepInput.of(batch, self.options.block_size, self.rope, replicated, self.device, self.dtype)
+        step = replace(step, ids_T=self.feedback.fill(step.ids_T, batch, sources))
         split = self.decoder.split(step)
         if self.recorder:
             self.recorder.begin(batch, self._dispatched(split))
-        x_tD = (
-            self.decoder.embed(step, split)
-            if seat.is_first_stage
-            else self._receive(step, split.tokens_here(seat.attention_index))
-        )
-        x_tD = self.decoder.forward(x_tD, step, split, self.caches)
-        if seat.is_last_stage:
-            with self.watch("logits"):
-                return self.decoder.logits(x_tD, step, split)
-        self.world.pipeline.send(x_tD, seat.stage + 1, f"{step.name}, to stage {seat.stage + 1}")
-        return None
+        x_tD = None
+        if not self.world.seat.is_first_stage:
+            shape = (split.tokens_here(self.world.seat.attention_index), self.spec.d_model)
+            x_tD = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self._pass(x_tD, lambda x_tD: self._stage(step, x_tD), step.name)
+
+    def _pass(self, x_tD: Tensor | None, compute: Callable[[Tensor | None], Tensor], name: str) -> Tensor:
+        """Take over from the stage before into `x_tD`, compute, hand on to the next one."""
+        stage, pipeline = self.world.seat.stage, self.world.pipeline
+        if x_tD is not None:
+            with self.watch("waiting"):
+                x_tD.copy_(pipeline.recv(x_tD.shape, self.dtype, stage - 1, f"{name}, from stage {stage - 1}"))
+        out = compute(x_tD)
+        if not self.world.seat.is_last_stage:
+            pipeline.send(out, stage + 1, f"{name}, to stage {stage + 1}")
+        return out
+
+    def _stage(self, step: StepInput, x_tD: Tensor | None) -> Tensor:
+        """The layers of this stage: from ids or `x_tD` to logits, or to what the next stage takes."""
+        split = self.decoder.split(step)
+        x_tD = self.decoder.forward(self.decoder.embed(step, split) if x_tD is None else x_tD, step, split, self.caches)
+        if not self.world.seat.is_last_stage:
+            return x_tD
+        with self.watch("logits"):
+            return self.decoder.logits(x_tD, step, split)
+
+    def _replay(self, static: StaticStep) -> Tensor:
+        with self.watch("graph"):
+            static.replay()
+        return static.out
 
     def figures(self) -> Figures:
         """What this rank did since the last call."""
@@ -152,24 +216,40 @@ class Runner:
             return None
         return share(split.tokens, split.size // seat.layout.tp, seat.attention_index // seat.layout.tp)
 
-    def _receive(self, step: StepInput, tokens: int) -> Tensor:
-        stage = self.world.seat.stage - 1
-        with self.watch("waiting"):
-            return self.world.pipeline.recv(
-                (tokens, self.spec.d_model), self.dtype, stage, f"{step.name}, from stage {stage}"
-            )
-
-    def _sample(self, batch: StepBatch, logits_CV: Tensor) -> list[Sampled]:
+    # -- the choice of tokens ---------------------------------------------------------------------------------------
+    def _answer(self, batch: StepBatch, logits_CV: Tensor, places: np.ndarray) -> Answer | None:
         """Logits rows stand in the order of the chunks: all of a chunk that scores its prompt, else its last."""
         lengths = [len(c.tokens) if c.scores_prompt else int(c.samples) for c in batch.chunks]
-        parts = dict(zip((c.sequence for c in batch.chunks), logits_CV.split(lengths), strict=True))
-        sampling = [c for c in batch.chunks if c.samples]
-        last_CV = torch.stack([parts[c.sequence][-1] for c in sampling]) if sampling else logits_CV[:0]
-        sampled = {s.sequence: s for s in sample(last_CV, sampling)}
-        scored = {c.sequence: prompt_logprobs(parts[c.sequence], c) for c in batch.chunks if c.scores_prompt}
-        return [
-            Sampled(sequence, chosen.token, chosen.logprob, tuple(scored.get(sequence, ())), chosen.margin)
-            if (chosen := sampled.get(sequence))
-            else Sampled(sequence, None, None, tuple(scored[sequence]))
-            for sequence in [c.sequence for c in batch.chunks if c.samples or c.scores_prompt]
-        ]
+        ends, sampling = np.cumsum(lengths), [row for row, c in enumerate(batch.chunks) if c.samples]
+        (rows_C,) = to_device([ends[sampling] - 1 if sampling else np.zeros(0)], self.device)
+        drawn = draw(logits_CV[rows_C.long()].float(), [batch.chunks[row] for row in sampling])
+        self.feedback.store(drawn.token_C, places[sampling])
+        scored = {
+            chunk.sequence: score_prompt(logits_CV[end - length : end].float(), chunk)
+            for chunk, end, length in zip(batch.chunks, ends.tolist(), lengths, strict=True)
+            if chunk.scores_prompt
+        }
+        return self._given(batch, [drawn], scored)
+
+    def _static_answer(self, batch: StepBatch, static: StaticStep, places: np.ndarray) -> Answer | None:
+        """The graph has chosen for every row; those with filters, penalties or log probabilities choose again."""
+        chunks = batch.chunks
+        special = [row for row, c in enumerate(chunks) if c.samples and c.params and not takes_plain_choice(c.params)]
+        drawn = [Drawn(static.chosen[0], chunks, (), HostCopy([*static.chosen[:, : len(chunks)]]))]
+        if special:
+            (rows_C,) = to_device([np.array(special)], self.device)
+            rows_C = rows_C.long()
+            drawn.append(draw(static.out[rows_C].float(), [chunks[row] for row in special], static.ids_B[rows_C]))
+            self.feedback.store(drawn[1].token_C, places[special])
+        scored = {
+            chunk.sequence: score_prompt(static.out[row : row + 1].float(), chunk)
+            for row, chunk in enumerate(chunks)
+            if chunk.scores_prompt
+        }
+        return self._given(batch, drawn, scored)
+
+    def _given(self, batch: StepBatch, drawn: list[Drawn], scored: dict[int, ScoredPrompt]) -> Answer | None:
+        """To the leader; the other ranks of the attention group have chosen the same and keep it on their devices."""
+        if self.world.seat.attention_index:
+            return None
+        return StepAnswer(batch.chunks, drawn, scored, self.world.check, self.options.deadline_s)

@@ -5,6 +5,7 @@ Shape legend: T tokens of the step, N sequences (chunks), M blocks of the longes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,16 +44,9 @@ class StepInput:
         """The batch's chunks, one after the other. `dtype` is that of the activations."""
         chunks = batch.chunks
         positions_T = _concatenate([np.arange(c.start, c.stop) for c in chunks])
-        blocks = [np.asarray(c.blocks, dtype=np.int64) for c in chunks]
-        slots_T = _concatenate(
-            [
-                table[np.arange(c.start, c.stop) // block_size] * block_size + np.arange(c.start, c.stop) % block_size
-                for c, table in zip(chunks, blocks, strict=True)
-            ]
-        )
-        tables_NM = np.zeros((len(chunks), max((len(table) for table in blocks), default=0)), dtype=np.int32)
-        for row, table in zip(tables_NM, blocks, strict=True):
-            row[: len(table)] = table
+        tables_NM = tables(batch)
+        sequence_T = np.repeat(np.arange(len(chunks)), [len(c.tokens) for c in chunks])
+        slots_T = tables_NM[sequence_T, positions_T // block_size] * block_size + positions_T % block_size
         starts = [0, *np.cumsum([len(c.tokens) for c in chunks]).tolist()]
         wanted = [
             np.arange(start, stop) if chunk.scores_prompt else np.arange(stop - 1, stop)
@@ -60,18 +54,32 @@ class StepInput:
             if chunk.samples or chunk.scores_prompt
         ]
         ids_T = _concatenate([np.asarray(c.tokens, dtype=np.int64) for c in chunks])
-        paged = PagedBatch.of(starts, [c.stop for c in chunks], _to(tables_NM, device), block_size)
-        cos, sin = rope.angles(_to(positions_T, device), dtype)
-        rows = _to(_concatenate(wanted), device)
+        lengths = [c.stop for c in chunks]
+        numbers = [ids_T, slots_T, positions_T, _concatenate(wanted), tables_NM, np.array(starts), np.array(lengths)]
+        ids_T, slots_T, positions_T, rows_C, tables_NM, starts_N, lengths_N = to_device(numbers, device)
+        paged = PagedBatch(starts, lengths, tables_NM, block_size, starts_N, lengths_N)
+        cos, sin = rope.angles(positions_T, dtype)
         return cls(
-            _to(ids_T, device), _to(slots_T, device), paged, cos, sin, rows, replicated, f"step {batch.step}",
+            ids_T.long(), slots_T.long(), paged, cos, sin, rows_C.long(), replicated, f"step {batch.step}",
             max(batch.peak, batch.tokens),
         )  # fmt: skip
 
 
+def tables(batch: StepBatch) -> np.ndarray:
+    """int32 [N, M]: the block tables of a batch, padded with 0."""
+    tables_NM = np.zeros((len(batch.chunks), max((len(c.blocks) for c in batch.chunks), default=0)), dtype=np.int32)
+    for row, chunk in zip(tables_NM, batch.chunks, strict=True):
+        row[: len(chunk.blocks)] = chunk.blocks
+    return tables_NM
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Integers of any shapes as int32 tensors on the device, in one copy that the host does not wait for."""
+    packed = torch.empty(sum(array.size for array in arrays), dtype=torch.int32, pin_memory=device.type == "cuda")
+    np.concatenate([array.ravel() for array in arrays], out=packed.numpy(), casting="unsafe")
+    pieces = packed.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [piece.view(array.shape) for piece, array in zip(pieces, arrays, strict=True)]
+
+
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

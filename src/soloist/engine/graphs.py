@@ -1,0 +1,174 @@
+"""Decoding steps of fixed shape: captured once in a CUDA graph, replayed with other numbers.
+
+A step of up to B sequences, one token each, is one graph for the smallest bucket B that holds it: input, layers with
+their exchange, logits, and the choice of the next tokens. All that differs between two replays lies in one buffer of
+integers, filled on the host and copied once. Rows that no sequence uses are padding: their keys and values go to a
+block that nobody owns. On a CPU nothing is captured: the same function is called.
+
+Shape legend: B rows, M blocks of the longest table, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soloist.engine.feedback import Feedback
+from soloist.engine.sampler import key_of
+from soloist.kernels.choose import choose
+from soloist.kernels.choose_triton import choose_fused
+from soloist.kernels.language import AVAILABLE
+from soloist.kernels.paged_attention import PagedBatch
+from soloist.models.rope import Rope
+from soloist.models.step import StepInput
+from soloist.scheduling.request import StepBatch
+
+WARM_UP = 2  # calls before a capture: kernels are compiled, buffers made
+FIELDS = ("id", "source", "position", "slot", "length", "place", "live", "key", "key2", "temperature")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all buckets of a rank have in common."""
+
+    blocks_per_sequence: int
+    block_size: int
+    scratch: int  # the block of rows that are padding
+    device: torch.device
+    dtype: torch.dtype
+
+
+class StaticStep:
+    """One bucket. `stage` computes a step: the logits on the last stage, what goes to the next one elsewhere."""
+
+    def __init__(
+        self,
+        rows: int,
+        shape: Shape,
+        replicated: bool,
+        rope: Rope,
+        feedback: Feedback,
+        stage: Callable[[StepInput, Tensor | None], Tensor],
+        x_tD: Tensor | None,
+        chooses: bool,
+    ) -> None:
+        """`x_tD`: where the stage before leaves its result, None on the first stage."""
+        self.rows, self.shape, self.replicated = rows, shape, replicated
+        self.rope, self.feedback, self.stage, self.x_tD, self.chooses = rope, feedback, stage, x_tD, chooses
+        self._fields = np.zeros((len(FIELDS), rows), np.int32)
+        self._tables_BM = np.zeros((rows, shape.blocks_per_sequence), np.int32)
+        self._held: list[tuple[int, ...]] = [()] * rows  # what stands in each row of the tables
+        self._used = 0
+        self._numbers = torch.zeros(self._fields.size + self._tables_BM.size, dtype=torch.int32, device=shape.device)
+        fields, tables = self._numbers.split([self._fields.size, self._tables_BM.size])
+        self._views = dict(zip(FIELDS, fields.view(len(FIELDS), rows), strict=True))
+        longest = shape.blocks_per_sequence * shape.block_size
+        starts_N = torch.arange(rows + 1, dtype=torch.int32, device=shape.device)
+        self.paged = PagedBatch(
+            list(range(rows + 1)), [longest] * rows, tables.view(rows, -1), shape.block_size, starts_N,
+            self._views["length"],
+        )  # fmt: skip
+        self._rows_B = torch.arange(rows, device=shape.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.fill(StepBatch(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+    # -- the host's part --------------------------------------------------------------------------------------------
+    def fill(self, batch: StepBatch, sources: np.ndarray, places: np.ndarray) -> None:
+        """Put a batch's numbers where the next replay reads them. `sources` and `places`: see `Feedback`."""
+        chunks, used = batch.chunks, len(batch.chunks)
+        size, row = self.shape.block_size, dict(zip(FIELDS, self._fields, strict=True))
+        self._fill_tables(batch)
+        self._fields[:] = 0
+        row["source"][:], row["place"][:], row["length"][:] = -1, self.feedback.nowhere, 1
+        row["slot"][:] = self.shape.scratch * size
+        positions = np.fromiter((c.start for c in chunks), np.int32, used)
+        row["id"][:used] = np.fromiter((max(c.tokens[0], 0) for c in chunks), np.int32, used)
+        row["source"][:used], row["place"][:used] = sources, places
+        row["position"][:used], row["length"][:used], row["live"][:used] = positions, positions + 1, 1
+        row["slot"][:used] = self._tables_BM[np.arange(used), positions // size] * size + positions % size
+        for index, chunk in enumerate(chunks):
+            if chunk.samples and chunk.params and chunk.params.temperature > 0:
+                row["key"][index], row["key2"][index] = key_of(chunk)
+                row["temperature"].view(np.float32)[index] = chunk.params.temperature
+        if self.shape.device.type == "cpu":  # in a graph these are bounds
+            self.paged.lengths[:] = row["length"].tolist()
+        self._send()
+
+    def _fill_tables(self, batch: StepBatch) -> None:
+        for index, chunk in enumerate(batch.chunks):
+            if self._held[index] != chunk.blocks:
+                self._tables_BM[index, : len(chunk.blocks)] = chunk.blocks
+                self._held[index] = chunk.blocks
+        used, before, self._used = len(batch.chunks), self._used, len(batch.chunks)
+        self._held[used:before] = [()] * (before - used)
+        self._tables_BM[used:, 0] = self.shape.scratch
+
+    def _send(self) -> None:
+        is_cuda = self.shape.device.type == "cuda"
+        packed = torch.empty(self._numbers.shape, dtype=torch.int32, pin_memory=is_cuda)
+        np.concatenate([self._fields.ravel(), self._tables_BM.ravel()], out=packed.numpy())
+        self._numbers.copy_(packed, non_blocking=True)
+
+    # -- the device's part ------------------------------------------------------------------------------------------
+    def compute(self) -> None:
+        """What is captured. Leaves `out`, and where it chooses, `chosen`: tokens and margins, as doubles [2, B]."""
+        step = self._input()
+        self.ids_B, self.out = step.ids_T, self.stage(step, self.x_tD)
+        if self.chooses:
+            fused = self.out.is_cuda and AVAILABLE
+            temperature_B1 = self._views["temperature"].view(torch.float32)[:, None]
+            keys_B2 = torch.stack([self._views["key"], self._views["key2"]], dim=1)
+            logits_BV = self.out if self.out.stride(1) == 1 else self.out.contiguous()
+            token_B, margin_B = (choose_fused if fused else choose)(logits_BV, temperature_B1, keys_B2)
+            self.feedback.ids.index_copy_(0, self._views["place"].long(), token_B)
+            self.chosen = torch.stack([token_B.double(), margin_B.double()])
+
+    def _input(self) -> StepInput:
+        source_B, rows = self._views["source"].long(), self.rows
+        ids_B = torch.where(source_B < 0, self._views["id"].long(), self.feedback.ids[source_B.clamp(min=0)])
+        cos, sin = self.rope.angles(self._views["position"], self.shape.dtype)
+        return StepInput(
+            ids_B, self._views["slot"].long(), self.paged, cos, sin, self._rows_B, self.replicated,
+            f"a step of {rows} rows", rows, live_T=self._views["live"].bool(), static=True,
+        )  # fmt: skip
+
+    def capture(self, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+        """Called by all ranks for the same buckets in the same order."""
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.compute()
+        stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.compute()
+
+    def replay(self) -> None:
+        if self._graph is None:
+            self.compute()
+        else:
+            self._graph.replay()
+
+
+class StaticSteps:
+    """All buckets of a rank, in one pool of memory: they never run at once."""
+
+    def __init__(self, buckets: Sequence[int], make: Callable[[int], StaticStep], device: torch.device) -> None:
+        """Captures the largest first, so that the others fit into its memory."""
+        self.buckets = tuple(buckets)
+        self._steps = {rows: make(rows) for rows in reversed(self.buckets)}
+        if device.type == "cuda" and self._steps:
+            stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            stream.wait_stream(torch.cuda.current_stream(device))
+            for step in self._steps.values():
+                step.capture(pool, stream)
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def of(self, batch: StepBatch) -> StaticStep | None:
+        """For a batch that all groups run in this form; None where they run it otherwise."""
+        at = bisect_left(self.buckets, max(batch.peak, 1))
+        return self._steps[self.buckets[at]] if batch.decodes and at < len(self.buckets) else None
