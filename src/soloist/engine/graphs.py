@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ class StaticStep:
             f"a step of {rows} rows", rows, live_T=self._views["live"].bool(), static=True,
         )  # fmt: skip
 
-    def capture(self, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
         """Called by all ranks for the same buckets in the same order."""
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
