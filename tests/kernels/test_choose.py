@@ -32,7 +32,8 @@ def test_the_greatest_score_wins_and_the_lowest_id_among_equals(rows: int, vocab
             scores = (scores - scores.max()) / temperature_C1[row] + gumbel(keys_C2[row : row + 1], vocab)[0]
         order = sorted(range(vocab), key=lambda i: (-scores[i].item(), i))
         assert token_C[row] == order[0]
-        assert margin_C[row].item() == pytest.approx(scores[order[0]].item() - scores[order[1]].item(), rel=1e-6, abs=1e-6)
+        lead = scores[order[0]].item() - scores[order[1]].item()
+        assert margin_C[row].item() == pytest.approx(lead, rel=1e-6, abs=1e-6)
 
 
 def test_a_row_that_is_not_finite_has_no_margin() -> None:

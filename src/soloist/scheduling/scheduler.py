@@ -303,7 +303,7 @@ class Scheduler:
         self._release(state)
 
     def _release(self, state: SequenceState) -> None:
-        """The blocks of a sequence that has ended, unless a batch under way still writes to them: `update` does then."""
+        """Of a sequence that has ended: its blocks, unless a batch under way writes to them. `update` does it then."""
         if not state.flying:
             self._pool.release(state.blocks)
 
