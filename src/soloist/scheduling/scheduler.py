@@ -43,8 +43,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, array_like=True):
 class Scheduler:
     """Turns requests into batches and the tokens chosen for them into outputs. One for each attention group.
 
-    Each batch that has chunks is answered by `update` once, in any order, and in theirs where `ahead` is set. A sequence
-    is in one batch at a time, save in one more that was scheduled ahead.
+    Each batch that has chunks is answered by `update` once, in any order; in their order where `ahead` is set. A
+    sequence is in one batch at a time, save in one more that was scheduled ahead.
     """
 
     def __init__(self, config: SchedulerConfig, eos_ids: Sequence[int] = ()) -> None:
