@@ -36,5 +36,22 @@ def comparison(series: Sequence[Series], title: str) -> Table:
     return table
 
 
+def offline(records: Sequence[dict[str, Any]]) -> Table:
+    """The records of `bench.offline`, one a row."""
+    table = Table("", "layout", "shape", "ms", "tokens/s", "limit, ms", "of the limit")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for record in records:
+        if record["what"] == "routing":
+            table.caption = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("what", "model"))
+            continue
+        figures = [f"{record['seconds'] * 1e3:,.2f}", "", "", ""]
+        if "ceiling_s" in record:
+            limit = f"{record['ceiling_s'] * 1e3:,.2f}"
+            figures[1:] = f"{record['tokens_per_s']:,.0f}", limit, f"{record['fraction']:.0%}"
+        table.add_row(record["what"], record["layout"], record["shape"], *figures)
+    return table
+
+
 def _cell(value: Any, factor: float, form: str) -> str:
     return format(value if factor == 1 else value * factor, form)

@@ -121,6 +121,44 @@ def front_end(
     typer.echo(json.dumps(measure(streams, tokens, leaders, step_ms / 1e3)))
 
 
+@app.command()
+def offline(
+    model: Model,
+    layouts: Annotated[list[str], typer.Option("--layout", help="Give it once for each layout to compare.")],
+    prefills: Annotated[list[str] | None, typer.Option("--prefill", help="Prompts × tokens, as 8x8000.")] = None,
+    decodes: Annotated[list[int] | None, typer.Option("--decode", help="Sequences that decode together.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a prompt whose continuation is timed.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Of the continuation.")] = 128,
+    runs: Annotated[int, typer.Option(help="Starts of each layout, the order alternating; figures are medians.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Of each point within a start.")] = 2,
+    routing: Annotated[bool, typer.Option("--routing", help="Count the experts in a start that is not timed.")] = False,
+    lines: Annotated[Path | None, typer.Option(help="Append a JSON line for each point to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    transport: TransportOption = "auto",
+    kv_tokens: KvTokensOption = None,
+    random_weights: RandomWeightsOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Prefill throughput and time of a decoding step of several layouts, in one run, beside the machine's limit."""
+    from soloist.bench import offline as bench
+    from soloist.bench.table import offline as table
+    from soloist.engine.model import Model as Found
+    from soloist.specs.layout import Layout
+
+    options = engine_options(device, dtype, transport, kv_tokens, random_weights, settings)
+    wanted = [bench.Prefill.parse(text) for text in prefills or []]
+    load = bench.Load(wanted, decodes or ([] if wanted else [1]), context, tokens, repeats)
+    chosen = [Layout.parse(text) for text in layouts]
+    starts = list(bench.compare(model, chosen, load, options, runs, seed))
+    written = bench.records(Found.find(model, random_weights is not None).spec, load, starts)
+    if routing:
+        written.append(bench.routing(model, chosen[0], load, options, seed))
+    Console(width=160).print(table(written))
+    bench.write(written, lines)
+
+
 LinesOption = Annotated[Path | None, typer.Option(help="Append a JSON line for each point to this file.")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Say what bounds each point.")]
 

@@ -194,6 +194,7 @@ class Runner:
             static.replay()
         return static.out
 
+    @torch.inference_mode()
     def figures(self) -> Figures:
         """What this rank did since the last call."""
         bytes_to, waited_s = self.world.take_traffic()
