@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from soloist.engine.meeting import FRONT_END, Job, Meeting, Place, place_from
-from soloist.errors import ConfigurationError
+from soloist.engine.meeting import FRONT_END, Job, Meeting, Place, bounded, place_from
+from soloist.engine.pulse import Pulse, end_process
+from soloist.engine.roll_call import READ_S, passport_of, roll_call
+from soloist.errors import ClusterError, ConfigurationError
 from soloist.frontend.sockets import Hub, let_last_words_out
 from soloist.frontend.wire import ToFrontEnd
 
@@ -50,12 +52,28 @@ def launch(job: Job, make_executor: Callable[..., Any] | None = None) -> Ranks:
     if place.size != job.layout.size:
         remedy = f"layout {job.layout} needs {job.layout.size} ranks; start as many, or choose another layout"
         raise ConfigurationError.of("WORLD_SIZE", place.size, remedy)
-    meeting = Meeting.at_master(place, job.options.start_deadline_s)
+    meeting = meet(job, place)
     if place.rank == 0:
         return JoinedRanks(job, meeting, make_executor)
-    if error := _run_rank(job, meeting, make_executor):
+    pulse = Pulse(meeting.store, place.rank, place.size, job.options.deadline_s, end_process(place.rank))
+    error = _run_rank(job, meeting, make_executor)
+    pulse.close()
+    if error:
         raise error
     raise SystemExit(0)
+
+
+def meet(job: Job, place: Place) -> Meeting:
+    """All ranks, once each and of one mind; ClusterError, which names the culprit, within the deadline of the start."""
+    end = time.monotonic() + job.options.start_deadline_s
+    meeting = Meeting.at_master(place, job.options.start_deadline_s)
+    try:
+        left_s = end - time.monotonic()
+        passport = passport_of(job, place)
+        bounded(lambda: roll_call(meeting.store, place, passport, left_s), left_s + 2 * READ_S)
+    except (RuntimeError, TimeoutError) as error:
+        raise ClusterError(f"rank {place.rank}: rank 0: its store does not answer any more ({error})") from error
+    return meeting
 
 
 # -- ranks of this machine ------------------------------------------------------------------------------------------
@@ -153,12 +171,15 @@ class JoinedRanks:
         meeting.announce(FRONT_END, self.hub.address)
         self.thread = threading.Thread(target=_run_rank, args=(job, meeting, make_executor), name="rank 0", daemon=True)
         self.thread.start()
+        self.meeting, self.lost = meeting, dict[int, str]()
+        self.pulse = Pulse(meeting.store, 0, meeting.place.size, job.options.deadline_s, self.lost.__setitem__)
 
     def ended(self) -> dict[int, str]:
-        return {} if self.thread.is_alive() else {0: "ended"}
+        return self.lost if self.thread.is_alive() else {0: "ended"}
 
     def close(self, patience_s: float = 0.0) -> None:
         self.thread.join(patience_s)
+        self.pulse.close(patience_s)
 
 
 def _run_rank(job: Job, meeting: Meeting, make_executor: Callable[..., Any] | None) -> Exception | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from soloist.engine.options import EngineOptions
 from soloist.errors import ClusterError, ConfigurationError
@@ -18,6 +21,7 @@ from soloist.specs.model import ModelSpec
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+Result = TypeVar("Result")
 FRONT_END = "front end"  # the name under which its address is announced
 
 
@@ -104,21 +108,18 @@ class Meeting:
     def at_master(cls, place: Place, deadline_s: float) -> Meeting:
         """For ranks that somebody else started, at MASTER_ADDR and MASTER_PORT (by default 127.0.0.1:29500).
 
-        Raises ClusterError if they cannot be met within `deadline_s`.
+        Raises ClusterError if rank 0 cannot be met there within `deadline_s`.
         """
-        from datetime import timedelta
-
-        from torch.distributed import rendezvous
-
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        host, port = master_from(os.environ)
         try:
-            store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=deadline_s)))
-            return cls(place, store, host=_own_address(os.environ["MASTER_ADDR"]))
+            store = bounded(lambda: _store_at(host, port, place, deadline_s), deadline_s)
+            return cls(place, store, host=_own_address(host))
         except (RuntimeError, OSError, ValueError) as error:
-            reason = f"rank {place.rank} of {place.size} cannot meet the others at {master} ({error})"
-            raise ClusterError(f"{reason}: check MASTER_ADDR, MASTER_PORT, and that rank 0 was started") from error
+            reason = f"rank {place.rank} of {place.size} cannot meet the others at {host}:{port} ({error})"
+            remedy = "check MASTER_ADDR, MASTER_PORT, and that rank 0 was started"
+            if place.rank == 0:
+                remedy = "MASTER_ADDR has to be an address of this host, and MASTER_PORT free on it"
+            raise ClusterError(f"{reason}: {remedy}") from error
 
     def address(self, name: str) -> str:
         """Where `name` may listen, as ZeroMQ writes it."""
@@ -133,6 +134,52 @@ class Meeting:
             return self.store.get(f"address of {name}").decode()
         except RuntimeError as error:
             raise ClusterError(f"rank {self.place.rank}: nobody announced the {name} in time ({error})") from error
+
+
+def master_from(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Where rank 0 keeps the store: as told, else the first node of the Slurm step, else this machine."""
+    nodes = environment.get("SLURM_STEP_NODELIST", "") if "SLURM_PROCID" in environment else ""
+    host = environment.get("MASTER_ADDR") or first_host(nodes) or "127.0.0.1"
+    port = _number(environment, "MASTER_PORT", 29500)
+    if not 0 < port < 1 << 16:
+        raise ConfigurationError.of("MASTER_PORT", port, "must lie between 1 and 65535")
+    return host, port
+
+
+def first_host(nodes: str) -> str:
+    """`gpu007` of Slurm's `gpu[007-010,012]`."""
+    found = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else ""
+
+
+def _store_at(host: str, port: int, place: Place, deadline_s: float) -> Store:
+    """torchrun's agents keep the store themselves, also over restarts, each of which gets keys of its own."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeper = place.rank == 0 and not hosted
+    store = TCPStore(host, port, None, keeper, timedelta(seconds=deadline_s), wait_for_workers=False)
+    return PrefixStore(f"soloist {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def bounded(call: Callable[[], Result], seconds: float) -> Result:
+    """What it returns or raises; TimeoutError if that takes longer. A store may wait for ever for a silent host."""
+    outcome: list[Result | BaseException] = []
+
+    def body() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _own_address(master: str) -> str:
