@@ -116,12 +116,12 @@ def test_one_prompt_of_several_may_fail(answer):
     assert "1 of 2 prompts were not answered" in result.stderr
 
 
-def start_rank(rank: int, size: int, port: int, layout: str) -> subprocess.Popen:
+def start_rank(rank: int, size: int, port: int, layout: str, *more: str) -> subprocess.Popen:
     """As a launcher of ranks does: nothing but environment variables."""
     environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-m", "soloist", "generate", NOVELS, PROMPT]
-    command += ["--layout", layout, "--device", "cpu", "--max-tokens", "8"]
+    command += ["--layout", layout, "--device", "cpu", "--max-tokens", "8", *more]
     environment = os.environ | {key: str(value) for key, value in environment.items()}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -133,6 +133,16 @@ def test_ranks_that_others_start_join_and_rank_0_prints(answer):
     assert [process.returncode for process in ranks] == [0, 0], outputs
     assert outputs[0][0] == PROMPT + answer["outputs"][0]["text"] + "\n"
     assert outputs[1][0] == ""
+
+
+def test_joining_with_other_options_names_who_has_which():
+    port = free_port()
+    ranks = [start_rank(rank, 2, port, "tp2", "--set", f"block_size={8 << rank}") for rank in range(2)]
+    for rank, process in enumerate(ranks):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == cli.FAILURE
+        told = "option block_size = 16 on rank 1, 8 on the others: start every rank with the same command and plan"
+        assert errors == f"rank {rank}: {told}\n"
 
 
 def test_joining_with_a_layout_of_another_size_names_both():

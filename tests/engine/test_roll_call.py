@@ -87,7 +87,7 @@ def test_a_rank_that_comes_twice_is_named():
             job("tp2ep2"),
             "layout = ep2tp2 on rank 2, ep4 on the others: start every rank with the same command and plan",
         ),
-        (job(transport="gloo"), "option transport = gloo on rank 2, default on the others"),
+        (job(transport="gloo"), "option transport = gloo on rank 2, auto on the others"),
         (replace(job(), placement=Placement.linear(SPEC, 2)), "placement = "),
     ],
 )

@@ -45,8 +45,7 @@ def passport_of(job: Job, place: Place) -> Passport:
     """What has to be equal on all ranks, by name."""
     from torch import __version__ as torch_version
 
-    options = msgspec.to_builtins(job.options)
-    known = job.options.__struct_fields__
+    options = msgspec.structs.asdict(job.options)
     return {
         "soloist": soloist.__version__,
         "torch": str(torch_version).partition("+")[0],
@@ -56,7 +55,7 @@ def passport_of(job: Job, place: Place) -> Passport:
         "model": f"{job.spec.name} {_digest(msgspec.json.encode(job.spec))}",
         "placement": _digest(msgspec.json.encode(job.placement)),
         "checkpoint": checkpoint_digest(job.folder) if job.folder and job.options.random_weights is None else "none",
-        **{f"option {key}": str(options.get(key, "default")) for key in known},
+        **{f"option {key}": str(value) for key, value in options.items()},
     }
 
 
