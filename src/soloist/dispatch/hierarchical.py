@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -144,16 +144,9 @@ class HierarchicalDispatcher(Dispatcher):
 
     def _by_node(self, choice: SlotChoice) -> SlotChoice:
         """The choice as the rail sees it: nodes for groups; the group inside its node and the slot for slots."""
-        node_G, local_G = self._places_G
+        node_G, local_G = _places(self.rails.topology, self.rail.device)
         place_TK = (local_G[choice.group_TK] << TAG_BITS) | choice.slot_TK
         return SlotChoice(node_G[choice.group_TK], place_TK, choice.weight_TK)
-
-    @cached_property
-    def _places_G(self) -> tuple[Tensor, Tensor]:
-        """Node of each group and its index there; behind the last, −1 for the group −1 of a token that goes nowhere."""
-        places = [(node, index) for node, groups in enumerate(self.rails.nodes) for index in range(len(groups))]
-        node_G, local_G = torch.tensor([*places, (-1, 0)], device=self.rail.device).T
-        return node_G, local_G
 
     def _to_members(self, counts_N: list[int]) -> list[int]:
         """Rows to each member of the rail, from those to each node."""
@@ -248,3 +241,12 @@ class Returning:
             for home, leaving in zip(going_home, (crossing.leaving for crossing in crossings), strict=True)
         ]
         return torch.cat(summed)
+
+
+@lru_cache(maxsize=64)
+def _places(topology: Topology, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Node of each group and its index there; behind the last, −1 for the group −1 of a token that goes nowhere."""
+    nodes = Rails(topology, 0).nodes
+    places = [(node, index) for node, groups in enumerate(nodes) for index in range(len(groups))]
+    node_G, local_G = torch.tensor([*places, (-1, 0)], device=device).T
+    return node_G, local_G

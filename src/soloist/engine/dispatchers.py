@@ -2,7 +2,7 @@
 
 tokens stay on this rank            local       one expert group, or one GPU
 peers in one NVLink domain          one_sided   kernels write and read the peers' memory
-anything else, and CPUs             ragged      over the transports
+anything else, and CPUs             ragged, or hierarchical across nodes, over the transports (engine/crossing.py)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from soloist.dispatch.base import Dispatcher
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
 from soloist.dispatch.local import LocalDispatcher, LocalIndex
 from soloist.dispatch.one_sided import OneSidedDispatcher
-from soloist.dispatch.ragged import RaggedDispatcher
+from soloist.engine.crossing import Crossings
 from soloist.engine.options import EngineOptions
 from soloist.engine.world import World
 from soloist.kernels.language import AVAILABLE
@@ -40,6 +40,7 @@ class Dispatchers:
         layout, seat = world.seat.layout, world.seat
         self.tokens = -(-options.max_batch_tokens // layout.attention_ranks)
         few = min(options.max_batch_tokens, options.replicate_below)
+        self.crossings = Crossings(spec, world, options, dtype)
         self.index = None
         if device.type == "cuda" and AVAILABLE and layout.ep == 1 and self.most:
             self.index = LocalIndex.of(options.max_batch_tokens, spec.router.top_k, self.most, device)
@@ -56,8 +57,8 @@ class Dispatchers:
         sharded = _resized(self.sharded, slots) or (local if tp == 1 else None)
         replicated = local or _resized(self.replicated, slots)
         return (
-            sharded or RaggedDispatcher(world.experts, world.topology, slots, world.tp),
-            replicated or RaggedDispatcher(world.experts, world.topology, slots),
+            sharded or self.crossings.of(slots, world.tp),
+            replicated or self.crossings.of(slots),
         )
 
     def _one_sided(self, ranks: tuple[int, ...], tp: int, capacity: int) -> OneSidedDispatcher | None:

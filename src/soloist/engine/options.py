@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from soloist.errors import ConfigurationError
+from soloist.planner.batching import Link
 from soloist.specs.model import Dtype, ModelSpec, Spec
 from soloist.transport.mpi_options import MpiOptions
 
@@ -23,6 +24,11 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     transport: Literal["auto", "local", "shared_memory", "gloo", "nccl", "mpi"] = "auto"
     mpi: MpiOptions = MpiOptions()  # of transport = mpi
     gpus_per_node: int = 8  # ranks of a declared node
+    exchange: Literal["auto", "flat", "hierarchical"] = "auto"  # of tokens across nodes (engine/crossing.py)
+    exchange_chunks: int | None = None  # of a hierarchical call; None: by the links
+    exchange_buffer_MB: float = 64.0  # of a chunk under way, on a rank
+    network_link: str | None = None  # "MB/s,µs" of a rank's exchange across nodes; None: measured at the start
+    inside_link: str | None = None  # the same inside a node
     block_size: int = 0  # tokens of a KV block; 0: 64 on a GPU, 16 on a CPU
     kv_tokens: int | None = None  # KV cache of each attention group; None: what memory allows, on a CPU 32 k at most
     gpu_memory_fraction: float = 0.9
@@ -42,12 +48,17 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     start_deadline_s: float = 300.0  # bound of the start, loading included
 
     def __post_init__(self) -> None:
-        for key in ("gpus_per_node", "max_sequences", "deadline_s", "start_deadline_s"):
+        for key in ("gpus_per_node", "max_sequences", "exchange_buffer_MB", "deadline_s", "start_deadline_s"):
             if getattr(self, key) <= 0:
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive")
         for key in ("block_size", "max_batch_tokens", "micro_batches"):
             if getattr(self, key) < 0:
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive, or 0 for what suits the device")
+        if self.exchange_chunks is not None and self.exchange_chunks < 1:
+            raise ConfigurationError.of("exchange_chunks", self.exchange_chunks, "must be 1 or more")
+        for key in ("network_link", "inside_link"):
+            if text := getattr(self, key):
+                Link.parse(text, key)
         if not 0 < self.gpu_memory_fraction <= 1:
             raise ConfigurationError.of("gpu_memory_fraction", self.gpu_memory_fraction, "must lie in (0, 1]")
         if self.ahead == "on" and self.record:

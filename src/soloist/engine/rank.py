@@ -27,9 +27,12 @@ from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.scheduler import Scheduler
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect, local_world
+from soloist.transport.shared_memory import SharedMemoryTransport
+from soloist.transport.shared_segment import has_shared_memory
 from soloist.transport.symmetric import SymmetricGroup
 
 PROGRESS_S = 0.2  # between reports of a rank that loads
+SHARED = "shared_memory"
 MakeExecutor = Callable[[Job, World, torch.device, Callable[[int], None]], Executor]
 MakeWorld = Callable[[Job, Meeting, torch.device], World]
 _groups: Counter[str] = Counter()  # that share memory, by their members: each has a store of its own
@@ -116,7 +119,8 @@ def build_world(job: Job, meeting: Meeting, device: torch.device) -> World:
     root = connect(kind, place.rank, place.size, store, device, deadline_s, meeting.host, options.mpi)
     control = leaders_only(job, meeting) if device.type == "cuda" else None
     windows = partial(symmetric_group, meeting, device) if options.transport == "auto" and nvlink(meeting) else None
-    return World.build(root, job.layout, options.gpus_per_node, control, windows)
+    inside, rails = node_ranks(job, meeting, device), may_go_by_node(job) and kind != SHARED
+    return World.build(root, job.layout, options.gpus_per_node, control, windows, inside, rails)
 
 
 def nvlink(meeting: Meeting) -> bool:
@@ -136,15 +140,52 @@ def symmetric_group(meeting: Meeting, device: torch.device, ranks: Sequence[int]
 
 
 def transport_kind(job: Job, meeting: Meeting, device: torch.device) -> str:
-    """As asked for; by default NCCL on GPUs, shared memory on one machine's CPUs, gloo on several."""
+    """As asked for; by default NCCL on GPUs, shared memory on one machine's CPUs, gloo on several.
+
+    Nodes are declared: where tokens are to cross them by node, they share no memory, though one machine has them all.
+    """
     kind = job.options.transport
     if kind == "local":
         raise ConfigurationError.of("transport", kind, "serves one process only; use shared_memory, gloo, nccl or mpi")
+    by_node = job.options.exchange == "hierarchical" and may_go_by_node(job)
+    if kind == SHARED and by_node:
+        remedy = "joins the ranks of one node; with exchange = hierarchical use auto, gloo, nccl or mpi"
+        raise ConfigurationError.of("transport", kind, remedy)
     if kind != "auto":
         return kind
     if device.type == "cuda":
         return "nccl"
-    return "shared_memory" if meeting.place.one_host else "gloo"
+    return SHARED if meeting.place.one_host and not by_node else "gloo"
+
+
+def may_go_by_node(job: Job) -> bool:
+    """Whether tokens may cross nodes by hierarchical exchange: several nodes, each of them with whole expert groups."""
+    options, tp = job.options, job.layout.tp
+    if options.exchange == "flat" or job.layout.size <= options.gpus_per_node:
+        return False
+    if options.gpus_per_node % tp and options.exchange == "hierarchical":
+        remedy = f"cuts expert groups of tp = {tp} ranks; hierarchical exchange needs a multiple of tp"
+        raise ConfigurationError.of("gpus_per_node", options.gpus_per_node, remedy)
+    return options.gpus_per_node % tp == 0
+
+
+def node_ranks(job: Job, meeting: Meeting, device: torch.device) -> Transport | None:
+    """Shared memory among the ranks of the own declared node, where other nodes are reached over a network.
+
+    None on GPUs, on a single node, where a node has ranks on several machines, and where the user chose a transport for
+    flat exchange.
+    """
+    place, options = meeting.place, job.options
+    node = place.rank // options.gpus_per_node
+    ranks = range(node * options.gpus_per_node, min(place.size, (node + 1) * options.gpus_per_node))
+    here = range(place.rank - place.local_rank, place.rank - place.local_rank + place.local_size)
+    chosen = options.transport != "auto" and options.exchange == "flat"
+    if device.type == "cuda" or chosen or transport_kind(job, meeting, device) == SHARED:
+        return None
+    if len(ranks) in (1, place.size) or not set(ranks) <= set(here) or not has_shared_memory():
+        return None
+    store = PrefixStore(f"node {node}", meeting.store)
+    return SharedMemoryTransport(store, ranks, ranks.index(place.rank), options.deadline_s)
 
 
 def leaders_only(job: Job, meeting: Meeting) -> Transport | None:

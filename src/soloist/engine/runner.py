@@ -74,7 +74,7 @@ class Runner:
             layer: placement.slots[index][seat.group] for index, layer in enumerate(spec.moe_layers) if layer in stage
         }
         slots = [len(held) for held in held_by_layer.values()]
-        dispatchers = Dispatchers(spec, slots, self.world, self.options, self.dtype, self.device)
+        dispatchers = self.dispatchers = Dispatchers(spec, slots, self.world, self.options, self.dtype, self.device)
         for layer, held in held_by_layer.items():
             experts = Experts.load(spec, source, layer, held, seat.tp_index, layout.tp)
             sharded, replicated = dispatchers.of(len(held))
@@ -206,6 +206,7 @@ class Runner:
             self.world.seat.rank, seconds, waited_s, bytes_to, self.weight_bytes, kv_bytes, steps, routing,
             chosen={layer: load.tokens_E.tolist() for layer, load in loads.items()},
             rows={layer: load.rows for layer, load in loads.items()},
+            exchange=self.dispatchers.crossings.explain(),
         )  # fmt: skip
 
     def _dispatched(self, split: TokenSplit) -> tuple[int, int] | None:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from soloist.dispatch.base import Topology
+from soloist.dispatch.hierarchical import Rails
 from soloist.specs.layout import Layout, Seat
 from soloist.transport.base import Transport
+from soloist.transport.local import LocalGroup, LocalTransport
 from soloist.transport.symmetric import SymmetricGroup, Watch
 
 Windows = Callable[[Sequence[int]], SymmetricGroup]
@@ -29,6 +31,10 @@ class World:
     attention: Transport | None  # seat.attention_peers: shares of the same heads
     pipeline: Transport | None  # seat.pipeline_peers: the same place in every stage
     control: Transport | None  # seat.leaders; None on ranks that lead nobody
+    rails: Rails | None = None  # how this rank's group reaches those of other nodes; None: one node, or flat exchange
+    rail: Transport | None = None  # to the same place in the other nodes
+    node: Transport | None = None  # to the other groups of the own node
+    inside: Transport | None = None  # all ranks of the own node, where it has memory that they share
     windows: Windows | None = None  # where the GPUs of a node reach each other's memory
     gpus_per_node: int = 1
     watches: list[Watch] = field(default_factory=list)
@@ -41,25 +47,36 @@ class World:
         gpus_per_node: int,
         control: Transport | None = None,
         windows: Windows | None = None,
+        inside: Transport | None = None,
+        by_node: bool = False,
     ) -> World:
         """Called by all ranks of `root`, which are all ranks of the layout. `control` overrides the CPU group.
 
         windows: makes the group of some ranks whose GPUs reach each other over NVLink; none where they do not.
+        inside: all ranks of the own declared node, where they have a faster transport than `root`; groups that lie on
+        one node are made of it. by_node: prepare for hierarchical exchange, which a single node has no use for.
 
         Every rank builds the kinds in the same order, and the groups of a kind are disjoint, so that whoever waits
         for a member waits for one that is still busy with an earlier kind: there is no circle to wait in.
         """
         assert root.size == layout.size, f"{root.size} ranks, but layout {layout} needs {layout.size}"
         seat = layout.at(root.rank)
+        topology = Topology.of(layout.ep, layout.tp, gpus_per_node, seat.stage_start)
+        rails = Rails(topology, seat.group) if by_node and len(set(topology.node_of_group)) > 1 else None
+        peers = seat.expert_peers
         return cls(
             seat=seat,
-            topology=Topology.of(layout.ep, layout.tp, gpus_per_node, seat.stage_start),
+            topology=topology,
             root=root,
-            experts=root if len(seat.expert_peers) == root.size else root.subgroup(seat.expert_peers),
-            tp=_group(root, seat.tp_peers),
-            attention=_group(root, seat.attention_peers),
-            pipeline=_group(root, seat.pipeline_peers),
+            experts=root if len(peers) == root.size else root.subgroup(peers),
+            tp=_group(root, inside, seat.tp_peers),
+            attention=_group(root, inside, seat.attention_peers),
+            pipeline=_group(root, inside, seat.pipeline_peers),
             control=control or (root.subgroup(seat.leaders) if seat.is_leader else None),
+            rails=rails,
+            rail=_members(root, inside, [peers[group] for group in rails.rail]) if rails else None,
+            node=_members(root, inside, [peers[group] for group in rails.node]) if rails else None,
+            inside=inside,
             windows=windows,
             gpus_per_node=gpus_per_node,
         )
@@ -83,7 +100,8 @@ class World:
     @property
     def data_transports(self) -> list[Transport]:
         """Those that a step's tensors travel over."""
-        return [t for t in (self.experts, self.tp, self.attention, self.pipeline) if t is not None]
+        held = (self.experts, self.tp, self.attention, self.pipeline, self.rail, self.node)
+        return [transport for transport in held if transport is not None]
 
     def take_traffic(self) -> tuple[dict[int, int], float]:
         """Bytes sent to each rank, and seconds waited for peers, since the last call; `control` does not count."""
@@ -97,10 +115,19 @@ class World:
 
     def close(self) -> None:
         """Release every transport; waits for nobody."""
-        for transport in (self.control, *self.data_transports, self.root):
+        for transport in (self.control, *self.data_transports, self.inside, self.root):
             if transport is not None:
                 transport.close()
 
 
-def _group(root: Transport, members: Sequence[int]) -> Transport | None:
-    return root.subgroup(members) if len(members) > 1 else None
+def _group(root: Transport, inside: Transport | None, members: Sequence[int]) -> Transport | None:
+    return _members(root, inside, members) if len(members) > 1 else None
+
+
+def _members(root: Transport, inside: Transport | None, members: Sequence[int]) -> Transport:
+    """A transport of some world ranks, this one included: inside the node where all of them are there."""
+    if len(members) == 1:
+        return LocalTransport(LocalGroup(members), 0, root.deadline_s)
+    if inside is not None and set(members) <= set(inside.ranks):
+        return inside.subgroup([inside.ranks.index(rank) for rank in members])
+    return root.subgroup(members)

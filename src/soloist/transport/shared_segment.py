@@ -38,10 +38,15 @@ SLEEP_SHARE = 0.02
 CHECK_S = 0.02  # how often a wait looks whether the peers are still there
 
 
+def has_shared_memory() -> bool:
+    """Whether this machine has the order of memory accesses and the calls needed."""
+    return (sys.platform, platform.machine()) == ("linux", "x86_64")
+
+
 def require_machine() -> None:
-    """Raises ConfigurationError where the order of memory accesses or the calls needed are missing."""
-    found = (sys.platform, platform.machine())
-    if found != ("linux", "x86_64"):
+    """Raises ConfigurationError where `has_shared_memory` says no."""
+    if not has_shared_memory():
+        found = (sys.platform, platform.machine())
         raise ConfigurationError.of("transport", "shared_memory", f"needs Linux on x86-64, not {found}; use gloo")
 
 

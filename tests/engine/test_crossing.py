@@ -1,0 +1,72 @@
+"""Tokens cross declared nodes: the answers of one node, the rows that the planner predicts, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from soloist.dispatch.rows import RowFormat
+from soloist.engine.llm import LLM
+from soloist.engine.options import EngineOptions
+from soloist.errors import ClusterError, ConfigurationError
+from soloist.placement.placement import Placement
+from soloist.placement.trace import RoutingTrace
+from soloist.placement.traffic import measure
+from soloist.scheduling.request import SamplingParams
+
+NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
+
+
+def test_rows_that_cross_are_those_predicted_and_the_text_is_the_same() -> None:
+    """Four ranks on two nodes of one machine, with gloo between the nodes and shared memory inside."""
+    trace = RoutingTrace.load(NOVELS / "routing.trace").keep(300)
+    prompts = trace.needed_sample.prompts()
+    fields = {"device": "cpu", "gpus_per_node": 2, "kv_tokens": 2048, "prefix_caching": False, "exchange_chunks": 2}
+    with LLM(NOVELS, "ep4", exchange="hierarchical", show_progress=False, **fields) as llm:
+        llm.figures()
+        found = llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0))
+        figures = llm.figures()
+        row = RowFormat(torch.float32, llm.spec.d_model, llm.spec.router.top_k).row_bytes + 4 * llm.spec.d_model
+        placement = Placement.linear(llm.spec, 4)
+    crossed = sum(sent for rank in figures for peer, sent in figures[rank].bytes_to.items() if peer // 2 != rank // 2)
+    predicted = measure(placement, trace, [0, 0, 1, 1]).cross_node_rows(hierarchical=True)
+    assert crossed == predicted * row
+    with LLM(NOVELS, "ep1", device="cpu", show_progress=False) as alone:
+        wanted = alone.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0))
+    assert [o.outputs[0].tokens for o in found] == [o.outputs[0].tokens for o in wanted]
+
+
+def test_links_are_measured_and_the_choice_is_told() -> None:
+    with LLM(NOVELS, "ep2", device="cpu", gpus_per_node=1, transport="gloo", show_progress=False) as llm:
+        llm.generate("It was", SamplingParams(max_tokens=3))
+        told = llm.figures()[0].exchange
+    assert told[0].startswith("links (measured): across nodes ")
+    assert any("tokens a rank: flat" in line for line in told[1:])  # a node of one rank: nothing to fan out to
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"exchange": "tree"}, "exchange"),
+        ({"exchange_chunks": "0"}, "exchange_chunks"),
+        ({"exchange_buffer_MB": "0"}, "exchange_buffer_MB"),
+        ({"network_link": "fast"}, "network_link"),
+    ],
+)
+def test_wrong_options_are_named(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        EngineOptions.of(fields)
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "message"),
+    [
+        ("ep2", {"transport": "shared_memory", "gpus_per_node": 1}, "joins the ranks of one node"),
+        ("ep2tp2", {"gpus_per_node": 1}, "cuts expert groups of tp = 2"),
+    ],
+)
+def test_what_cannot_go_by_node_is_refused(layout: str, fields: dict[str, object], message: str) -> None:
+    with pytest.raises((ConfigurationError, ClusterError), match=message):
+        LLM(NOVELS, layout, device="cpu", exchange="hierarchical", show_progress=False, **fields)
