@@ -50,6 +50,13 @@ class Dispatchers:
         if layout.attention_ranks > 1 and layout.ep > 1:
             self.replicated = self._one_sided(seat.expert_peers, 1, -(-few * layout.tp // layout.attention_ranks))
 
+    @property
+    def capturable(self) -> bool:
+        """Whether no call asks the host for anything, so that a CUDA graph can hold it."""
+        local = self.index is not None
+        shared = self.world.attention is None or local or self.replicated is not None
+        return shared and (local or self.sharded is not None)
+
     def of(self, slots: int) -> tuple[Dispatcher, Dispatcher]:
         """For tokens that differ between the ranks of a TP group, and for tokens that are the same on all of them."""
         world, tp = self.world, self.world.seat.layout.tp

@@ -112,7 +112,8 @@ class Runner:
         width = -(-options.longest(self.spec) // options.block_size)
         shape = Shape(width, options.block_size, blocks, self.device, self.dtype)
         is_enabled, self.watch.enabled = self.watch.enabled, False  # events in a graph cannot be read
-        buckets = options.graph_buckets(self.device.type == "cuda")
+        is_gpu = self.device.type == "cuda"
+        buckets = options.graph_buckets(is_gpu) if self.dispatchers.capturable or not is_gpu else ()
         self.static = StaticSteps(buckets, lambda rows: self._static_step(rows, shape), self.device)
         self.watch.enabled = is_enabled
 
