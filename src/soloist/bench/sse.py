@@ -35,6 +35,7 @@ class Outcome:
     longest_gap_s: float = 0.0
     error: str | None = None
     kept: list[bytes] = field(default_factory=list)  # the events themselves, where they are kept
+    times_s: list[float] = field(default_factory=list)  # when each event came, where that is kept
 
     @property
     def text(self) -> str:
@@ -51,8 +52,8 @@ class Outcome:
 class Stream(asyncio.Protocol):
     """One connection, one request, its events counted as they arrive."""
 
-    def __init__(self, outcome: Outcome, keep_events: bool) -> None:
-        self.outcome, self.keep_events = outcome, keep_events
+    def __init__(self, outcome: Outcome, keep_events: bool, keep_times: bool) -> None:
+        self.outcome, self.keep_events, self.keep_times = outcome, keep_events, keep_times
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._rest = b""
@@ -107,6 +108,8 @@ class Stream(asyncio.Protocol):
         outcome.last_s = self._now
         if self.keep_events:
             outcome.kept.append(event)
+        if self.keep_times:
+            outcome.times_s.append(self._now)
 
     def _count(self, event: bytes) -> None:
         usage, outcome = msgspec.json.decode(event).get("usage") or {}, self.outcome
@@ -123,12 +126,19 @@ class Stream(asyncio.Protocol):
 class Client:
     """Asks one server. Every request has a connection of its own, as different users have."""
 
-    def __init__(self, url: str, key: str | None = None, timeout_s: float = 600.0, keep_events: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        timeout_s: float = 600.0,
+        keep_events: bool = False,
+        keep_times: bool = False,
+    ) -> None:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         self.host, self.secure = parts.hostname or "127.0.0.1", parts.scheme == "https"
         self.port = parts.port or (443 if self.secure else 80)
         self.path = parts.path.rstrip("/").removesuffix("/v1")
-        self.timeout_s, self.keep_events = timeout_s, keep_events
+        self.timeout_s, self.keep_events, self.keep_times = timeout_s, keep_events, keep_times
         self._tls = ssl.create_default_context() if self.secure else None
         self._key = f"Authorization: Bearer {key}\r\n" if key else ""
 
@@ -140,7 +150,7 @@ class Client:
         try:
             async with asyncio.timeout(self.timeout_s):
                 transport, protocol = await loop.create_connection(
-                    lambda: Stream(outcome, self.keep_events), self.host, self.port, ssl=self._tls
+                    lambda: Stream(outcome, self.keep_events, self.keep_times), self.host, self.port, ssl=self._tls
                 )
                 try:
                     transport.write(self._request(path, msgspec.json.encode(body)))

@@ -65,6 +65,34 @@ def compare(
         console.print(f"wrote {path}", style="dim", highlight=False)
 
 
+@app.command()
+def overhead(
+    model: Model,
+    layout: Annotated[str, typer.Option("--layout", help="One layout.")] = "ep1",
+    streams: Annotated[int, typer.Option(help="Requests at once.")] = 256,
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Output tokens of each request.")] = 128,
+    runs: Annotated[int, typer.Option(help="Of each way, in ABBA order; figures are medians.")] = 2,
+    lines: Annotated[Path | None, typer.Option(help="Append the JSON line to this file.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    transport: TransportOption = "auto",
+    random_weights: RandomWeightsOption = None,
+    settings: SetOption = None,
+) -> None:
+    """What the server costs: time per output token through HTTP against the same ranks without a server."""
+    import json
+
+    from soloist.bench.overhead import measure
+
+    options = engine_options(device, dtype, transport, None, random_weights, settings)
+    record = measure(model, layout, options, streams, prompt, tokens, runs)
+    typer.echo(json.dumps(record))
+    if lines:
+        with lines.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
 @app.command("serve")
 def serve_(
     url: Annotated[str, typer.Argument(help="Of any OpenAI-compatible server: http://127.0.0.1:8000.")],

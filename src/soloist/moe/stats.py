@@ -49,6 +49,7 @@ class LoadStats:
         counts.index_add_(0, ids_TK.flatten(), live_TK.flatten())
         counts[-1] += len(batch.rows_RD) if batch.dense else _rows_named(batch)
 
+    @torch.inference_mode()
     def take(self) -> dict[int, LayerLoad]:
         """The counters of each layer since the last call."""
         taken = {layer: counts.clone() for layer, counts in self._counts.items()}
