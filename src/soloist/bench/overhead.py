@@ -55,8 +55,8 @@ def measure(
                 found[name].append(steady_tpot_s(ways[name](tokens)) or float("nan"))
     offline_s, http_s = median(found["offline"]), median(found["http"])
     return {
-        "what": "overhead", "model": model, "layout": layout, "streams": streams, "prompt": prompt, "tokens": tokens, "runs": runs,
-        "tpot_offline_s": offline_s, "tpot_http_s": http_s, "overhead": http_s / offline_s - 1,
+        "what": "overhead", "model": model, "layout": layout, "streams": streams, "prompt": prompt, "tokens": tokens,
+        "runs": runs, "tpot_offline_s": offline_s, "tpot_http_s": http_s, "overhead": http_s / offline_s - 1,
         "all_offline_s": found["offline"], "all_http_s": found["http"],
         "machine": platform.node(), "commit": commit(),
     }  # fmt: skip

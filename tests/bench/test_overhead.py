@@ -1,0 +1,22 @@
+"""The server's cost beside the ranks' own time: what is compared, and over which window."""
+
+from __future__ import annotations
+
+import pytest
+
+from soloist.bench.overhead import measure, steady_tpot_s
+from soloist.engine.options import EngineOptions
+from tests.server.live import NOVELS
+
+
+def test_the_window_is_that_in_which_all_decode():
+    early, late = [0.0, 1.0, 2.0, 3.0, 4.0], [2.0, 2.5, 3.0, 9.0]
+    assert steady_tpot_s([early, late]) == pytest.approx((1.0 + 0.5) / 2)  # from 2.0 to 4.0
+    assert steady_tpot_s([[1.0]]) is None
+
+
+def test_both_ways_give_every_token_its_time():
+    record = measure(str(NOVELS), "ep1", EngineOptions(device="cpu"), streams=4, prompt=8, tokens=12, runs=1)
+    assert record["tpot_offline_s"] > 0
+    assert record["tpot_http_s"] > 0
+    assert record["overhead"] == pytest.approx(record["tpot_http_s"] / record["tpot_offline_s"] - 1)
