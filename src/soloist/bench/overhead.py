@@ -128,7 +128,7 @@ def _read(port: Connection) -> None:
     while True:
         address, prompts, tokens = port.recv()
         shared = {"model": NAME, "max_tokens": tokens, "stream": True, "temperature": 0.0, "ignore_eos": True}
-        shared |= {"return_token_ids": True}  # an event for every token, whatever its text
+        shared |= {"return_token_ids": True}
         planned = [Planned(0.0, shared | {"prompt": prompt}) for prompt in prompts]
         client = Client(f"http://127.0.0.1:{address}", timeout_s=ANSWER_S, keep_times=True)
         outcomes = run(send(client, planned, "/v1/completions"))

@@ -35,7 +35,7 @@ class Outcome:
     longest_gap_s: float = 0.0
     error: str | None = None
     kept: list[bytes] = field(default_factory=list)  # the events themselves, where they are kept
-    times_s: list[float] = field(default_factory=list)  # when each event came, where that is kept
+    times_s: list[float] = field(default_factory=list)  # when each token came, where that is kept
 
     @property
     def text(self) -> str:
@@ -109,7 +109,7 @@ class Stream(asyncio.Protocol):
         if self.keep_events:
             outcome.kept.append(event)
         if self.keep_times:
-            outcome.times_s.append(self._now)
+            outcome.times_s += [self._now] * len(msgspec.json.decode(event)["choices"][0]["token_ids"])
 
     def _count(self, event: bytes) -> None:
         usage, outcome = msgspec.json.decode(event).get("usage") or {}, self.outcome
@@ -124,7 +124,10 @@ class Stream(asyncio.Protocol):
 
 
 class Client:
-    """Asks one server. Every request has a connection of its own, as different users have."""
+    """Asks one server. Every request has a connection of its own, as different users have.
+
+    keep_times: of every token; the requests must ask for `return_token_ids`, since a server may join tokens.
+    """
 
     def __init__(
         self,
