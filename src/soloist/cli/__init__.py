@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 import soloist
 from soloist.cli import bench, placement
+from soloist.cli.doctor import doctor
 from soloist.cli.generate import generate
 from soloist.cli.planning import plan, scenarios, simulate, validate
 from soloist.cli.serve import serve, top
@@ -57,6 +58,7 @@ for command in (plan, simulate, scenarios, validate, generate):
     app.command()(command)
 app.command()(serve)
 app.command()(top)
+app.command()(doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(placement.app, name="placement")
 app.command()(placement.record)
