@@ -1,0 +1,209 @@
+"""All that one host with several GPUs can show, in one call with a limit: `python -m soloist.bench.node`.
+
+Composes other commands, each in a process of its own with a limit of its own; goes on after one that fails, and says
+what it left out. Their records are gathered in `node.jsonl`; predictions made beforehand are printed beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from soloist.bench import expected
+from soloist.bench.node_report import exchange_table, layout_table, ratios
+from soloist.specs.layout import Layout
+from soloist.specs.presets import preset
+
+MODEL = "ref-16l"
+SEQUENCES = (1, 64, 256)  # a GPU, in decode
+PROMPTS, PROMPT_TOKENS = 8, 10_000  # a GPU, in prefill
+CONTEXT, TOKENS = 128, 128  # of the sequences whose decoding is timed
+CHUNK = 8192  # tokens of a prefill step and attention group
+REDUCED_S = 240.0  # budget below which each layout does less
+PATIENCE_S = 5.0  # for a command that was told to end
+PREDICTIONS = Path("docs/predictions-{gpus}xh100.jsonl")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command. It is started while `least_s` are left, and ended after `limit_s`."""
+
+    name: str
+    command: Sequence[str]  # after `python -m`
+    least_s: float
+    limit_s: float
+
+    @property
+    def slug(self) -> str:
+        """For names of files."""
+        return self.name.replace(", ", "-").replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is to be run on so many GPUs, most important first. `out`: folder for what the commands write."""
+
+    gpus: int
+    out: Path
+    reduced: bool = False
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Experts whole, experts cut, the classic baseline, and the mixture; equal ones once."""
+        n = self.gpus
+        names = (f"ep{n}", f"tp{n}", f"tp{n // 2}pp2", f"ep{n // 2}tp2")
+        return list(dict.fromkeys(Layout.parse(name) for name in names))
+
+    @property
+    def prefill(self) -> tuple[int, int]:
+        """Prompts and their tokens."""
+        return (self.gpus * PROMPTS // (4 if self.reduced else 1), PROMPT_TOKENS)
+
+    @property
+    def sequences(self) -> list[int]:
+        return [self.gpus * each for each in (SEQUENCES[1:2] if self.reduced else SEQUENCES)]
+
+    def parts(self) -> list[Part]:
+        """In the order in which they are run."""
+        shape = ("--d-model", "7168", "--top-k", "8", "--experts", "256", "--explain")
+        wide = (*shape, "--width", "2048")
+        nodes = ("--set", f"gpus_per_node={max(1, self.gpus // 2)}")
+        ep, *others = self.layouts
+        return [
+            self._bench("exchange, decode", "--tokens", "128", *shape),
+            self._offline(str(ep), str(ep)),
+            *(self._offline(str(layout), str(layout)) for layout in others),
+            self._bench("exchange, prefill", "--tokens", "4096", *shape),
+            self._bench("layer, decode", "--tokens", "128", *wide),
+            self._bench("layer, prefill", "--tokens", "4096", *wide),
+            Part("multi-GPU tests", ("pytest", "-q", "-m", "multigpu", "tests"), 30, 120),
+            self._offline("two nodes, hierarchical", str(ep), *nodes, "--set", "exchange=hierarchical"),
+            self._offline("two nodes, flat", str(ep), *nodes, "--set", "exchange=flat"),
+            Part("phases and memory", self._phases(), 40, 150),
+            Part("calibration", ("soloist", "calibrate", "--out", str(self.out / "calibration.lines")), 30, 90),
+        ]
+
+    def _lines(self, name: str) -> tuple[str, str]:
+        return "--lines", str(self.out / f"{Part(name, (), 0, 0).slug}.jsonl")
+
+    def _bench(self, name: str, *options: str) -> Part:
+        return Part(name, (f"soloist.bench.{name.split(',')[0]}", *options, *self._lines(name)), 15, 60)
+
+    def _offline(self, name: str, layout: str, *options: str) -> Part:
+        count, tokens = self.prefill
+        decodes = [word for sequences in self.sequences for word in ("--decode", str(sequences))]
+        command = ("soloist", "bench", "offline", MODEL, "--random-weights", "0", "--layout", layout, *options)
+        command += ("--prefill", f"{count}x{tokens}", *decodes, "--context", str(CONTEXT), "--tokens", str(TOKENS))
+        command += ("--set", f"max_batch_tokens={CHUNK}", "--runs", "1", "--repeats", "1")
+        return Part(name, (*command, *self._lines(name)), 20, 100)
+
+    def _phases(self) -> tuple[str, ...]:
+        """Where the time of uncaptured steps goes, exposed exchange among it, and what lies in memory."""
+        layouts = [word for layout in self.layouts[:3] for word in ("--layout", str(layout))]
+        load = ("--requests", str(8 * self.gpus), "--prompt-tokens", "1000", "--max-tokens", "16", "--runs", "1")
+        command = ("soloist", "bench", "compare", MODEL, "--random-weights", "0", *layouts, *load)
+        return (*command, "--out", str(self.out / "phases"))
+
+
+def predictions(gpus: int) -> list[dict[str, Any]]:
+    """The planner's word on every layout and point of such a host, those of a reduced run included."""
+    spec, found = preset(MODEL), []
+    whole, reduced = (Node(gpus, Path(), reduced) for reduced in (False, True))
+    for layout in whole.layouts:
+        found += [expected.prefill(spec, layout, *node.prefill, CHUNK) for node in (whole, reduced)]
+        found += [expected.decode(spec, layout, n, CONTEXT + TOKENS / 2) for n in whole.sequences]
+    return found
+
+
+def run(node: Node, parts: Sequence[Part], budget_s: float, show: Console) -> dict[str, str]:
+    """Every part for which there is time; what became of each, by name. Their output goes to files of their names."""
+    end, fates = time.monotonic() + budget_s, {}
+    for part in parts:
+        left_s = end - time.monotonic()
+        fates[part.name] = "left out: no time" if left_s < part.least_s else _run(node, part, min(left_s, part.limit_s))
+        show.print(f"{part.name}: {fates[part.name]}", highlight=False)
+    return fates
+
+
+def _run(node: Node, part: Part, limit_s: float) -> str:
+    begin, log = time.monotonic(), node.out / f"{part.slug}.log"
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", *part.command]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            return f"ended after its limit of {limit_s:.0f} s, see {log}"
+    return f"done in {time.monotonic() - begin:.0f} s" if code == 0 else f"failed with exit code {code}, see {log}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """A command and all that it has started: politely, then surely."""
+    for polite in (True, False):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT if polite else signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_S)
+
+
+def gathered(node: Node) -> list[dict[str, Any]]:
+    """What the parts have written so far, each record with the name of its part."""
+    files = {part.name: node.out / f"{part.slug}.jsonl" for part in node.parts()}
+    files |= {"phases and memory": node.out / "phases" / "compare.jsonl"}
+    return [
+        {"part": name} | json.loads(line)
+        for name, file in files.items() if file.exists()
+        for line in file.read_text().splitlines()
+    ]  # fmt: skip
+
+
+def main(
+    gpus: Annotated[int, typer.Option(help="GPUs of this host to use; 0: all.")] = 0,
+    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 570.0,
+    only: Annotated[str, typer.Option(help="Parts whose names begin with one of these, separated by semicolons.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for node.jsonl and the logs.")] = Path("out/node"),
+    predict: Annotated[bool, typer.Option("--predict", help="Print the predictions as JSON lines and end.")] = False,
+    show_parts: Annotated[bool, typer.Option("--list", help="Print the commands and end.")] = False,
+) -> None:
+    """Measure what this host can show; see docs/benchmarks.md."""
+    from soloist.engine.planned import count_gpus
+
+    node = Node(gpus or count_gpus() or 1, out, reduced=budget < REDUCED_S)
+    if node.gpus < 2 or node.gpus % 2:
+        raise typer.BadParameter(f"{node.gpus} GPUs: must be an even number of at least 2", param_hint="--gpus")
+    parts = [part for part in node.parts() if not only or part.name.startswith(tuple(only.split(";")))]
+    if predict:
+        typer.echo("\n".join(json.dumps(record) for record in predictions(node.gpus)))
+        return
+    if show_parts:
+        typer.echo("\n".join(f"{part.name}: python -m {' '.join(part.command)}" for part in parts))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.jsonl"):
+        old.unlink()
+    show = Console(width=160)
+    fates = run(node, parts, budget, show)
+    records, file = gathered(node), Path(str(PREDICTIONS).format(gpus=node.gpus))
+    foreseen = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else predictions(node.gpus)
+    (out / "node.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    show.print(exchange_table(records), layout_table(records, foreseen))
+    for line in ratios(records, str(node.layouts[0])):
+        show.print(line, highlight=False)
+    typer.echo(json.dumps({"what": "node", "gpus": node.gpus, "parts": fates}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
