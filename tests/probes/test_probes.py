@@ -29,8 +29,8 @@ def probe_links(transport: Transport) -> dict[str, object]:
         "pairs": links.pair_rates(transport, size),
         "all": links.exchange_rate(transport, size),
         "reduce": links.all_reduce_seconds(transport, size),
-        "gather": links.all_gather_seconds(transport, size),
-        "scatter": links.reduce_scatter_seconds(transport, size),
+        "gather": links.collective_seconds(transport, "all_gather", size),
+        "scatter": links.collective_seconds(transport, "reduce_scatter", size),
     }
 
 

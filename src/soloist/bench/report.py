@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from typing import IO
 
 from rich.console import Console
 from rich.table import Table
+
+from soloist.probes.records import commit as commit
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,6 @@ class Point:
     def fraction(self) -> float:
         """Of the ceiling; 1 cannot be reached."""
         return self.ceiling_s / self.seconds
-
-
-def commit() -> str:
-    """The commit of the checkout that this file lies in, or nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def write_lines(points: Iterable[Point], file: IO[str]) -> None:

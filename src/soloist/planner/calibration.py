@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
-from math import log, log2
+from math import exp, log, log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,26 +19,45 @@ from soloist.planner.domains import Domain
 from soloist.planner.estimate import Estimate, Origin
 from soloist.planner.fitting import Prior, centred, fit
 from soloist.planner.tables import PUBLISHED, Row
+from soloist.specs.cluster import ClusterSpec
 from soloist.specs.model import Spec
 
 NARROW = 0.5  # how far (in the logarithm) a narrower level's constants may leave the wider level's
 UNMEASURED = 0.35  # band of a prediction from physical priors alone
 MATCH = 0.01  # relative distance within which a point counts as measured
+DOUBT = 0.1  # weight of the formula against the points near by, where their misfits correct it
 
 
 class Fitted(Spec, frozen=True, kw_only=True, dict=True):
-    """One level's constants. `band`: typical relative error at rows left out of the fit; `points`: where rows lay."""
+    """One level's constants. `band`: typical relative error at rows left out of the fit; `points`: where rows lay.
+
+    `misfits`: of each point the logarithm of measured over predicted, where predictions near it are to be corrected by
+    it: on one machine, whose points agree with each other. Published ones come from many.
+    """
 
     constants: dict[str, float]
     band: float
     rows: int
     points: list[dict[str, float]] = []
+    misfits: list[float] = []
 
     @cached_property
     def box(self) -> dict[str, tuple[float, float]]:
         """Range of each coordinate of the points."""
         names = self.points[0] if self.points else {}
         return {name: (min(p[name] for p in self.points), max(p[name] for p in self.points)) for name in names}
+
+    def correction(self, at: dict[str, float], but: int | None = None) -> float:
+        """Factor on the formula at these coordinates, from the misfits of the points near by; `but` leaves one out.
+
+        A mean over points, each weighing less by a Gaussian of its distance in doublings, and over the formula itself
+        (Nadaraya 1964, with a prior at 1), so that far from all points the formula stands alone.
+        """
+        if not self.misfits:
+            return 1.0
+        weights = [exp(-0.5 * _distance2(at, point)) if i != but else 0.0 for i, point in enumerate(self.points)]
+        pull = sum(weight * misfit for weight, misfit in zip(weights, self.misfits, strict=True))
+        return exp(pull / (sum(weights) + DOUBT))
 
     @cached_property
     def known(self) -> set[tuple[int, ...]]:
@@ -51,6 +70,7 @@ class Calibration(Spec, frozen=True, kw_only=True, dict=True):
 
     name: str
     fitted: dict[str, Fitted]
+    machine: ClusterSpec | None = None  # that its own points were measured on
     format: str = "soloist-calibration/1"
 
     @classmethod
@@ -73,7 +93,17 @@ class Calibration(Spec, frozen=True, kw_only=True, dict=True):
 
     def over(self, wider: Calibration) -> Calibration:
         """This calibration where it has something, else the wider one (a machine's own over the published)."""
-        return Calibration(name=f"{self.name} over {wider.name}", fitted={**wider.fitted, **self.fitted})
+        fitted = {**wider.fitted, **self.fitted}
+        return Calibration(name=f"{self.name} over {wider.name}", fitted=fitted, machine=self.machine or wider.machine)
+
+    def has(self, key: str) -> bool:
+        """Whether anything was measured for that key."""
+        return key in self.fitted
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """GPUs whose kernels were measured by themselves."""
+        return (self.machine.gpu.name,) if self.machine else ()
 
     def find(self, domain: str, *path: str) -> Found:
         """The narrowest fitted level on the way to `domain/path…`; None fitted: the caller's priors apply."""
@@ -108,7 +138,8 @@ class Found(NamedTuple):
     def estimate(self, seconds: float, coordinates: dict[str, float]) -> Estimate:
         """A prediction with these constants, with its band and origin by where it lies."""
         origin, stretch = self._support(tuple(coordinates.items()))
-        return Estimate(seconds, min(0.6, self.fitted.band * stretch), origin)
+        corrected = seconds * self.fitted.correction(coordinates)
+        return Estimate(corrected, min(0.6, self.fitted.band * stretch), origin)
 
     def _support(self, coordinates: tuple[tuple[str, float], ...]) -> tuple[Origin, float]:
         box = self.fitted.box
@@ -125,6 +156,11 @@ class Found(NamedTuple):
 def _rounded(coordinates: Iterable[tuple[str, float]]) -> tuple[int, ...]:
     """Equal for points within about 1 %."""
     return tuple(round(log(max(value, 1e-9)) / MATCH) for _, value in coordinates)
+
+
+def _distance2(at: dict[str, float], point: dict[str, float]) -> float:
+    """Squared distance in doublings."""
+    return sum(log2(max(at[name], 1e-9) / max(value, 1e-9)) ** 2 for name, value in point.items())
 
 
 def _outside(ends: tuple[float, float], value: float) -> float:
@@ -183,6 +219,28 @@ def left_out(domain: Domain, rows: Sequence[Row]) -> list[tuple[Row, float]]:
     ]
 
 
+def fit_machine(name: str, domains: Iterable[Domain], rows: Sequence[Row], machine: ClusterSpec | None) -> Calibration:
+    """A machine's own calibration: constants, and misfits that correct them near the points where they were measured.
+
+    The band is the typical error at a point that is left out of the correction.
+    """
+    fitted: dict[str, Fitted] = {}
+    for domain in domains:
+        mine = [row for row in rows if isinstance(row, domain.rows) and row.role == "fit" and domain.measured(row)]
+        for key, constants in fit_domain(domain, mine).items():
+            level = [row for row in mine if key == _key(domain, row, key)]
+            misfits = [log(_value(domain, row) / domain.predict(constants, row)) for row in level]
+            found = msgspec.structs.replace(_fitted(domain, constants, level, misfits), misfits=_short(misfits))
+            left = [misfit - log(found.correction(p, i)) for i, (p, misfit) in enumerate(zip(found.points, misfits))]
+            band = 1.5 * max(0.02, sum(map(abs, left)) / len(left))
+            fitted[key] = msgspec.structs.replace(found, band=round(band, 4))
+    return Calibration(name=name, fitted=fitted, machine=machine)
+
+
+def _short(values: Iterable[float]) -> list[float]:
+    return [round(value, 5) for value in values]
+
+
 def fit_calibration(name: str, domains: Iterable[Domain], rows: Sequence[Row]) -> Calibration:
     """A calibration from rows of any tables. Rows whose role is not `fit` are not looked at."""
     fitted: dict[str, Fitted] = {}
@@ -198,7 +256,7 @@ def fit_calibration(name: str, domains: Iterable[Domain], rows: Sequence[Row]) -
 def _fitted(domain: Domain, constants: dict[str, float], rows: list[Row], errors: list[float]) -> Fitted:
     points: list[dict[str, float]] = [domain.coordinates(row) for row in rows]
     rounded = {name: float(f"{value:.6g}") for name, value in constants.items()}
-    band = max(0.03, sum(errors) / len(errors)) * 1.5 if errors else UNMEASURED
+    band = max(0.03, sum(map(abs, errors)) / len(errors)) * 1.5 if errors else UNMEASURED
     return Fitted(constants=rounded, band=round(band, 4), rows=len(rows), points=points)
 
 

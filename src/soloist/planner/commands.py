@@ -18,7 +18,7 @@ from soloist.planner.layer import Deployment
 from soloist.planner.plan import plan_of
 from soloist.planner.plots import plot_validation
 from soloist.planner.precision import Precision
-from soloist.planner.refit import published_rows, refit
+from soloist.planner.refit import load_calibration, published_rows, refit
 from soloist.planner.report import CASE_COLUMNS, CLAIM_COLUMNS, case_row, claim_row, write_html
 from soloist.planner.runtime import Runtime
 from soloist.planner.scenarios import Case, Scenario, cases, load_scenarios
@@ -47,7 +47,7 @@ def run_plan(
     `rejected` prints every layout that was turned down. `system` is whose fixed costs and overlap are assumed.
     """
     spec, wanted = cluster_named(cluster), Load.parse(load)
-    used = _calibration(calibration)
+    used = load_calibration(calibration)
     dtypes = Precision.named(precision) if precision else Precision.of(model)
     scorer = Scorer(Kernels(spec, used, library), Runtime.named(system, used), wanted)
     found = search(model, spec, gpus, wanted, scorer, dtypes, options)
@@ -67,7 +67,7 @@ def run_advise(
     calibration: str | Path | None = None,
 ) -> int:  # fmt: skip
     """`plan --from`: another engine's deployment as it is, and the change of its flags that would gain most."""
-    found = advise(command, cluster_named(cluster), Load.parse(load), _calibration(calibration), model)
+    found = advise(command, cluster_named(cluster), Load.parse(load), load_calibration(calibration), model)
     show = console()
     show.print(f"As it is: {headline(found.current)}", highlight=False)
     if found.best is None:
@@ -78,11 +78,6 @@ def run_advise(
     for note in found.notes:
         show.print(f"- {note}", highlight=False)
     return 0
-
-
-def _calibration(path: str | Path | None) -> Calibration:
-    """A machine's own constants over the published ones."""
-    return Calibration.load(path).over(Calibration.published()) if path else Calibration.published()
 
 
 def _baseline(text: str, gpus: int, best: Score, scorer: Scorer) -> Score | None:
@@ -162,7 +157,7 @@ def run_scenarios(
     calibration: str | Path | None = None,
 ) -> int:  # fmt: skip
     """Claims of the reference deployments against bounds and predictions; `html` writes the report with EP sweeps."""
-    used, listed = _calibration(calibration), load_scenarios(scenarios)
+    used, listed = load_calibration(calibration), load_scenarios(scenarios)
     every = {scenario.name: list(cases([scenario], used)) for scenario in listed}
     found = {name: [finding for case in group for finding in findings(case)] for name, group in every.items()}
     if as_json:
@@ -211,7 +206,7 @@ def run_validate(
     calibration: str | Path | None = None,
 ) -> int:  # fmt: skip
     """Predictions against published (or `data`'s) tables. Status 1 where a table misses its bar on `check` rows."""
-    report = validate(data, _calibration(calibration), cross)
+    report = validate(data, load_calibration(calibration), cross)
     if plot:
         plot_validation(report, plot)
     if as_json:

@@ -32,10 +32,14 @@ GEMM: dict[str, Prior] = {
     "memory": Prior(0.82, 0.1, 0.95), "fp8": Prior(0.64, 0.15, 0.9), "bf16": Prior(0.8, 0.1, 0.9),
     "passes": Prior(0.6, 0.3, 1.0), "knee": Prior(2.2, 0.15),
 }  # fmt: skip
-ATTENTION: dict[str, Prior] = {
-    "mla_us": Prior(25, 0.5), "gqa_us": Prior(8, 0.3),
-    "decode_memory": Prior(0.8, 0.15, 0.95), "decode_flops": Prior(0.65, 0.15, 0.9),
-    "prefill_us": Prior(20, 0.5), "prefill_flops": Prior(0.6, 0.1, 0.85),
+DENSE = ("gemm_us", "memory", "fp8", "bf16", "knee")  # those of a single matrix multiplication
+STREAM: dict[str, Prior] = {"copy_us": Prior(3, 0.7), "memory": Prior(0.85, 0.1, 0.95)}
+ATTENTION: dict[str, dict[str, Prior]] = {
+    "decode": {
+        "mla_us": Prior(25, 0.5), "gqa_us": Prior(8, 0.3),
+        "decode_memory": Prior(0.8, 0.15, 0.95), "decode_flops": Prior(0.65, 0.15, 0.9),
+    },
+    "prefill": {"prefill_us": Prior(20, 0.5), "prefill_flops": Prior(0.6, 0.1, 0.85)},
 }  # fmt: skip
 
 
@@ -142,12 +146,17 @@ def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float
     return experts_seconds(work, gpu, constants)
 
 
+def decode_work(row: AttentionRow) -> DecodeAttention:
+    """What a decode row of the `attention` table does. MLA is absorbed: keys of rank + rope, values of rank."""
+    width = 2.0 * row.width - 64 if row.kind == "mla" else float(row.width)
+    read = BYTES[dtype_named(row.dtype)] * row.width * row.kv_heads
+    return DecodeAttention(row.kind, row.batch, row.context, row.heads, read, 2.0 * width)
+
+
 def predict_attention(row: AttentionRow, gpu: GpuSpec, constants: Constants) -> float:
-    """Seconds for a row of the `attention` table: MLA's latent cache in bf16 for decode, expanded heads for prefill."""
+    """Seconds for a row of the `attention` table: the cache's own rows for decode, expanded heads for prefill."""
     if row.phase == "decode":
-        flops = 2.0 * (2 * row.width - 64)  # absorbed: keys of rank + rope, values of rank
-        work = DecodeAttention(row.kind, row.batch, row.context, row.heads, 2.0 * row.width, flops)
-        return decode_attention_seconds(work, gpu, constants)
+        return decode_attention_seconds(decode_work(row), gpu, constants)
     tokens = row.batch * row.context
     return prefill_attention_seconds(tokens, row.context / 2, row.heads, row.width, gpu, constants)
 

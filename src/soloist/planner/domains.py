@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from soloist.errors import ConfigurationError
 from soloist.planner import collectives, compute, exchange
 from soloist.planner.fitting import Constants, Prior
-from soloist.planner.tables import AttentionRow, CollectiveRow, ExchangeRow, ExpertRow, Row
-from soloist.specs.cluster import GpuSpec, preset_gpus
+from soloist.planner.tables import AttentionRow, CollectiveRow, ExchangeRow, ExpertRow, MatmulRow, Row, StreamRow
+from soloist.specs.cluster import ClusterSpec, GpuSpec, preset_gpus
 
 
 class Domain(NamedTuple):
@@ -28,21 +28,56 @@ class Domain(NamedTuple):
     coordinates: Callable[[Any], dict[str, float]]
 
 
-def gpu_named(name: str) -> GpuSpec:
-    """A preset GPU by its name in tables (`H100` for `H100-80GB`). Raises ConfigurationError for an unknown one."""
-    for key, spec in preset_gpus().items():
-        if name in (key, key.split("-")[0]):
-            return spec
-    raise ConfigurationError.of("gpu", name, f"is no preset GPU; known are {', '.join(preset_gpus())}")
+class Hardware:
+    """What tables call GPUs and fabrics; `machine` is the one at hand, beside the presets."""
+
+    def __init__(self, machine: ClusterSpec | None = None) -> None:
+        self.machine = machine
+
+    def gpu(self, name: str) -> GpuSpec:
+        """A GPU by its name in tables (`H100` for `H100-80GB`). Raises ConfigurationError for an unknown one."""
+        if self.machine and name == self.machine.gpu.name:
+            return self.machine.gpu
+        for key, spec in preset_gpus().items():
+            if name in (key, key.split("-")[0]):
+                return spec
+        raise ConfigurationError.of("gpu", name, f"is no preset GPU; known are {', '.join(preset_gpus())}")
+
+    def fabric(self, name: str, gpus_per_node: int) -> ClusterSpec:
+        """A cluster by how tables name it."""
+        if self.machine and name == self.machine.name:
+            return self.machine
+        return exchange.fabric(name, gpus_per_node)
 
 
-def _exchange(phase: str) -> Domain:
+def domains(machine: ClusterSpec | None = None) -> dict[str, tuple[Domain, ...]]:
+    """The domains of kernels by the table that holds their rows; tables may name `machine` and its GPU."""
+    known = Hardware(machine)
+    return {
+        "all_to_all": (_exchange("dispatch", known), _exchange("combine", known)),
+        "collectives": (_collectives(known),),
+        "moe_gemm": (_experts(known),),
+        "matmul": (_matmul(known),),
+        "attention": (_attention(known),),
+        "stream": (_stream(known),),
+    }
+
+
+def kernels(machine: ClusterSpec | None = None) -> tuple[Domain, ...]:
+    """All of them."""
+    return tuple(domain for found in domains(machine).values() for domain in found)
+
+
+# -- exchange and collectives -----------------------------------------------------------------------------------------
+def exchange_coordinates(shape: exchange.ExchangeShape) -> dict[str, float]:
+    """Where an exchange lies among the calibrated ones."""
+    return {"ranks": shape.ranks, "bytes": shape.tokens * shape.row_bytes}
+
+
+def _exchange(phase: str, known: Hardware) -> Domain:
     def predict(constants: Constants, row: ExchangeRow) -> float:
-        shape = exchange.shape_of(row, phase)
-        return 1e6 * exchange.exchange_seconds(shape, exchange.fabric(row.fabric, row.gpus_per_node), constants)
-
-    def coordinates(row: ExchangeRow) -> dict[str, float]:
-        return exchange_coordinates(exchange.shape_of(row, phase))
+        fabric = known.fabric(row.fabric, row.gpus_per_node)
+        return 1e6 * exchange.exchange_seconds(exchange.shape_of(row, phase), fabric, constants)
 
     return Domain(
         name=phase,
@@ -51,66 +86,115 @@ def _exchange(phase: str) -> Domain:
         priors=lambda path: exchange.PRIORS[path[0]],
         predict=predict,
         measured=lambda row: getattr(row, f"{phase}_us"),
-        coordinates=coordinates,
+        coordinates=lambda row: exchange_coordinates(exchange.shape_of(row, phase)),
     )
-
-
-def _predict_collective(constants: Constants, row: CollectiveRow) -> float:
-    cluster = exchange.fabric(row.fabric, min(row.gpus, _node_of(row)))
-    direct = "custom" in row.library
-    kind = COLLECTIVE_SPELLINGS.get(row.collective.replace("_", "").lower(), row.collective)
-    return 1e6 * collectives.collective_seconds(kind, row.gpus, row.bytes, cluster, constants, direct)
 
 
 COLLECTIVE_SPELLINGS = {
     "allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter", "alltoall": "all_to_all",
+    "sendrecv": "send_recv",
 }  # fmt: skip
 
 
-def _node_of(row: CollectiveRow) -> int:
-    return 72 if "NVL72" in row.fabric else 8
+def _collectives(known: Hardware) -> Domain:
+    def predict(constants: Constants, row: CollectiveRow) -> float:
+        cluster = known.fabric(row.fabric, min(row.gpus, 72 if "NVL72" in row.fabric else 8))
+        kind = COLLECTIVE_SPELLINGS.get(row.collective.replace("_", "").lower(), row.collective)
+        if kind == "send_recv":
+            return 1e6 * collectives.point_to_point_seconds(row.bytes, True, cluster, constants)
+        direct = "custom" in row.library
+        return 1e6 * collectives.collective_seconds(kind, row.gpus, row.bytes, cluster, constants, direct)
+
+    return Domain(
+        name="collectives",
+        rows=CollectiveRow,
+        path=lambda row: ("nccl",),
+        priors=lambda path: {**collectives.NCCL, **collectives.DIRECT},
+        predict=predict,
+        measured=lambda row: row.us,
+        coordinates=lambda row: {"gpus": row.gpus, "bytes": row.bytes},
+    )
 
 
-def exchange_coordinates(shape: exchange.ExchangeShape) -> dict[str, float]:
-    """Where an exchange lies among the calibrated ones."""
-    return {"ranks": shape.ranks, "bytes": shape.tokens * shape.row_bytes}
-
-
+# -- one GPU ----------------------------------------------------------------------------------------------------------
 def expert_coordinates(pairs: float, active: float, hidden: int) -> dict[str, float]:
     """Where the experts of a rank lie among the calibrated ones."""
     return {"rows an expert": pairs / max(active, 1e-9), "active": active, "hidden": hidden}
 
 
-def _expert_row_coordinates(row: ExpertRow) -> dict[str, float]:
-    return expert_coordinates(row.group_tokens * row.top_k / row.ep, row.experts / row.ep, row.hidden)
+def _experts(known: Hardware) -> Domain:
+    def coordinates(row: ExpertRow) -> dict[str, float]:
+        return expert_coordinates(row.group_tokens * row.top_k / row.ep, row.experts / row.ep, row.hidden)
+
+    return Domain(
+        name="experts",
+        rows=ExpertRow,
+        path=lambda row: ("gemm",),
+        priors=lambda path: compute.GEMM,
+        predict=lambda constants, row: 1e6 * compute.predict_experts(row, known.gpu(row.gpu), constants),
+        measured=lambda row: row.us,
+        coordinates=coordinates,
+    )
 
 
-DISPATCH, COMBINE = _exchange("dispatch"), _exchange("combine")
-COLLECTIVES = Domain(
-    name="collectives",
-    rows=CollectiveRow,
-    path=lambda row: ("nccl",),
-    priors=lambda path: {**collectives.NCCL, **collectives.DIRECT},
-    predict=_predict_collective,
-    measured=lambda row: row.us,
-    coordinates=lambda row: {"gpus": row.gpus, "bytes": row.bytes},
-)
-EXPERTS = Domain(
-    name="experts",
-    rows=ExpertRow,
-    path=lambda row: ("gemm",),
-    priors=lambda path: compute.GEMM,
-    predict=lambda constants, row: 1e6 * compute.predict_experts(row, gpu_named(row.gpu), constants),
-    measured=lambda row: row.us,
-    coordinates=_expert_row_coordinates,
-)
-ATTENTION = Domain(
-    name="attention",
-    rows=AttentionRow,
-    path=lambda row: ("flash",),
-    priors=lambda path: compute.ATTENTION,
-    predict=lambda constants, row: 1e6 * compute.predict_attention(row, gpu_named(row.gpu), constants),
-    measured=lambda row: row.us,
-    coordinates=lambda row: {"keys": row.batch * row.context},
-)
-KERNELS = (DISPATCH, COMBINE, COLLECTIVES, EXPERTS, ATTENTION)
+def matmul_coordinates(m: float, n: float, k: float) -> dict[str, float]:
+    """Where a matrix multiplication lies among the calibrated ones."""
+    return {"m": m, "n": n, "k": k}
+
+
+def _matmul(known: Hardware) -> Domain:
+    def predict(constants: Constants, row: MatmulRow) -> float:
+        dtype = compute.dtype_named(row.dtype)
+        return 1e6 * compute.matmul_seconds(row.m, row.n, row.k, dtype, known.gpu(row.gpu), constants)
+
+    return Domain(
+        name="matmul",
+        rows=MatmulRow,
+        path=lambda row: ("dense",),
+        priors=lambda path: {key: prior for key, prior in compute.GEMM.items() if key in compute.DENSE},
+        predict=predict,
+        measured=lambda row: row.us,
+        coordinates=lambda row: matmul_coordinates(row.m, row.n, row.k),
+    )
+
+
+def decode_coordinates(work: compute.DecodeAttention) -> dict[str, float]:
+    """Where attention in decode lies among the calibrated points."""
+    return {"keys": work.sequences * work.context, "context": work.context, "read": work.read}
+
+
+def prefill_coordinates(tokens: float, context: float, heads: int) -> dict[str, float]:
+    """Where attention in prefill lies; `context` is what a token sees on average."""
+    return {"tokens": tokens, "context": context, "heads": heads}
+
+
+def _attention(known: Hardware) -> Domain:
+    def coordinates(row: AttentionRow) -> dict[str, float]:
+        if row.phase == "decode":
+            return decode_coordinates(compute.decode_work(row))
+        return prefill_coordinates(row.batch * row.context, row.context / 2, row.heads)
+
+    return Domain(
+        name="attention",
+        rows=AttentionRow,
+        path=lambda row: (row.phase, row.kind),
+        priors=lambda path: compute.ATTENTION[path[0]],
+        predict=lambda constants, row: 1e6 * compute.predict_attention(row, known.gpu(row.gpu), constants),
+        measured=lambda row: row.us,
+        coordinates=coordinates,
+    )
+
+
+def _stream(known: Hardware) -> Domain:
+    def predict(constants: Constants, row: StreamRow) -> float:
+        return constants["copy_us"] + 1e6 * compute.stream_seconds(2.0 * row.bytes, known.gpu(row.gpu), constants)
+
+    return Domain(
+        name="stream",
+        rows=StreamRow,
+        path=lambda row: ("copy",),
+        priors=lambda path: compute.STREAM,
+        predict=predict,
+        measured=lambda row: row.us,
+        coordinates=lambda row: {"bytes": row.bytes},
+    )

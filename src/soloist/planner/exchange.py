@@ -10,6 +10,7 @@ often a token is copied is the exchange's *mode*:
     low_latency  one copy for each chosen expert, straight to its rank
     two_sided    the same inside one NVLink domain, sent once for each destination rank
     ragged       once for each destination rank, over NICs too
+    pushed       the same for few tokens, in one kernel that stores them into the peers' memory
     normal       once for each destination node over the NIC, there forwarded to the ranks (hierarchical)
 
 Source of the form: DeepEP's and aiconfigurator's published times follow it within a few percent.
@@ -30,11 +31,11 @@ from soloist.planner.routing import distinct, limited_distinct
 from soloist.planner.tables import ExchangeRow
 from soloist.specs.cluster import ClusterSpec, preset_clusters, preset_gpus
 
-Mode = Literal["low_latency", "two_sided", "ragged", "normal"]
+Mode = Literal["low_latency", "two_sided", "ragged", "pushed", "normal"]
 PHASES = ("dispatch", "combine")
 MODES: dict[str, Mode] = {
     "low_latency": "low_latency", "ll": "low_latency", "two_sided": "two_sided", "one_sided": "two_sided",
-    "ragged": "ragged", "normal": "normal",
+    "ragged": "ragged", "pushed": "pushed", "normal": "normal",
 }  # fmt: skip
 INFINIBAND_US, EFA_US = 4.0, 15.0  # one-way delay of a small message
 ROUNDS = 4  # counts, payload, flag and acknowledgement cross the network one after the other
@@ -54,6 +55,10 @@ PRIORS: dict[str, dict[str, Prior]] = {
     },
     "ragged": {
         "local_us": Prior(30, 0.6), "remote_us": Prior(10, 0.8), "hop_us": Prior(4, 0.8),
+        "nic": Prior(0.85, 0.05, 1.0), "nvlink": Prior(0.7, 0.15, 1.0), "endpoint": Prior(0.2, 0.4),
+    },
+    "pushed": {
+        "local_us": Prior(8, 0.6), "remote_us": Prior(8, 0.8), "hop_us": Prior(3, 0.8),
         "nic": Prior(0.85, 0.05, 1.0), "nvlink": Prior(0.7, 0.15, 1.0), "endpoint": Prior(0.2, 0.4),
     },
 }  # fmt: skip
@@ -99,7 +104,7 @@ def copies(shape: ExchangeShape) -> Copies:
     if shape.mode == "low_latency":
         return Copies(shape.top_k * off_node, shape.top_k / nodes * off_rank, shape.top_k)
     ranks = shape.rank_copies or distinct(shape.ranks, max(shape.experts, shape.ranks), shape.top_k)
-    if shape.mode in ("ragged", "two_sided"):
+    if shape.mode in ("ragged", "pushed", "two_sided"):
         return Copies(ranks * off_node, ranks / nodes * off_rank, shape.top_k if shape.mode == "two_sided" else ranks)
     reached = shape.node_copies or limited_distinct(
         nodes, max(shape.experts, nodes), shape.top_k, shape.groups, shape.kept_groups

@@ -12,7 +12,13 @@ from functools import cached_property
 from soloist.planner import collectives, compute, exchange
 from soloist.planner.calibration import UNMEASURED, Calibration, Found
 from soloist.planner.compute import DecodeAttention, ExpertWork
-from soloist.planner.domains import exchange_coordinates, expert_coordinates
+from soloist.planner.domains import (
+    decode_coordinates,
+    exchange_coordinates,
+    expert_coordinates,
+    matmul_coordinates,
+    prefill_coordinates,
+)
 from soloist.planner.estimate import ZERO, Estimate, Origin
 from soloist.planner.exchange import ExchangeShape
 from soloist.specs.cluster import ClusterSpec
@@ -35,12 +41,20 @@ class Kernels:
         return self._known[key]
 
     @cached_property
-    def _gemm(self) -> Found:
+    def _experts(self) -> Found:
         return self.calibration.find("experts", "gemm")
 
     @cached_property
-    def _attention(self) -> Found:
-        return self.calibration.find("attention", "flash")
+    def _dense(self) -> Found:
+        """A machine's own matrix multiplications; the experts' constants where they were not measured apart."""
+        return self.calibration.find("matmul", "dense") if self.calibration.has("matmul/dense") else self._experts
+
+    @cached_property
+    def _stream(self) -> Found:
+        return self.calibration.find("stream", "copy") if self.calibration.has("stream/copy") else self._experts
+
+    def _attention(self, phase: str, kind: str) -> Found:
+        return self.calibration.find("attention", phase, kind)
 
     @cached_property
     def _collectives(self) -> Found:
@@ -48,36 +62,39 @@ class Kernels:
 
     @cached_property
     def _known_gpu(self) -> Origin:
-        """Kernels were measured on Hopper only; elsewhere their efficiencies are carried over."""
-        return "interpolated" if self.cluster.gpu.name.startswith("H") else "extrapolated"
+        """Published kernels were measured on Hopper only; elsewhere their efficiencies are carried over."""
+        name = self.cluster.gpu.name
+        return "interpolated" if name.startswith("H") or name in self.calibration.gpus else "extrapolated"
 
     def matmul(self, m: float, n: float, k: float, dtype: str) -> Estimate:
         """`[m, k] × [k, n]`."""
-        seconds = compute.matmul_seconds(m, n, k, dtype, self.cluster.gpu, self._gemm.constants)
-        return Estimate(seconds, self._gemm.fitted.band, "interpolated").worse(self._known_gpu)
+        seconds = compute.matmul_seconds(m, n, k, dtype, self.cluster.gpu, self._dense.constants)
+        if self._dense is self._experts:
+            return Estimate(seconds, self._dense.fitted.band, "interpolated").worse(self._known_gpu)
+        return self._dense.estimate(seconds, matmul_coordinates(m, n, k)).worse(self._known_gpu)
 
     def experts(self, work: ExpertWork) -> Estimate:
         """All experts of a rank in one layer."""
-        seconds = compute.experts_seconds(work, self.cluster.gpu, self._gemm.constants)
+        seconds = compute.experts_seconds(work, self.cluster.gpu, self._experts.constants)
         at = expert_coordinates(work.pairs, work.active, work.hidden)
-        return self._gemm.estimate(seconds, at).worse(self._known_gpu)
+        return self._experts.estimate(seconds, at).worse(self._known_gpu)
 
     def decode_attention(self, work: DecodeAttention) -> Estimate:
         """One token of each sequence against its context."""
-        seconds = compute.decode_attention_seconds(work, self.cluster.gpu, self._attention.constants)
-        return self._attention.estimate(seconds, {"keys": work.sequences * work.context}).worse(self._known_gpu)
+        found = self._attention("decode", work.kind)
+        seconds = compute.decode_attention_seconds(work, self.cluster.gpu, found.constants)
+        return found.estimate(seconds, decode_coordinates(work)).worse(self._known_gpu)
 
-    def prefill_attention(self, tokens: float, context: float, heads: int, width: float) -> Estimate:
+    def prefill_attention(self, kind: str, tokens: float, context: float, heads: int, width: float) -> Estimate:
         """Causal attention of `tokens` that see `context` tokens on average."""
-        seconds = compute.prefill_attention_seconds(
-            tokens, context, heads, width, self.cluster.gpu, self._attention.constants
-        )
-        return Estimate(seconds, self._attention.fitted.band, "interpolated").worse(self._known_gpu)
+        found = self._attention("prefill", kind)
+        seconds = compute.prefill_attention_seconds(tokens, context, heads, width, self.cluster.gpu, found.constants)
+        return found.estimate(seconds, prefill_coordinates(tokens, context, heads)).worse(self._known_gpu)
 
     def stream(self, moved: float) -> Estimate:
         """Element-wise work on `moved` bytes."""
-        seconds = compute.stream_seconds(moved, self.cluster.gpu, self._gemm.constants)
-        return Estimate(seconds, self._gemm.fitted.band, "interpolated").worse(self._known_gpu)
+        seconds = compute.stream_seconds(moved, self.cluster.gpu, self._stream.constants)
+        return Estimate(seconds, self._stream.fitted.band, "interpolated").worse(self._known_gpu)
 
     def collective(self, kind: str, gpus: int, size: float) -> Estimate:
         """All-reduce, all-gather or reduce-scatter over neighbouring GPUs; small all-reduces go directly."""

@@ -143,7 +143,7 @@ def _attention(d: Deployment, batch: Batch, context: float, kernels: Kernels) ->
     a, ranks = d.model.attention, d.layout.attention_ranks
     heads = -(-a.heads // ranks)
     if not batch.is_decode:
-        return kernels.prefill_attention(batch.tokens, context, heads, a.head_dim + a.v_head_dim)
+        return kernels.prefill_attention(a.kind, batch.tokens, context, heads, a.head_dim + a.v_head_dim)
     read = kv_elements(d.model, ranks) * BYTES[d.precision.kv]
     width = 2 * a.kv_rank + a.rope_dim if a.kind == "mla" else a.head_dim + a.v_head_dim
     return kernels.decode_attention(DecodeAttention(a.kind, batch.tokens, context, heads, read, 2.0 * width))

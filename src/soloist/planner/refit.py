@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from soloist.planner.calibration import Calibration, fit_calibration
+import msgspec
+
+from soloist.errors import ConfigurationError
+from soloist.planner.calibration import Calibration, fit_calibration, fit_machine
 from soloist.planner.deployments import end_to_end
-from soloist.planner.domains import KERNELS, Domain
+from soloist.planner.domains import Domain, domains, kernels
 from soloist.planner.fitting import Prior
 from soloist.planner.tables import TABLES, Row, read_measurements, read_table
+from soloist.specs.cluster import measured_cluster
 
 OPEN = 0.7  # width of a prior for a machine's own constants
 
@@ -19,25 +24,71 @@ def published_rows() -> list[Row]:
     return [row for name in TABLES for row in read_table(name)]
 
 
+def refit(name: str, rows: Sequence[Row]) -> Calibration:
+    """Kernels first, then what serving systems add to them. Rows that are not `fit` are not looked at."""
+    fitted = fit_calibration(name, kernels(), rows)
+    systems = fit_calibration(name, (end_to_end(fitted),), rows)
+    return Calibration(name=name, fitted={**fitted.fitted, **systems.fitted})
+
+
+# -- a machine's own --------------------------------------------------------------------------------------------------
+def load_calibration(path: str | Path | None) -> Calibration:
+    """The published constants, and over them those of a file: what `soloist calibrate` wrote, or a `Calibration`."""
+    if path is None:
+        return Calibration.published()
+    own = _fitted_in(Path(path)) if Path(path).suffix == ".jsonl" else Calibration.load(path)
+    return own.over(Calibration.published())
+
+
+def _fitted_in(path: Path) -> Calibration:
+    """The calibration that stands in a file of measurements; where none does, one is fitted to them."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigurationError.of("calibration", str(path), f"cannot be read: {error.strerror}") from error
+    for line in reversed(lines):
+        if line.startswith('{"what":"calibration"'):
+            try:
+                return msgspec.json.decode(line, type=_Record).calibration
+            except msgspec.DecodeError as error:
+                raise ConfigurationError.of("calibration", str(path), f"is not a calibration file: {error}") from error
+    return calibrate_from(path, path.stem)
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    what: str
+    calibration: Calibration
+
+
+def record(calibration: Calibration) -> bytes:
+    """A calibration as a line of a file of measurements."""
+    return msgspec.json.encode({"what": "calibration", "calibration": calibration}) + b"\n"
+
+
 def calibrate_from(measurements: str | Path, name: str) -> Calibration:
-    """A machine's own kernel constants, from a file of measurements. Only what was measured is in it."""
-    rows = [row for table in read_measurements(measurements).values() for row in table]
-    measured = [_open(domain) for domain in KERNELS if any(isinstance(row, domain.rows) for row in rows)]
-    return fit_calibration(name, measured, rows)
+    """A machine's own constants, from a file of measurements. Only what was measured is in it.
+
+    Raises ConfigurationError for a file without any measurement that the cost model knows.
+    """
+    tables, machine = read_measurements(measurements), measured_cluster(measurements)
+    rows = [row for table in tables.values() for row in table]
+    if not rows:
+        raise ConfigurationError.of("calibration", str(measurements), f"holds no records of {', '.join(TABLES)}")
+    known = domains(machine)
+    used = [_open(domain) for name, found in known.items() if tables[name] for domain in found]
+    fitted = fit_machine(name, used, rows, machine)
+    if not tables["end_to_end"]:
+        return fitted
+    systems = fit_machine(name, (end_to_end(fitted.over(Calibration.published())),), rows, machine).fitted
+    own = {key: found for key, found in systems.items() if key.count("/") == 2}  # not what all systems have in common
+    return Calibration(name=name, fitted={**fitted.fitted, **own}, machine=machine)
 
 
 def _open(domain: Domain) -> Domain:
     """The domain with priors that give way: a machine at hand may well differ from what was published."""
 
     def priors(path: tuple[str, ...]) -> dict[str, Prior]:
-        known = domain.priors(path)
-        return {key: Prior(prior.guess, max(prior.sigma, OPEN), prior.most) for key, prior in known.items()}
+        known: Any = domain.priors(path)
+        return {key: Prior(prior.guess, max(prior.sigma, OPEN), max(prior.most, 1.1)) for key, prior in known.items()}
 
     return domain._replace(priors=priors)
-
-
-def refit(name: str, rows: Sequence[Row]) -> Calibration:
-    """Kernels first, then what serving systems add to them. Rows that are not `fit` are not looked at."""
-    kernels = fit_calibration(name, KERNELS, rows)
-    systems = fit_calibration(name, (end_to_end(kernels),), rows)
-    return Calibration(name=name, fitted={**kernels.fitted, **systems.fitted})

@@ -69,8 +69,30 @@ class ExpertRow(Row, frozen=True, kw_only=True):
     us: float
 
 
+class MatmulRow(Row, frozen=True, kw_only=True):
+    """One matrix multiplication, `[m, k] × [k, n]`, its weight read from memory."""
+
+    gpu: str
+    dtype: str
+    m: int
+    n: int
+    k: int
+    us: float
+
+
+class StreamRow(Row, frozen=True, kw_only=True):
+    """A copy within a GPU's memory: `bytes` read and as many written."""
+
+    gpu: str
+    bytes: int
+    us: float
+
+
 class AttentionRow(Row, frozen=True, kw_only=True):
-    """Attention of one layer without its projections: `batch` sequences, `context` tokens each."""
+    """Attention of one layer without its projections: `batch` sequences, `context` tokens each.
+
+    `width`: of MLA's latent row in decode, else of a key and a value together. `kv_heads`: of grouped-query attention.
+    """
 
     gpu: str
     phase: str
@@ -80,6 +102,8 @@ class AttentionRow(Row, frozen=True, kw_only=True):
     batch: int
     context: int
     us: float
+    kv_heads: int = 1
+    dtype: str = "bf16"
 
 
 class DeploymentRow(Row, frozen=True, kw_only=True):
@@ -102,8 +126,8 @@ class DeploymentRow(Row, frozen=True, kw_only=True):
 
 
 TABLES: dict[str, type[Row]] = {
-    "all_to_all": ExchangeRow, "collectives": CollectiveRow, "moe_gemm": ExpertRow, "attention": AttentionRow,
-    "end_to_end": DeploymentRow,
+    "all_to_all": ExchangeRow, "collectives": CollectiveRow, "moe_gemm": ExpertRow, "matmul": MatmulRow,
+    "attention": AttentionRow, "stream": StreamRow, "end_to_end": DeploymentRow,
 }  # fmt: skip
 R = TypeVar("R", bound=Row)
 

@@ -16,7 +16,7 @@ import msgspec
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, left_out, predict_row
 from soloist.planner.deployments import end_to_end
-from soloist.planner.domains import ATTENTION, COLLECTIVES, COMBINE, DISPATCH, EXPERTS, Domain
+from soloist.planner.domains import Domain, domains
 from soloist.planner.tables import TABLES, Row, read_measurements, read_table
 
 ROLES = ("fit", "check")
@@ -94,13 +94,9 @@ def validate(folder: str | Path | None = None, calibration: Calibration | None =
 
 def domains_of(table: str, calibration: Calibration) -> tuple[Domain, ...]:
     """The domains that predict a table's columns."""
-    return {
-        "all_to_all": (DISPATCH, COMBINE),
-        "collectives": (COLLECTIVES,),
-        "moe_gemm": (EXPERTS,),
-        "attention": (ATTENTION,),
-        "end_to_end": (end_to_end(calibration),),
-    }[table]
+    if table == "end_to_end":
+        return (end_to_end(calibration),)
+    return domains(calibration.machine)[table]
 
 
 def _predicted(

@@ -13,7 +13,8 @@ from torch import Tensor
 from soloist.timing import measure, median_of_slowest
 from soloist.transport.base import Transport
 
-WIDTH = 1024  # fp32 elements of a row that is sent about
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+WIDTH = 64  # fp32 elements of a row that is sent about
 PAIR_BYTES, ALL_BYTES = 1 << 24, 1 << 24
 
 
@@ -34,31 +35,31 @@ def _rows(transport: Transport, size: int) -> Tensor:
     return torch.zeros(max(1, size // (4 * WIDTH)), WIDTH, device=transport.device)
 
 
-def all_reduce_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
-    """Sum of `size` bytes over all ranks."""
-    x_N = torch.zeros(max(1, size // 4), device=transport.device)
-    return timed(transport, lambda: transport.all_reduce(x_N, "probe, all-reduce"), repeats)
-
-
-def all_gather_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
-    """`size` bytes in the result, an equal part from every rank."""
-    rows_RW = _rows(transport, size // transport.size)
-    counts = [len(rows_RW)] * transport.size
-    return timed(transport, lambda: transport.all_gather_rows(rows_RW, counts, "probe, all-gather"), repeats)
-
-
-def reduce_scatter_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
-    """`size` bytes on every rank, an equal part of their sum to each."""
+def collective(kind: str, transport: Transport, size: int) -> Callable[[], object]:
+    """One of COLLECTIVES with `size` bytes in each rank's full buffer (for all-gather: of the result)."""
     part_RW = _rows(transport, size // transport.size)
-    rows_RW, counts = part_RW.repeat(transport.size, 1), [len(part_RW)] * transport.size
-    return timed(transport, lambda: transport.reduce_scatter_rows(rows_RW, counts, "probe, reduce-scatter"), repeats)
+    rows_RW, counts, where = part_RW.repeat(transport.size, 1), [len(part_RW)] * transport.size, f"probe, {kind}"
+    return {
+        "all_reduce": lambda: transport.all_reduce(rows_RW, where),
+        "all_gather": lambda: transport.all_gather_rows(part_RW, counts, where),
+        "reduce_scatter": lambda: transport.reduce_scatter_rows(rows_RW, counts, where),
+        "all_to_all": lambda: transport.all_to_all_rows(rows_RW, counts, counts, where),
+    }[kind]
+
+
+def collective_seconds(transport: Transport, kind: str, size: int, repeats: int = 10) -> float:
+    """The median over repeats of the slowest rank."""
+    return timed(transport, collective(kind, transport, size), repeats)
+
+
+def all_reduce_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
+    """The sum of `size` bytes over all ranks."""
+    return collective_seconds(transport, "all_reduce", size, repeats)
 
 
 def exchange_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
     """All to all: `size` bytes leave every rank, an equal part to each of the others and to itself."""
-    part_RW = _rows(transport, size // transport.size)
-    rows_RW, counts = part_RW.repeat(transport.size, 1), [len(part_RW)] * transport.size
-    return timed(transport, lambda: transport.all_to_all_rows(rows_RW, counts, counts, "probe, all-to-all"), repeats)
+    return collective_seconds(transport, "all_to_all", size, repeats)
 
 
 def exchange_rate(transport: Transport, size: int = ALL_BYTES) -> float:

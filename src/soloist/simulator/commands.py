@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from soloist.errors import ConfigurationError
-from soloist.planner.calibration import Calibration
+from soloist.planner.refit import load_calibration
 from soloist.simulator.deployment import Setup, simulate
 from soloist.simulator.losses import Loss
 from soloist.simulator.perfetto import Tracer
@@ -40,7 +40,7 @@ def run_simulate(
     else:
         raise ConfigurationError.of("plan", plan, "give a plan file, or --model, --cluster and --layout")
     if calibration:
-        setup = replace(setup, calibration=Calibration.load(calibration))
+        setup = replace(setup, calibration=load_calibration(calibration))
     wanted, deployed = Load.parse(load), setup.deployment.layout
     losses = [Loss.parse(text, setup.cluster.gpus_per_node) for text in lose]
     tracer = Tracer(deployed) if perfetto else None

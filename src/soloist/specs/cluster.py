@@ -147,7 +147,10 @@ def load_clusters(path: str | Path) -> dict[str, ClusterSpec]:
 
 
 def cluster(name: str) -> ClusterSpec:
-    """A preset by name, or the only cluster of a YAML file by path (`file.yaml#name` where it has several)."""
+    """A preset by name, or the only cluster of a YAML file by path (`file.yaml#name` where it has several).
+
+    A file of `soloist calibrate` (`.jsonl`) stands for the machine that it was measured on.
+    """
     if name in preset_clusters():
         return preset_clusters()[name]
     path, _, wanted = name.partition("#")
@@ -155,12 +158,28 @@ def cluster(name: str) -> ClusterSpec:
         raise ConfigurationError.of(
             "cluster", name, f"is no file and no preset; presets: {', '.join(preset_clusters())}"
         )
+    if path.endswith(".jsonl"):
+        if machine := measured_cluster(path):
+            return machine
+        raise ConfigurationError.of("cluster", name, "holds no record of a machine; `soloist calibrate` writes one")
     found = load_clusters(path)
     if wanted in found:
         return found[wanted]
     if wanted or len(found) != 1:
         raise ConfigurationError.of("cluster", name, f"choose one of {sorted(found)}: {path}#NAME")
     return next(iter(found.values()))
+
+
+def measured_cluster(path: str | Path) -> ClusterSpec | None:
+    """The machine that a file of measurements (JSON lines) names, if it names one."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigurationError.of("measurements", str(path), f"cannot be read: {error.strerror}") from error
+    for line in lines:
+        if line.startswith(b'{"what":"machine"'):
+            return _convert(ClusterSpec, msgspec.json.decode(line)["cluster"], f"{path}: machine")
+    return None
 
 
 @cache

@@ -1,0 +1,195 @@
+"""`soloist calibrate`: everything that the planner's cost model wants to know of the machine at hand.
+
+Every rank runs every probe, since in the engine all ranks work at once; rank 0 writes what it sees as JSON lines: first
+the machine (a cluster of the planner, with the rates that were reached where no datasheet is known), then a line for
+each point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import torch
+import torch.distributed as dist
+import typer
+from torch.distributed import PrefixStore, TCPStore
+
+from soloist.probes import device as probe
+from soloist.probes import exchange, kernels, links
+from soloist.probes.gpus import Bench, captured, start_ranks
+from soloist.probes.records import Record, commit, device_name
+from soloist.specs.cluster import ClusterSpec, GpuSpec, preset_gpus
+from soloist.transport.base import Transport
+from soloist.transport.connect import connect
+
+RANKS_OF_A_CPU = 4  # at most, where nothing else is asked for
+DEADLINE_S = 60.0
+SIZES = {"cuda": [1 << e for e in (11, 14, 17, 20, 22, 24, 26, 28)], "cpu": [1 << e for e in (10, 14, 18, 22)]}
+MESSAGES = {"cuda": [1 << e for e in (12, 16, 20, 24, 27)], "cpu": [1 << e for e in (10, 16, 22)]}
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+
+
+def calibrate(out: Path, ranks: int = 0, cpu: bool = False) -> int:
+    """Start the ranks and wait for them; the worst exit code. `ranks` 0: one for each GPU, or as the CPU has cores."""
+    gpus = 0 if cpu else torch.cuda.device_count()
+    size = ranks or gpus or max(1, min(RANKS_OF_A_CPU, os.cpu_count() or 1))
+    options = ["--out", str(out), *(["--cpu"] if not gpus else [])]
+    return start_ranks("soloist.probes.calibrate", options, size)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This rank's part of it."""
+
+    device: torch.device
+    transport: Transport | None  # None: there is one rank
+    bench: Bench | None  # on GPUs, where there are several
+
+    @classmethod
+    def join(cls, cpu: bool) -> Machine:
+        """Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(1)
+        if size == 1:
+            return cls(device, None, None)
+        if device.type == "cuda":
+            bench = Bench.join()
+            store = PrefixStore("calibrate", dist.distributed_c10d._get_default_store())
+            return cls(device, connect("nccl", rank, size, store, device, DEADLINE_S), bench)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, size, rank == 0, timeout=timedelta(seconds=DEADLINE_S))
+        return cls(device, connect("shared_memory", rank, size, store, "cpu", DEADLINE_S), None)
+
+    @property
+    def size(self) -> int:
+        return self.transport.size if self.transport else 1
+
+    def slowest(self, seconds: float) -> float:
+        """Of all ranks."""
+        return links.slowest(self.transport, [seconds]) if self.transport else seconds
+
+    def lowest(self, rate: float) -> float:
+        """Of all ranks."""
+        return 1 / self.slowest(1 / rate)
+
+
+def cluster_of(machine: Machine, link: float) -> ClusterSpec:
+    """A preset GPU where its name and memory say so; otherwise one whose peaks are what was reached here."""
+    device, size = machine.device, machine.size
+    gpu = _preset(device) or _measured(machine)
+    return ClusterSpec(
+        name=f"{size}x{gpu.name}", gpu=gpu, gpus_per_node=size, nvlink_GBps=gpu.nvlink_GBps or link / 1e9,
+        max_gpus=size, source=f"soloist calibrate on {device_name(device)}",
+    )  # fmt: skip
+
+
+def _preset(device: torch.device) -> GpuSpec | None:
+    if device.type != "cuda":
+        return None
+    name, memory = torch.cuda.get_device_name(device), probe.memory_bytes(device) / 1e9
+    near = [spec for key, spec in preset_gpus().items() if key.split("-")[0] in name.replace("-", " ").split()]
+    return next((spec for spec in near if abs(spec.memory_GB - memory) < 0.2 * spec.memory_GB), None)
+
+
+def _measured(machine: Machine) -> GpuSpec:
+    device = machine.device
+    tflops = {
+        name: round(machine.lowest(probe.arithmetic_rate(device, dtype)) / 1e12, 6)
+        for dtype, name in kernels.NAMES.items()
+        if name != "fp16"
+    }
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return GpuSpec(
+        name=device_name(device).split()[-1] if device.type == "cuda" else "cpu", tflops=tflops,
+        memory_GB=round(probe.memory_bytes(device) / 1e9 / (machine.size if device.type == "cpu" else 1), 2),
+        memory_TBps=round(machine.lowest(probe.memory_rate(device)) / 1e12, 6), sms=sms, l2_MB=40.0 if device.type == "cuda" else 1.0,
+    )  # fmt: skip
+
+
+def records(machine: Machine, cluster: ClusterSpec) -> Iterator[Record]:
+    """All points, the slowest rank's of each."""
+    device, dtype, gpu = machine.device, DTYPES[machine.device.type], cluster.gpu.name
+    for found in (kernels.copies(device, gpu), kernels.matmuls(device, dtype, gpu)):
+        yield from (Record(one.what, one.shape, machine.slowest(one.seconds)) for one in found)
+    for found in (kernels.attentions(device, dtype, gpu), kernels.experts(device, dtype, gpu)):
+        yield from (Record(one.what, one.shape, machine.slowest(one.seconds)) for one in found)
+    if machine.transport:
+        yield from _collectives(machine, machine.transport, cluster.name)
+        if machine.bench:
+            yield from exchange.one_sided(machine.bench, cluster.name, dtype)
+        else:
+            yield from exchange.over_transport(machine.transport, cluster.name, dtype)
+
+
+def _collectives(machine: Machine, transport: Transport, fabric: str) -> Iterator[Record]:
+    kind = machine.device.type
+    library = f"nccl-{'.'.join(map(str, torch.cuda.nccl.version()))}" if kind == "cuda" else "shared_memory"
+    common = {"library": library, "fabric": fabric, "gpus": transport.size}
+    for name in links.COLLECTIVES:
+        for size in SIZES[kind]:
+            work = links.collective(name, transport, size)
+            if machine.bench:
+                work()
+                (taken,) = machine.bench.seconds(captured(work), repeats=10, warm_up=2)
+            else:
+                taken = links.timed(transport, work)
+            yield Record("collectives", {**common, "collective": name, "bytes": size}, taken)
+    for size in MESSAGES[kind]:
+        taken = links.send_seconds(transport, size, 0, 1)
+        yield Record("collectives", {**common, "collective": "send_recv", "bytes": size}, taken)
+
+
+def write(machine: Machine, file: TextIO) -> None:
+    """The machine, then its points as they come, to rank 0's file; the time of each kind to its standard error."""
+    link = 0.0
+    if machine.transport:
+        pairs = links.pair_rates(machine.transport)
+        link = min(rate for i, row in enumerate(pairs) for j, rate in enumerate(row) if i != j)
+    cluster = cluster_of(machine, link)
+    common: dict[str, Any] = {"machine": f"{machine.size} x {device_name(machine.device)}", "commit": commit()}
+    common["source"] = "soloist calibrate"
+    first = {"what": "machine", "cluster": _plain(cluster), "torch": torch.__version__, **common}
+    print(json.dumps(first, separators=(",", ":")), file=file)
+    spent: dict[str, float] = {}
+    before = time.monotonic()
+    for record in records(machine, cluster):
+        print(record.line(**common), file=file, flush=True)
+        spent[record.what] = spent.get(record.what, 0.0) + time.monotonic() - before
+        before = time.monotonic()
+    if file.name != os.devnull:
+        print("  ".join(f"{what} {taken:.1f} s" for what, taken in spent.items()), file=sys.stderr)
+
+
+def _plain(cluster: ClusterSpec) -> Any:
+    import msgspec
+
+    return msgspec.to_builtins(cluster)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="file of JSON lines")],
+    cpu: Annotated[bool, typer.Option(help="leave GPUs alone")] = False,
+) -> None:
+    """One rank; started by `calibrate`, or once a rank by torchrun and the like."""
+    machine = Machine.join(cpu)
+    with open(out if os.environ["RANK"] == "0" else os.devnull, "w") as file:
+        write(machine, file)
+    if machine.transport:
+        machine.transport.barrier("calibrate, end")
+        machine.transport.close()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,162 @@
+"""What calibrates the cost of kernels: matrix multiplications, experts, attention and copies, as the engine runs them.
+
+Shape legend: R rows, D model width, F expert width, X expanded rows, S slots, T tokens, H query heads, C KV heads,
+Q and V widths of keys and values, N sequences, M blocks of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from soloist.dispatch.base import ExpertBatch
+from soloist.kernels.attention import attention_of
+from soloist.kernels.experts import choose_tiles, fits, swiglu_experts
+from soloist.kernels.paged_attention import PagedBatch
+from soloist.moe.experts import Experts
+from soloist.probes import device as probe
+from soloist.probes.records import NAMES, Record
+from soloist.specs.model import ExpertSpec
+
+SPREAD = 2  # ranks over which the probed experts are thought to be spread: this one holds its share of them
+BLOCK = 16  # tokens of a KV block
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Experts of one rank; `top_k` of `SPREAD` times as many are chosen by each token."""
+
+    d_model: int
+    width: int
+    local: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of one layer on one rank. Of MLA: one latent row of `key` a token, whose first part is the value."""
+
+    kind: str
+    heads: int
+    kv_heads: int
+    key: int
+    value: int
+
+
+# -- matrix multiplications and copies --------------------------------------------------------------------------------
+MATRICES = {
+    "cuda": [(4096, 4096), (2048, 4096), (4096, 2048), (6144, 4096), (1024, 2048), (32768, 4096)],
+    "cpu": [(256, 256), (1024, 256), (256, 1024), (1024, 1024)],
+}
+ROWS = {"cuda": [1, 16, 64, 128, 256, 512, 1024, 2048, 8192], "cpu": [1, 4, 16, 64, 256]}
+COPIES = {"cuda": [1 << 16, 1 << 20, 1 << 23, 1 << 26, 1 << 29], "cpu": [1 << 16, 1 << 20, 1 << 24]}
+
+
+def matmuls(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Record]:
+    """Dense matrix multiplications."""
+    for (n, k), m in product(MATRICES[device.type], ROWS[device.type]):
+        shape = {"gpu": gpu, "dtype": NAMES[dtype], "m": m, "n": n, "k": k}
+        yield Record("matmul", shape, probe.matmul_seconds(m, n, k, dtype, device))
+
+
+def copies(device: torch.device, gpu: str) -> Iterator[Record]:
+    """Copies within the device's memory."""
+    for size in COPIES[device.type]:
+        yield Record("stream", {"gpu": gpu, "bytes": size}, probe.copy_seconds(size, device))
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+EXPERTS = {
+    "cuda": [ExpertShape(4096, 14336, 8, 2), ExpertShape(2048, 1024, 64, 8), ExpertShape(4096, 2048, 32, 4)],
+    "cpu": [ExpertShape(256, 512, 8, 2), ExpertShape(256, 128, 16, 4)],
+}
+TOKENS = {"cuda": [1, 8, 32, 128, 512, 2048, 8192, 16384], "cpu": [1, 8, 64, 256]}
+
+
+def experts(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Record]:
+    """Gate and up, activation and down of a rank's experts under uniform routing."""
+    for shape in EXPERTS[device.type]:
+        gate_up = torch.empty(shape.local, 2 * shape.width, shape.d_model, device=device, dtype=dtype).normal_(0, 0.02)
+        down = torch.empty(shape.local, shape.d_model, shape.width, device=device, dtype=dtype).normal_(0, 0.02)
+        for tokens in TOKENS[device.type]:
+            batch = _routed(tokens, shape, device, dtype)
+            columns = {
+                "gpu": gpu, "dtype": NAMES[dtype], "hidden": shape.d_model, "ffn": shape.width,
+                "experts": SPREAD * shape.local, "top_k": shape.top_k, "ep": SPREAD, "group_tokens": tokens,
+                "routing": "uniform",
+            }  # fmt: skip
+            yield Record("moe_gemm", columns, probe.seconds(_feed_forward(shape, batch, gate_up, down), device))
+        del gate_up, down
+
+
+def _routed(tokens: int, shape: ExpertShape, device: torch.device, dtype: torch.dtype) -> ExpertBatch:
+    """Rows of all ranks that chose an expert of this one; at least one expanded row."""
+    generator = torch.Generator().manual_seed(tokens)
+    liked = torch.rand(tokens, SPREAD * shape.local, generator=generator)
+    ids_TK = liked.topk(shape.top_k).indices
+    if not (ids_TK < shape.local).any():
+        ids_TK[0, 0] = 0
+    chosen = (ids_TK < shape.local).flatten().nonzero()[:, 0]
+    slot_X, order = ids_TK.flatten()[chosen].sort(stable=True)
+    row_X = chosen[order] // shape.top_k
+    offsets_S = torch.bincount(slot_X, minlength=shape.local).cumsum(0).int()
+    rows_RD = torch.randn(tokens, shape.d_model, generator=generator).to(device, dtype)
+    weight_X = torch.full((len(row_X),), 1.0 / shape.top_k, device=device)
+    return ExpertBatch(rows_RD, row_X.to(device), weight_X, offsets_S.to(device), None, dense=False)
+
+
+def _feed_forward(shape: ExpertShape, batch: ExpertBatch, gate_up: Tensor, down: Tensor) -> Callable[[], object]:
+    """As the engine does it: the fused kernels on a GPU, from rows that the dispatch has expanded where it does so."""
+    tiles = choose_tiles(len(batch.rows_RD) * shape.top_k / (SPREAD * shape.local))
+    if not batch.rows_RD.is_cuda or not fits(tiles, shape.d_model, shape.width):
+        layer = Experts(ExpertSpec(width=shape.width), shape.top_k, gate_up, down)
+        return lambda: layer.forward(batch)
+    x_XD = None if tiles.gather else batch.rows_RD[batch.row_X]
+    arguments = (batch.rows_RD, batch.row_X, batch.offsets_S, gate_up, down, tiles, x_XD)
+    return lambda: swiglu_experts(*arguments)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+HEADS = {
+    "cuda": [Heads("gqa", 32, 8, 128, 128), Heads("gqa", 16, 2, 128, 128), Heads("mla", 16, 1, 576, 512)],
+    "cpu": [Heads("gqa", 4, 2, 32, 32)],
+}
+DECODES = {  # sequences, context
+    "cuda": [(1, 512), (1, 8192), (8, 2048), (32, 256), (32, 4096), (64, 1024), (128, 128), (128, 512), (256, 256)],
+    "cpu": [(1, 64), (4, 128), (8, 256)],
+}
+PREFILLS = {"cuda": [(1, 512), (4, 512), (1, 2048), (4, 2048), (1, 8192), (16, 256)], "cpu": [(1, 64), (2, 128)]}
+
+
+def attentions(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Record]:
+    """Attention over the paged cache: one token a sequence, and whole prompts. MLA is absorbed in both."""
+    for heads in HEADS[device.type]:
+        points = [("decode", *point) for point in DECODES[device.type]]
+        points += [("prefill", *point) for point in PREFILLS[device.type] if heads.kind == "gqa"]
+        for phase, sequences, context in points:
+            taken = probe.seconds(_attend(heads, phase, sequences, context, device, dtype), device)
+            columns = {
+                "gpu": gpu, "phase": phase, "kind": heads.kind, "heads": heads.heads, "kv_heads": heads.kv_heads,
+                "width": heads.key if heads.kind == "mla" else heads.key + heads.value, "batch": sequences,
+                "context": context, "dtype": NAMES[dtype],
+            }  # fmt: skip
+            yield Record("attention", columns, taken)
+
+
+def _attend(heads: Heads, phase: str, sequences: int, context: int, device: torch.device, dtype: torch.dtype):
+    """The layer's attention on sequences of equal length, their blocks anywhere in the cache."""
+    tokens = 1 if phase == "decode" else context
+    blocks = -(-context // BLOCK)
+    tables_NM = torch.randperm(sequences * blocks).view(sequences, blocks).int().to(device)
+    keys = torch.randn(sequences * blocks * BLOCK, heads.kv_heads, heads.key, device=device, dtype=dtype)
+    latent = heads.kind == "mla"
+    values = keys[..., : heads.value] if latent else torch.randn_like(keys[..., :1].expand(-1, -1, heads.value))
+    q_THQ = torch.randn(sequences * tokens, heads.heads, heads.key, device=device, dtype=dtype)
+    batch = PagedBatch.of([i * tokens for i in range(sequences + 1)], [context] * sequences, tables_NM, BLOCK)
+    kv_head_H = torch.arange(heads.heads, device=device) // (heads.heads // heads.kv_heads)
+    attend = attention_of(kv_head_H, heads.key**-0.5, None, None, dtype, heads.key, heads.value)
+    return lambda: attend(q_THQ, keys, values, batch)
