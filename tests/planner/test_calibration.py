@@ -11,7 +11,7 @@ from soloist.planner.estimate import Estimate, total
 from soloist.planner.exchange import ExchangeShape
 from soloist.planner.fitting import Prior, centred, fit
 from soloist.planner.kernels import Kernels
-from soloist.planner.refit import calibrate_from
+from soloist.planner.refit import calibrate_from, load_calibration, record
 from soloist.planner.validate import validate
 from soloist.specs.cluster import cluster
 
@@ -47,7 +47,7 @@ def test_a_machine_s_own_constants_come_first() -> None:
     own = Calibration(name="mine", fitted={"experts/gemm": Fitted(constants={"a": 1.0}, band=0.05, rows=1)})
     both = own.over(Calibration.published())
     assert both.find("experts", "gemm").constants == {"a": 1.0}
-    assert both.find("attention", "flash").fitted.rows > 1
+    assert both.find("attention", "decode").fitted.rows > 1
 
 
 def test_the_narrowest_level_is_found_and_unknown_domains_are_named() -> None:
@@ -91,10 +91,59 @@ def test_own_measurements_make_a_calibration_and_are_validated(tmp_path: Path) -
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in [*lines, {"what": "weather"}]))
     own = calibrate_from(path, "mine")
-    assert set(own.fitted) == {"collectives/nccl"}
+    assert set(own.fitted) == {"collectives/nccl", "collectives/nccl/all_reduce"}
     both = own.over(Calibration.published())
     report = validate(path, both)
     assert report.mape("collectives", "fit") < 0.1
     path.write_text("not json")
     with pytest.raises(ConfigurationError, match="line 1"):
         validate(path)
+
+
+def measured(path: Path, microseconds: dict[int, float]) -> Path:
+    """A file of `soloist calibrate` with one matrix multiplication for each number of rows."""
+    gpu = {"name": "mine", "tflops": {"bf16": 100.0}, "memory_GB": 10.0, "memory_TBps": 1.0}
+    lines = [{"what": "machine", "cluster": {"name": "1xmine", "gpu": gpu, "gpus_per_node": 1}, "machine": "x"}]
+    lines += [
+        {"what": "matmul", "shape": {"gpu": "mine", "dtype": "bf16", "m": m, "n": 1024, "k": 1024}, "us": us}
+        for m, us in microseconds.items()
+    ]
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    return path
+
+
+def test_points_of_one_machine_correct_the_formula_near_them(tmp_path: Path) -> None:
+    """A kink that no roofline has: the prediction is right there, and elsewhere it is the formula's."""
+    times = {m: 5.0 + 0.03 * m for m in (1, 4, 16, 64, 256, 1024, 4096)}
+    times[64] *= 1.5
+    path = measured(tmp_path / "mine.jsonl", times)
+    used = load_calibration(path)
+    kernels = Kernels(cluster(str(path)), used)
+    at = {m: kernels.matmul(m, 1024, 1024, "bf16") for m in times}
+    assert 1e6 * at[64].value == pytest.approx(times[64], rel=0.08)
+    assert at[64].origin == "measured"
+    assert all(1e6 * at[m].value == pytest.approx(times[m], rel=0.15) for m in (1, 16, 1024, 4096))
+    assert kernels.matmul(64, 1 << 17, 1 << 17, "bf16").origin == "extrapolated"
+
+
+def test_what_the_fit_found_travels_in_the_file(tmp_path: Path) -> None:
+    path = measured(tmp_path / "mine.jsonl", {1: 5.0, 64: 7.0, 1024: 40.0})
+    found = calibrate_from(path, "mine")
+    with path.open("ab") as file:
+        file.write(record(found))
+    assert load_calibration(path).fitted["matmul/dense"] == found.fitted["matmul/dense"]
+    assert load_calibration(path).machine == cluster(str(path))
+    assert load_calibration(path).has("dispatch/low_latency")  # published, below it
+
+
+def test_files_that_are_no_calibration(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for call, message in ((load_calibration, "holds no records of"), (cluster, "no record of a machine")):
+        with pytest.raises(ConfigurationError, match=message):
+            call(str(empty))
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load_calibration(tmp_path / "none.jsonl")
+    empty.write_text('{"what":"calibration","calibration":{"name":1}}\n')
+    with pytest.raises(ConfigurationError, match="is not a calibration file"):
+        load_calibration(empty)

@@ -9,7 +9,7 @@ from soloist.specs.cluster import cluster, preset_gpus
 
 PUBLISHED = Calibration.published()
 GEMM = PUBLISHED.find("experts", "gemm").constants
-ATTENTION = PUBLISHED.find("attention", "flash").constants
+ATTENTION = PUBLISHED.find("attention", "decode", "mla").constants
 NCCL = PUBLISHED.find("collectives", "nccl").constants
 H100 = preset_gpus()["H100-80GB"]
 

@@ -8,10 +8,12 @@ import pytest
 
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, fit_calibration, fit_domain, left_out
-from soloist.planner.domains import COLLECTIVES, EXPERTS
+from soloist.planner.domains import domains
 from soloist.planner.plots import plot_validation
 from soloist.planner.tables import PUBLISHED, CollectiveRow, ExpertRow, published
 from soloist.planner.validate import BARS, Report, validate
+
+(COLLECTIVES,), (EXPERTS,) = domains()["collectives"], domains()["moe_gemm"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import soloist
 from soloist.cli import bench, placement
 from soloist.cli.doctor import doctor
 from soloist.cli.generate import generate
-from soloist.cli.planning import plan, scenarios, simulate, validate
+from soloist.cli.planning import calibrate, plan, scenarios, simulate, validate
 from soloist.cli.serve import serve, top
 from soloist.errors import ConfigurationError, RequestError, SoloistError
 
@@ -54,7 +54,7 @@ def soloist_(
     """Plan, run and serve Mixture-of-Experts language models with large expert parallelism."""
 
 
-for command in (plan, simulate, scenarios, validate, generate):
+for command in (plan, simulate, scenarios, validate, calibrate, generate):
     app.command()(command)
 app.command()(serve)
 app.command()(top)

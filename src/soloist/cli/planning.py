@@ -1,4 +1,4 @@
-"""`soloist plan`, `simulate`, `scenarios` and `validate`: what a deployment will do, without torch."""
+"""`soloist plan`, `simulate`, `scenarios`, `validate`: what a deployment will do. `calibrate` alone needs torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from soloist.errors import ConfigurationError
+from soloist.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
     from soloist.specs.model import ModelSpec
@@ -123,6 +123,20 @@ def validate(
     from soloist.planner.commands import run_validate
 
     raise typer.Exit(run_validate(data, as_json, cross, plot, calibration))
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")] = Path("calibration.jsonl"),
+    ranks: Annotated[int, typer.Option(help="Processes; 0: one for each GPU, or for each of up to four cores.")] = 0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
+) -> None:
+    """Measure this machine in about a minute, for `--calibration` and `--cluster` of the other commands."""
+    from soloist.planner.commands import run_fit
+    from soloist.probes.calibrate import calibrate as measure
+
+    if status := measure(out, ranks, cpu):
+        raise ClusterError(f"a rank of the probes ended with {status}; its error stands above")
+    raise typer.Exit(run_fit(out))
 
 
 def _spec(name: str) -> ModelSpec:

@@ -26,6 +26,7 @@ NARROW = 0.5  # how far (in the logarithm) a narrower level's constants may leav
 UNMEASURED = 0.35  # band of a prediction from physical priors alone
 MATCH = 0.01  # relative distance within which a point counts as measured
 DOUBT = 0.1  # weight of the formula against the points near by, where their misfits correct it
+NEAR = 0.7  # doublings: the width of the Gaussian by which a point counts as near
 
 
 class Fitted(Spec, frozen=True, kw_only=True, dict=True):
@@ -55,7 +56,9 @@ class Fitted(Spec, frozen=True, kw_only=True, dict=True):
         """
         if not self.misfits:
             return 1.0
-        weights = [exp(-0.5 * _distance2(at, point)) if i != but else 0.0 for i, point in enumerate(self.points)]
+        weights = [exp(-0.5 * _distance2(at, point) / NEAR**2) for point in self.points]
+        if but is not None:
+            weights[but] = 0.0
         pull = sum(weight * misfit for weight, misfit in zip(weights, self.misfits, strict=True))
         return exp(pull / (sum(weights) + DOUBT))
 
@@ -231,7 +234,7 @@ def fit_machine(name: str, domains: Iterable[Domain], rows: Sequence[Row], machi
             level = [row for row in mine if key == _key(domain, row, key)]
             misfits = [log(_value(domain, row) / domain.predict(constants, row)) for row in level]
             found = msgspec.structs.replace(_fitted(domain, constants, level, misfits), misfits=_short(misfits))
-            left = [misfit - log(found.correction(p, i)) for i, (p, misfit) in enumerate(zip(found.points, misfits))]
+            left = [misfit - log(found.correction(found.points[i], i)) for i, misfit in enumerate(misfits)]
             band = 1.5 * max(0.02, sum(map(abs, left)) / len(left))
             fitted[key] = msgspec.structs.replace(found, band=round(band, 4))
     return Calibration(name=name, fitted=fitted, machine=machine)

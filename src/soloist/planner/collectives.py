@@ -22,6 +22,7 @@ NCCL: dict[str, Prior] = {
     "ring": Prior(0.78, 0.08, 1.0), "nvls": Prior(1.1, 0.1), "all_to_all": Prior(0.78, 0.1, 1.0),
     "ring_chunk_us": Prior(4, 0.4), "nvls_chunk_us": Prior(8, 0.5), "all_to_all_chunk_us": Prior(4, 0.7),
     "nic": Prior(0.88, 0.1, 1.0), "nic_hop_us": Prior(8, 0.3),
+    "send_us": Prior(6.6, 0.3), "send": Prior(0.78, 0.1, 1.0),
 }  # fmt: skip
 DIRECT: dict[str, Prior] = {
     "one_shot_us": Prior(4.5, 0.3), "two_shot_us": Prior(9, 0.3), "direct": Prior(0.8, 0.08, 1.0),
@@ -58,8 +59,8 @@ def direct_seconds(gpus: int, size: float, cluster: ClusterSpec, constants: Cons
 def point_to_point_seconds(size: float, same_node: bool, cluster: ClusterSpec, constants: Constants) -> float:
     """One message between neighbours of a pipeline."""
     if same_node:
-        return 1e-6 * (constants["base_us"] + cluster.nvlink_latency_us) + size / (constants["ring"] * cluster.nvlink)
-    return 1e-6 * (constants["base_us"] + constants["nic_hop_us"]) + size / (constants["nic"] * cluster.nic)
+        return 1e-6 * (constants["send_us"] + cluster.nvlink_latency_us) + size / (constants["send"] * cluster.nvlink)
+    return 1e-6 * (constants["send_us"] + constants["nic_hop_us"]) + size / (constants["nic"] * cluster.nic)
 
 
 def _nccl(collective: str, gpus: int, size: float, nvlink: float, constants: Constants) -> float:

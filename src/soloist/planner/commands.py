@@ -13,12 +13,12 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.claims import Finding, findings
 from soloist.planner.explain import headline, name_of, one_expert_per_gpu, why
-from soloist.planner.kernels import Kernels
+from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import plan_of
 from soloist.planner.plots import plot_validation
 from soloist.planner.precision import Precision
-from soloist.planner.refit import load_calibration, published_rows, refit
+from soloist.planner.refit import calibrate_from, load_calibration, published_rows, record, refit
 from soloist.planner.report import CASE_COLUMNS, CLAIM_COLUMNS, case_row, claim_row, write_html
 from soloist.planner.runtime import Runtime
 from soloist.planner.scenarios import Case, Scenario, cases, load_scenarios
@@ -39,7 +39,7 @@ SHOWN = 12
 
 def run_plan(
     model: ModelSpec, cluster: str, gpus: int, load: str = "prompt=1000,output=200", precision: str = "",
-    baseline: str = "", calibration: str | Path | None = None, library: str = "deepep-v1", system: str = "soloist",
+    baseline: str = "", calibration: str | Path | None = None, library: str = "", system: str = "soloist",
     out: str | Path | None = None, options: Options | None = None, rejected: bool = False,
 ) -> int:  # fmt: skip
     """Search all layouts, print the Pareto front and why the winner wins, write the plan file to `out`.
@@ -49,7 +49,7 @@ def run_plan(
     spec, wanted = cluster_named(cluster), Load.parse(load)
     used = load_calibration(calibration)
     dtypes = Precision.named(precision) if precision else Precision.of(model)
-    scorer = Scorer(Kernels(spec, used, library), Runtime.named(system, used), wanted)
+    scorer = Scorer(Kernels(spec, used, library or library_of(system, used)), Runtime.named(system, used), wanted)
     found = search(model, spec, gpus, wanted, scorer, dtypes, options)
     show = console()
     _print_front(found, show)
@@ -214,6 +214,30 @@ def run_validate(
     else:
         _print_validation(report, console())
     return int(any(table.bar is not None and table.mape > table.bar for table in report.tables))
+
+
+def run_fit(measurements: str | Path) -> int:
+    """After the probes of `calibrate`: fit the constants, append them to the file, say how well the points agree."""
+    path = Path(measurements)
+    found = calibrate_from(path, path.stem)
+    with path.open("ab") as file:
+        file.write(record(found))
+    show, machine = console(), found.machine
+    if machine:
+        gpu, rates = machine.gpu, ", ".join(f"{rate:g} {name}" for name, rate in machine.gpu.tflops.items())
+        show.print(
+            f"{machine.name}: {rates} TFLOP/s and {gpu.memory_TBps:g} TB/s at their peak, "
+            f"{machine.nvlink / 1e9:.4g} GB/s between ranks, {gpu.memory_GB:g} GB",
+            highlight=False,
+        )
+    table = _grid(("what was measured", "points", "typical error"), [
+        [key, str(fitted.rows), f"{fitted.band / 1.5:.1%}"]
+        for key, fitted in found.fitted.items()
+        if not any(other.startswith(f"{key}/") for other in found.fitted)
+    ])  # fmt: skip
+    show.print(table)
+    show.print(f"Use it: soloist plan MODEL --calibration {path} --cluster {path} …", highlight=False)
+    return 0
 
 
 def run_refit() -> int:

@@ -157,8 +157,8 @@ def predict_attention(row: AttentionRow, gpu: GpuSpec, constants: Constants) -> 
     """Seconds for a row of the `attention` table: the cache's own rows for decode, expanded heads for prefill."""
     if row.phase == "decode":
         return decode_attention_seconds(decode_work(row), gpu, constants)
-    tokens = row.batch * row.context
-    return prefill_attention_seconds(tokens, row.context / 2, row.heads, row.width, gpu, constants)
+    seen = row.context - row.new / 2
+    return prefill_attention_seconds(row.batch * row.new, seen, row.heads, row.width, gpu, constants)
 
 
 def _roof(flops: float, moved: float, dtype: str, gpu: GpuSpec, constants: Constants) -> float:

@@ -12,7 +12,7 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.domains import Domain
 from soloist.planner.fitting import Constants
-from soloist.planner.kernels import Kernels
+from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
 from soloist.planner.runtime import SYSTEM, Runtime
@@ -74,7 +74,8 @@ def _cluster(gpu: str, gpus: int) -> ClusterSpec:
 def predict(row: DeploymentRow, calibration: Calibration, runtime: Runtime) -> float:
     """The row's metric in its own unit. Raises ConfigurationError for a metric or unit that is not modelled."""
     found = setting(row)
-    model = StepModel(found.deployment, Kernels(found.cluster, calibration), runtime)
+    kernels = Kernels(found.cluster, calibration, library_of(row.system, calibration))
+    model = StepModel(found.deployment, kernels, runtime)
     if row.metric == "tpot" and row.unit in TIME_UNITS:
         return TIME_UNITS[row.unit] * _tpot(row, found, model)
     shares = {"tok/s": 1.0, "tok/s/GPU": row.gpus, "tok/s/node": row.gpus / found.cluster.gpus_per_node}

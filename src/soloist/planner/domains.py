@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from soloist.errors import ConfigurationError
 from soloist.planner import collectives, compute, exchange
 from soloist.planner.fitting import Constants, Prior
+from soloist.planner.routing import activated
 from soloist.planner.tables import AttentionRow, CollectiveRow, ExchangeRow, ExpertRow, MatmulRow, Row, StreamRow
 from soloist.specs.cluster import ClusterSpec, GpuSpec, preset_gpus
 
@@ -96,10 +97,14 @@ COLLECTIVE_SPELLINGS = {
 }  # fmt: skip
 
 
+def _kind(row: CollectiveRow) -> str:
+    return COLLECTIVE_SPELLINGS.get(row.collective.replace("_", "").lower(), row.collective)
+
+
 def _collectives(known: Hardware) -> Domain:
     def predict(constants: Constants, row: CollectiveRow) -> float:
         cluster = known.fabric(row.fabric, min(row.gpus, 72 if "NVL72" in row.fabric else 8))
-        kind = COLLECTIVE_SPELLINGS.get(row.collective.replace("_", "").lower(), row.collective)
+        kind = _kind(row)
         if kind == "send_recv":
             return 1e6 * collectives.point_to_point_seconds(row.bytes, True, cluster, constants)
         direct = "custom" in row.library
@@ -108,7 +113,7 @@ def _collectives(known: Hardware) -> Domain:
     return Domain(
         name="collectives",
         rows=CollectiveRow,
-        path=lambda row: ("nccl",),
+        path=lambda row: ("nccl", _kind(row)),
         priors=lambda path: {**collectives.NCCL, **collectives.DIRECT},
         predict=predict,
         measured=lambda row: row.us,
@@ -117,14 +122,15 @@ def _collectives(known: Hardware) -> Domain:
 
 
 # -- one GPU ----------------------------------------------------------------------------------------------------------
-def expert_coordinates(pairs: float, active: float, hidden: int) -> dict[str, float]:
+def expert_coordinates(pairs: float, active: float, hidden: int, width: float) -> dict[str, float]:
     """Where the experts of a rank lie among the calibrated ones."""
-    return {"rows an expert": pairs / max(active, 1e-9), "active": active, "hidden": hidden}
+    return {"rows an expert": pairs / max(active, 1e-9), "active": active, "hidden": hidden, "width": width}
 
 
 def _experts(known: Hardware) -> Domain:
     def coordinates(row: ExpertRow) -> dict[str, float]:
-        return expert_coordinates(row.group_tokens * row.top_k / row.ep, row.experts / row.ep, row.hidden)
+        active = activated(row.experts / row.ep, row.experts, row.top_k, row.group_tokens)
+        return expert_coordinates(row.group_tokens * row.top_k / row.ep, active, row.hidden, row.ffn)
 
     return Domain(
         name="experts",
@@ -172,7 +178,7 @@ def _attention(known: Hardware) -> Domain:
     def coordinates(row: AttentionRow) -> dict[str, float]:
         if row.phase == "decode":
             return decode_coordinates(compute.decode_work(row))
-        return prefill_coordinates(row.batch * row.context, row.context / 2, row.heads)
+        return prefill_coordinates(row.batch * row.new, row.context - row.new / 2, row.heads)
 
     return Domain(
         name="attention",

@@ -24,12 +24,19 @@ from soloist.planner.exchange import ExchangeShape
 from soloist.specs.cluster import ClusterSpec
 
 Parts = dict[str, Estimate]
+PUBLISHED_LIBRARY, OWN_LIBRARY = "deepep-v1", "soloist"
+
+
+def library_of(system: str, calibration: Calibration) -> str:
+    """Whose exchange a serving system uses: its own where this machine's was measured, else the published one."""
+    own = system == OWN_LIBRARY and calibration.has(f"dispatch/ragged/{OWN_LIBRARY}")
+    return OWN_LIBRARY if own else PUBLISHED_LIBRARY
 
 
 class Kernels:
-    """Times on one cluster. `library` names whose exchange kernels are meant."""
+    """Times on one cluster. `library` names whose exchange kernels are meant (`library_of`)."""
 
-    def __init__(self, cluster: ClusterSpec, calibration: Calibration, library: str = "deepep-v1") -> None:
+    def __init__(self, cluster: ClusterSpec, calibration: Calibration, library: str = PUBLISHED_LIBRARY) -> None:
         self.cluster, self.calibration, self.library = cluster, calibration, library
         self._known: dict[object, Parts] = {}
         self._constants: dict[tuple[str, str], Found | None] = {}
@@ -56,15 +63,16 @@ class Kernels:
     def _attention(self, phase: str, kind: str) -> Found:
         return self.calibration.find("attention", phase, kind)
 
-    @cached_property
-    def _collectives(self) -> Found:
-        return self.calibration.find("collectives", "nccl")
+    def _collective(self, kind: str) -> Found:
+        return self.calibration.find("collectives", "nccl", kind)
 
     @cached_property
     def _known_gpu(self) -> Origin:
         """Published kernels were measured on Hopper only; elsewhere their efficiencies are carried over."""
         name = self.cluster.gpu.name
-        return "interpolated" if name.startswith("H") or name in self.calibration.gpus else "extrapolated"
+        if name in self.calibration.gpus:
+            return "measured"
+        return "interpolated" if name.startswith("H") else "extrapolated"
 
     def matmul(self, m: float, n: float, k: float, dtype: str) -> Estimate:
         """`[m, k] × [k, n]`."""
@@ -76,7 +84,7 @@ class Kernels:
     def experts(self, work: ExpertWork) -> Estimate:
         """All experts of a rank in one layer."""
         seconds = compute.experts_seconds(work, self.cluster.gpu, self._experts.constants)
-        at = expert_coordinates(work.pairs, work.active, work.hidden)
+        at = expert_coordinates(work.pairs, work.active, work.hidden, work.width)
         return self._experts.estimate(seconds, at).worse(self._known_gpu)
 
     def decode_attention(self, work: DecodeAttention) -> Estimate:
@@ -100,15 +108,17 @@ class Kernels:
         """All-reduce, all-gather or reduce-scatter over neighbouring GPUs; small all-reduces go directly."""
         if gpus <= 1 or size <= 0:
             return ZERO
-        constants = self._collectives.constants
-        seconds = collectives.collective_seconds(kind, gpus, size, self.cluster, constants, direct=True)
-        found = self._collectives.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)
+        known = self._collective(kind)
+        seconds = collectives.collective_seconds(kind, gpus, size, self.cluster, known.constants, direct=True)
+        found = known.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)
         return found if gpus <= self.cluster.gpus_per_node else _unmeasured(found)
 
     def send(self, size: float, same_node: bool) -> Estimate:
         """One message to the next pipeline stage."""
-        constants = self._collectives.constants
-        seconds = collectives.point_to_point_seconds(size, same_node, self.cluster, constants)
+        known = self._collective("send_recv")
+        seconds = collectives.point_to_point_seconds(size, same_node, self.cluster, known.constants)
+        if known.exact and same_node:
+            return known.estimate(seconds, {"gpus": 2, "bytes": size})
         return Estimate(seconds, UNMEASURED, "extrapolated")
 
     def exchange(self, shape: ExchangeShape, phase: str, skew: float = 1.0) -> Estimate:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from soloist.planner.compute import BYTES, PADDED_TOKENS, DecodeAttention, ExpertWork
 from soloist.planner.estimate import ZERO, Estimate, total
 from soloist.planner.exchange import ExchangeShape, Mode, row_bytes
-from soloist.planner.kernels import Kernels, Parts
+from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.precision import Precision
 from soloist.planner.routing import activated, distinct, imbalance, straggler
 from soloist.planner.runtime import Runtime
@@ -228,6 +228,9 @@ def _modes(d: Deployment, kernels: Kernels, batch: Batch) -> tuple[Mode, ...]:
     if d.layout.ep * d.layout.tp <= kernels.cluster.gpus_per_node and kernels.cluster.gpus_per_node > 8:
         return ("two_sided",)
     padded = batch.tokens / d.layout.attention_ranks <= PADDED_TOKENS
+    if kernels.library == OWN_LIBRARY and d.layout.stage_ranks <= kernels.cluster.gpus_per_node:
+        pushes = padded and kernels.calibration.has(f"dispatch/pushed/{OWN_LIBRARY}")
+        return ("pushed",) if pushes else ("ragged",)
     return ("low_latency", "normal") if padded else ("normal",)
 
 

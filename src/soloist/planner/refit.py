@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from soloist.planner.deployments import end_to_end
 from soloist.planner.domains import Domain, domains, kernels
 from soloist.planner.fitting import Prior
 from soloist.planner.tables import TABLES, Row, read_measurements, read_table
-from soloist.specs.cluster import measured_cluster
+from soloist.specs.cluster import measured_cluster, preset_gpus
 
 OPEN = 0.7  # width of a prior for a machine's own constants
+PEAK = 1.05  # of a datasheet's rate that an efficiency may reach
 
 
 def published_rows() -> list[Row]:
@@ -75,7 +77,8 @@ def calibrate_from(measurements: str | Path, name: str) -> Calibration:
     if not rows:
         raise ConfigurationError.of("calibration", str(measurements), f"holds no records of {', '.join(TABLES)}")
     known = domains(machine)
-    used = [_open(domain) for name, found in known.items() if tables[name] for domain in found]
+    limit = PEAK if machine is None or machine.gpu.name in preset_gpus() else inf
+    used = [_open(domain, limit) for name, found in known.items() if tables[name] for domain in found]
     fitted = fit_machine(name, used, rows, machine)
     if not tables["end_to_end"]:
         return fitted
@@ -84,11 +87,14 @@ def calibrate_from(measurements: str | Path, name: str) -> Calibration:
     return Calibration(name=name, fitted={**fitted.fitted, **own}, machine=machine)
 
 
-def _open(domain: Domain) -> Domain:
-    """The domain with priors that give way: a machine at hand may well differ from what was published."""
+def _open(domain: Domain, most: float) -> Domain:
+    """The domain with priors that give way: a machine at hand may well differ from what was published.
+
+    `most`: what an efficiency may reach, which where peaks were measured is no bound at all.
+    """
 
     def priors(path: tuple[str, ...]) -> dict[str, Prior]:
         known: Any = domain.priors(path)
-        return {key: Prior(prior.guess, max(prior.sigma, OPEN), max(prior.most, 1.1)) for key, prior in known.items()}
+        return {key: Prior(prior.guess, max(prior.sigma, OPEN), max(prior.most, most)) for key, prior in known.items()}
 
     return domain._replace(priors=priors)

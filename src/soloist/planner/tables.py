@@ -92,6 +92,7 @@ class AttentionRow(Row, frozen=True, kw_only=True):
     """Attention of one layer without its projections: `batch` sequences, `context` tokens each.
 
     `width`: of MLA's latent row in decode, else of a key and a value together. `kv_heads`: of grouped-query attention.
+    `tokens`: in prefill, the last of the context that are new, where not all of them are.
     """
 
     gpu: str
@@ -104,6 +105,12 @@ class AttentionRow(Row, frozen=True, kw_only=True):
     us: float
     kv_heads: int = 1
     dtype: str = "bf16"
+    tokens: int | None = None
+
+    @property
+    def new(self) -> int:
+        """Tokens of each sequence in this step."""
+        return 1 if self.phase == "decode" else self.tokens or self.context
 
 
 class DeploymentRow(Row, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
+import msgspec
 import torch
 import torch.distributed as dist
 import typer
@@ -114,7 +115,8 @@ def _measured(machine: Machine) -> GpuSpec:
     return GpuSpec(
         name=device_name(device).split()[-1] if device.type == "cuda" else "cpu", tflops=tflops,
         memory_GB=round(probe.memory_bytes(device) / 1e9 / (machine.size if device.type == "cpu" else 1), 2),
-        memory_TBps=round(machine.lowest(probe.memory_rate(device)) / 1e12, 6), sms=sms, l2_MB=40.0 if device.type == "cuda" else 1.0,
+        memory_TBps=round(machine.lowest(probe.memory_rate(device)) / 1e12, 6), sms=sms,
+        l2_MB=40.0 if device.type == "cuda" else 1.0,
     )  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def records(machine: Machine, cluster: ClusterSpec) -> Iterator[Record]:
 
 def _collectives(machine: Machine, transport: Transport, fabric: str) -> Iterator[Record]:
     kind = machine.device.type
-    library = f"nccl-{'.'.join(map(str, torch.cuda.nccl.version()))}" if kind == "cuda" else "shared_memory"
+    library = "nccl" if kind == "cuda" else "shared_memory"
     common = {"library": library, "fabric": fabric, "gpus": transport.size}
     for name in links.COLLECTIVES:
         for size in SIZES[kind]:
@@ -160,7 +162,7 @@ def write(machine: Machine, file: TextIO) -> None:
     cluster = cluster_of(machine, link)
     common: dict[str, Any] = {"machine": f"{machine.size} x {device_name(machine.device)}", "commit": commit()}
     common["source"] = "soloist calibrate"
-    first = {"what": "machine", "cluster": _plain(cluster), "torch": torch.__version__, **common}
+    first = {"what": "machine", "cluster": msgspec.to_builtins(cluster), "torch": torch.__version__, **common}
     print(json.dumps(first, separators=(",", ":")), file=file)
     spent: dict[str, float] = {}
     before = time.monotonic()
@@ -170,12 +172,6 @@ def write(machine: Machine, file: TextIO) -> None:
         before = time.monotonic()
     if file.name != os.devnull:
         print("  ".join(f"{what} {taken:.1f} s" for what, taken in spent.items()), file=sys.stderr)
-
-
-def _plain(cluster: ClusterSpec) -> Any:
-    import msgspec
-
-    return msgspec.to_builtins(cluster)
 
 
 def main(

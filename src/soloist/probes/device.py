@@ -14,9 +14,10 @@ import torch
 from soloist.probes.gpus import captured
 from soloist.timing import measure
 
-LARGE = {"cuda": 8192, "cpu": 1024}  # side of the matrices that show the arithmetic rate
-BUFFER = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes copied, far beyond any cache
-PATIENCE_S = 0.15  # spent on one number
+LARGE = {"cuda": 8192, "cpu": 512}  # side of the matrices that show the arithmetic rate
+BUFFER = {"cuda": 1 << 30, "cpu": 1 << 25}  # bytes copied, beyond the caches
+COLD = 1 << 27  # bytes, twice a GPU's cache and more
+PATIENCE_S = 0.1  # spent on one number
 
 
 def seconds(work: Callable[[], object], device: torch.device, patience_s: float = PATIENCE_S) -> float:
@@ -30,10 +31,15 @@ def seconds(work: Callable[[], object], device: torch.device, patience_s: float 
     return median(measure(run, repeats=repeats, warm_up=1, device=device)) / calls
 
 
+def cold_copies(size: int, device: torch.device) -> int:
+    """How many tensors of `size` bytes to take in turn, so that none is still in a GPU's cache when it is read."""
+    return max(1, min(64, COLD // max(size, 1))) if device.type == "cuda" else 1
+
+
 def matmul_seconds(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> float:
     """`[m, k] × [n, k]ᵀ`, as `torch.nn.functional.linear` does it. The weight is not in a cache."""
     x_MK = torch.randn(m, k, device=device).to(dtype)
-    copies = max(1, min(8, (1 << 27) // (n * k * dtype.itemsize))) if device.type == "cuda" else 1
+    copies = cold_copies(n * k * dtype.itemsize, device)
     weights = [torch.randn(n, k, device=device).to(dtype) for _ in range(copies)]
     out_MN = torch.empty(m, n, dtype=dtype, device=device)
 

@@ -24,6 +24,7 @@ from soloist.specs.model import ExpertSpec
 
 SPREAD = 2  # ranks over which the probed experts are thought to be spread: this one holds its share of them
 BLOCK = 16  # tokens of a KV block
+DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,9 @@ def experts(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Reco
 
 
 def _routed(tokens: int, shape: ExpertShape, device: torch.device, dtype: torch.dtype) -> ExpertBatch:
-    """Rows of all ranks that chose an expert of this one; at least one expanded row."""
+    """Rows of all ranks that chose an expert of this one."""
     generator = torch.Generator().manual_seed(tokens)
-    liked = torch.rand(tokens, SPREAD * shape.local, generator=generator)
-    ids_TK = liked.topk(shape.top_k).indices
-    if not (ids_TK < shape.local).any():
-        ids_TK[0, 0] = 0
+    ids_TK = _typical(tokens, shape, generator)
     chosen = (ids_TK < shape.local).flatten().nonzero()[:, 0]
     slot_X, order = ids_TK.flatten()[chosen].sort(stable=True)
     row_X = chosen[order] // shape.top_k
@@ -107,6 +105,19 @@ def _routed(tokens: int, shape: ExpertShape, device: torch.device, dtype: torch.
     rows_RD = torch.randn(tokens, shape.d_model, generator=generator).to(device, dtype)
     weight_X = torch.full((len(row_X),), 1.0 / shape.top_k, device=device)
     return ExpertBatch(rows_RD, row_X.to(device), weight_X, offsets_S.to(device), None, dense=False)
+
+
+def _typical(tokens: int, shape: ExpertShape, generator: torch.Generator) -> Tensor:
+    """Of some draws the one whose rows and active experts on this rank are nearest to what is expected of them."""
+    experts = SPREAD * shape.local
+    rows, active = tokens * shape.top_k / SPREAD, shape.local * (1 - (1 - shape.top_k / experts) ** tokens)
+
+    def odd(ids_TK: Tensor) -> float:
+        here = ids_TK[ids_TK < shape.local]
+        return abs(len(here) / rows - 1) + abs(len(here.unique()) / active - 1)
+
+    draws = [torch.rand(tokens, experts, generator=generator).topk(shape.top_k).indices for _ in range(DRAWS)]
+    return min(draws, key=odd)
 
 
 def _feed_forward(shape: ExpertShape, batch: ExpertBatch, gate_up: Tensor, down: Tensor) -> Callable[[], object]:
@@ -129,34 +140,47 @@ DECODES = {  # sequences, context
     "cuda": [(1, 512), (1, 8192), (8, 2048), (32, 256), (32, 4096), (64, 1024), (128, 128), (128, 512), (256, 256)],
     "cpu": [(1, 64), (4, 128), (8, 256)],
 }
-PREFILLS = {"cuda": [(1, 512), (4, 512), (1, 2048), (4, 2048), (1, 8192), (16, 256)], "cpu": [(1, 64), (2, 128)]}
+PREFILLS = {  # sequences, new tokens, context
+    "cuda": [(1, 512, 512), (4, 512, 512), (16, 256, 256), (1, 2048, 2048), (4, 2048, 2048), (1, 8192, 8192),
+             (1, 2048, 4096), (1, 2048, 8192), (2, 1024, 4096)],
+    "cpu": [(1, 64, 64), (2, 128, 128), (1, 64, 256)],
+}  # fmt: skip
 
 
 def attentions(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Record]:
-    """Attention over the paged cache: one token a sequence, and whole prompts. MLA is absorbed in both."""
+    """Attention over the paged cache: one token a sequence, and prompts or the last parts of them."""
     for heads in HEADS[device.type]:
-        points = [("decode", *point) for point in DECODES[device.type]]
+        points = [("decode", n, 1, context) for n, context in DECODES[device.type]]
         points += [("prefill", *point) for point in PREFILLS[device.type] if heads.kind == "gqa"]
-        for phase, sequences, context in points:
-            taken = probe.seconds(_attend(heads, phase, sequences, context, device, dtype), device)
+        for phase, sequences, tokens, context in points:
+            taken = _attention_seconds(heads, sequences, tokens, context, device, dtype)
             columns = {
                 "gpu": gpu, "phase": phase, "kind": heads.kind, "heads": heads.heads, "kv_heads": heads.kv_heads,
                 "width": heads.key if heads.kind == "mla" else heads.key + heads.value, "batch": sequences,
-                "context": context, "dtype": NAMES[dtype],
+                "tokens": tokens, "context": context, "dtype": NAMES[dtype],
             }  # fmt: skip
             yield Record("attention", columns, taken)
 
 
-def _attend(heads: Heads, phase: str, sequences: int, context: int, device: torch.device, dtype: torch.dtype):
-    """The layer's attention on sequences of equal length, their blocks anywhere in the cache."""
-    tokens = 1 if phase == "decode" else context
+def _attention_seconds(
+    heads: Heads, sequences: int, tokens: int, context: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """The layer's attention on equal sequences, their blocks anywhere in a cache that nobody has just read."""
     blocks = -(-context // BLOCK)
     tables_NM = torch.randperm(sequences * blocks).view(sequences, blocks).int().to(device)
-    keys = torch.randn(sequences * blocks * BLOCK, heads.kv_heads, heads.key, device=device, dtype=dtype)
     latent = heads.kind == "mla"
-    values = keys[..., : heads.value] if latent else torch.randn_like(keys[..., :1].expand(-1, -1, heads.value))
+    width = heads.key if latent else heads.key + heads.value
+    copies = probe.cold_copies(sequences * blocks * BLOCK * heads.kv_heads * width * dtype.itemsize, device)
+    rows = (copies, sequences * blocks * BLOCK, heads.kv_heads)
+    keys = torch.randn(*rows, heads.key, device=device, dtype=dtype)
+    values = keys[..., : heads.value] if latent else torch.randn(*rows, heads.value, device=device, dtype=dtype)
     q_THQ = torch.randn(sequences * tokens, heads.heads, heads.key, device=device, dtype=dtype)
     batch = PagedBatch.of([i * tokens for i in range(sequences + 1)], [context] * sequences, tables_NM, BLOCK)
     kv_head_H = torch.arange(heads.heads, device=device) // (heads.heads // heads.kv_heads)
     attend = attention_of(kv_head_H, heads.key**-0.5, None, None, dtype, heads.key, heads.value)
-    return lambda: attend(q_THQ, keys, values, batch)
+
+    def all_copies() -> None:
+        for key_cache, value_cache in zip(keys, values, strict=True):
+            attend(q_THQ, key_cache, value_cache, batch)
+
+    return probe.seconds(all_copies, device) / copies
