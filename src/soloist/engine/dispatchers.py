@@ -68,6 +68,16 @@ class Dispatchers:
             replicated or self.crossings.of(slots),
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Of the windows on this rank, of what stands beside them, and of the local index."""
+        lanes = [lane for one in (self.sharded, self.replicated) if one for lane in one.lanes]
+        windows = sum(lane.window.bytes_of[lane.window.rank].nbytes for lane in lanes)
+        beside = [value for owner in (*lanes, self.index) if owner for value in vars(owner).values()]
+        own = {value.data_ptr(): value.nbytes for value in beside if isinstance(value, torch.Tensor)}
+        views = {view.data_ptr() for lane in lanes for view in (lane.slots_RK, lane.weights_RK, lane.flags)}
+        return windows + sum(size for at, size in own.items() if at not in views)
+
     def _one_sided(self, ranks: tuple[int, ...], tp: int, capacity: int) -> OneSidedDispatcher | None:
         """For calls of at most `capacity` tokens a rank between these ranks, groups of `tp`; None without NVLink."""
         group = self.world.nvlink(ranks) if len(ranks) > 1 else None

@@ -18,6 +18,7 @@ from soloist.engine.feedback import Feedback
 from soloist.engine.graphs import Shape, StaticStep, StaticSteps
 from soloist.engine.host_copy import HostCopy
 from soloist.engine.kv_cache import allocate, blocks_that_fit
+from soloist.engine.memory import held, settle
 from soloist.engine.options import EngineOptions
 from soloist.engine.sampler import Drawn, ScoredPrompt, draw, score_prompt, takes_plain_choice
 from soloist.engine.world import World
@@ -63,21 +64,21 @@ class Runner:
         moe = dict(self._moe_layers(layout, placement, source))
         self.decoder = Decoder(spec, world.seat, source, world.attention, moe, self.rope, self.watch)
         self.heads = [block.heads for block in self.decoder.blocks]
-        self.weight_bytes = self.decoder.weight_bytes
+        self.weight_bytes = sum(self.decoder.weight_parts().values())
         self.kv_blocks = blocks_that_fit(spec, self.heads, options, self.device, self.dtype.itemsize)
 
     def _moe_layers(self, layout: Layout, placement: Placement, source: WeightSource) -> Iterator[tuple[int, MoELayer]]:
         """The experts of this stage's MoE layers, in the slots that the placement gives this rank's group."""
         seat, spec = self.world.seat, self.spec
         stage = layout.stage_layers(seat.stage, spec.layers)
-        held_by_layer = {
+        slots_of = {
             layer: placement.slots[index][seat.group] for index, layer in enumerate(spec.moe_layers) if layer in stage
         }
-        slots = [len(held) for held in held_by_layer.values()]
-        dispatchers = self.dispatchers = Dispatchers(spec, slots, self.world, self.options, self.dtype, self.device)
-        for layer, held in held_by_layer.items():
-            experts = Experts.load(spec, source, layer, held, seat.tp_index, layout.tp)
-            sharded, replicated = dispatchers.of(len(held))
+        slots = [len(expert_ids) for expert_ids in slots_of.values()]
+        self.dispatchers = Dispatchers(spec, slots, self.world, self.options, self.dtype, self.device)
+        for layer, expert_ids in slots_of.items():
+            experts = Experts.load(spec, source, layer, expert_ids, seat.tp_index, layout.tp)
+            sharded, replicated = self.dispatchers.of(len(expert_ids))
             yield (
                 layer,
                 MoELayer(
@@ -108,6 +109,7 @@ class Runner:
         options = self.options
         self.kv_blocks = blocks
         self.caches = allocate(self.spec, self.heads, blocks + 1, options.block_size, self.device, self.dtype)
+        self.settled = settle(self.device)
         self.feedback = Feedback(options.micro_batches + 1, options.max_sequences, self.device)
         width = -(-options.longest(self.spec) // options.block_size)
         shape = Shape(width, options.block_size, blocks, self.device, self.dtype)
@@ -208,6 +210,7 @@ class Runner:
             chosen={layer: load.tokens_E.tolist() for layer, load in loads.items()},
             rows={layer: load.rows for layer, load in loads.items()},
             exchange=self.dispatchers.crossings.explain(),
+            memory=held(self.decoder, self.caches, self.dispatchers, self.settled),
         )  # fmt: skip
 
     def _dispatched(self, split: TokenSplit) -> tuple[int, int] | None:

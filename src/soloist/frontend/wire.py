@@ -97,6 +97,7 @@ class Figures(Message, frozen=True):
     chosen: dict[int, list[int]] = {}  # by layer: tokens that chose each logical expert; with options.count_experts
     rows: dict[int, int] = {}  # by layer: rows that came for this rank's experts; with options.count_experts
     exchange: list[str] = []  # how its tokens crossed nodes, and why, where there was a choice
+    memory: dict[str, int] = {}  # bytes by part (engine/memory.py)
 
 
 class WakeMe(Message, frozen=True):

@@ -31,6 +31,8 @@ from soloist.specs.parameters import Param
 from soloist.timing import Stopwatch
 from soloist.transport.base import Transport
 
+WEIGHT_PARTS = ("attention", "experts", "shared experts", "dense layers", "router", "embedding and head")
+
 
 class Block:
     """One layer: attention and feed-forward, each with its norm and its residual."""
@@ -126,15 +128,25 @@ class Decoder:
             self.final_norm = source.read(Param("final_norm"))
             self.head = self.embedding if spec.tied else source.read(Param("lm_head"), rows=self.vocab)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights that this rank holds, a shared storage counted once."""
-        parts = [self, *self.blocks]
+    def weight_parts(self) -> dict[str, int]:
+        """Bytes of the weights that this rank holds by part, as the planner's memory table has them.
+
+        A storage that two parts share counts once; norms count as attention.
+        """
+        owners: list[tuple[str, Any]] = [("embedding and head", self)]
         for block in self.blocks:
-            parts += [block.attention, block.dense, block.shared]
-            parts += [block.moe.router, block.moe.experts] if block.moe else []
-        tensors = [value for part in parts if part for value in vars(part).values() if isinstance(value, Tensor)]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+            owners += [("attention", block), ("attention", block.attention), ("dense layers", block.dense)]
+            owners.append(("shared experts", block.shared))
+            owners += [("router", block.moe.router), ("experts", block.moe.experts)] if block.moe else []
+        bytes_of: dict[str, int] = dict.fromkeys(WEIGHT_PARTS, 0)
+        seen: set[int] = set()
+        for part, owner in owners:
+            for name, tensor in vars(owner).items() if owner else ():
+                if isinstance(tensor, Tensor) and (at := tensor.untyped_storage().data_ptr()) not in seen:
+                    seen.add(at)
+                    # The gate of the shared experts is small and whole on every rank, like the router.
+                    bytes_of["router" if name == "scale" else part] += tensor.untyped_storage().nbytes()
+        return bytes_of
 
     def split(self, step: StepInput) -> TokenSplit:
         """How this step's tokens lie over the attention group."""

@@ -37,7 +37,8 @@ class RandomWeights:
         """See `WeightSource`."""
         cut = tuple(slice(*(span or (None,))) for span in (rows, columns))
         whole = self._make(param, self._shapes[param])
-        return whole[cut[: whole.dim()]].contiguous().to(dtype_of(param, self.dtype))
+        part = whole[cut[: whole.dim()]].contiguous().to(dtype_of(param, self.dtype))
+        return part if part.numel() == whole.numel() else part.clone()  # a view would keep the whole
 
     def _make(self, param: Param, shape: Shape) -> Tensor:
         if param.name.endswith("norm"):

@@ -79,20 +79,19 @@ def kv_elements(spec: ModelSpec, ranks: int, index: int = 0) -> int:
 
 def rank_weights(spec: ModelSpec, seat: Seat, slots: float, precision: Precision) -> dict[str, float]:
     """Bytes of weights on one rank by part. `slots`: expert slots of its group in each MoE layer."""
-    layout, index = seat.layout, seat.attention_index
-    heads = _part(spec.attention.heads, layout.attention_ranks, index)
-    kv = held_kv_heads(spec, layout.attention_ranks, index) / spec.attention.kv_heads
+    layout, index, ranks = seat.layout, seat.attention_index, seat.layout.attention_ranks
+    heads = _part(spec.attention.heads, ranks, index)
+    kv = held_kv_heads(spec, ranks, index) / spec.attention.kv_heads
     width = _part(spec.expert.width, layout.tp, seat.tp_index)
-    cut = 1 / layout.attention_ranks
     linear, experts, other = BYTES[precision.linear], BYTES[precision.experts], BYTES[precision.other]
     x = _stage_weights(spec, layout.stage_layers(seat.stage, spec.layers))
     return {
         "attention": (x.by_query * heads + x.by_kv * kv + x.replicated) * linear,
         "experts": x.expert * slots * width * experts,
-        "shared experts": x.shared * cut * linear,
-        "dense layers": x.dense * cut * linear,
+        "shared experts": x.shared * _part(spec.shared_width, ranks, index) * linear,
+        "dense layers": x.dense * _part(spec.dense_width, ranks, index) * linear,
         "router": x.router * other,
-        "embedding and head": _vocabulary(spec, seat) * spec.d_model * other,
+        "embedding and head": (_vocabulary(spec, seat) + seat.is_last_stage) * spec.d_model * other,
     }
 
 
@@ -104,8 +103,9 @@ def _vocabulary(spec: ModelSpec, seat: Seat) -> float:
 
 
 def _part(total: int, parts: int, index: int) -> float:
+    """The share of one rank; of nothing there is none."""
     start, stop = share(total, parts, index)
-    return (stop - start) / total
+    return (stop - start) / total if total else 0.0
 
 
 def expert_slots(spec: ModelSpec, layout: Layout, slots_per_group: int = 0) -> int:

@@ -1,0 +1,52 @@
+"""The planner's memory table against what ranks really hold: every family, several layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from soloist.engine.options import EngineOptions
+from soloist.engine.runner import Runner
+from soloist.engine.world import World
+from soloist.models.random_weights import RandomWeights
+from soloist.placement.placement import Placement
+from soloist.planner.memory import MemoryLoad, memory_parts
+from soloist.planner.precision import Precision
+from soloist.planner.weights import PARTS
+from soloist.specs.hf import read_config
+from soloist.specs.layout import Layout
+from soloist.specs.model import ModelSpec
+from soloist.transport.base import Transport
+from tests.models.tiny import FAMILIES, save_tiny
+from tests.ranks import run_threads
+
+LAYOUTS = ("ep1", "ep3", "tp2", "pp2", "ep2tp2", "attn3ep3", "tp4")
+BLOCKS, BLOCK = 5, 8
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def spec(request, tmp_path_factory) -> ModelSpec:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny(request.param, folder)
+    return read_config(folder)
+
+
+def held(transport: Transport, spec: ModelSpec, layout: Layout) -> dict[str, int]:
+    source = RandomWeights(spec, 0, torch.float32)
+    world = World.build(transport, layout, gpus_per_node=8)
+    options = EngineOptions(block_size=BLOCK, device="cpu")
+    runner = Runner(spec, layout, Placement.linear(spec, layout.ep), world, source, options)
+    runner.allocate(BLOCKS)
+    memory = runner.figures().memory
+    world.close()
+    return memory
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_every_part_is_what_was_predicted(spec: ModelSpec, text: str) -> None:
+    layout = Layout.parse(text)
+    load = MemoryLoad(sequences=1, longest=BLOCKS * BLOCK, block=BLOCK)
+    for rank, found in enumerate(run_threads(layout.size, held, spec, layout)):
+        predicted = memory_parts(spec, layout.at(rank), Precision.named("fp32"), load)
+        for part in (*PARTS, "KV cache"):
+            assert found[part] == pytest.approx(predicted[part], rel=0.05, abs=1), f"{text}, rank {rank}: {part}"
