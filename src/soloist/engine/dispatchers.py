@@ -71,12 +71,9 @@ class Dispatchers:
     @property
     def nbytes(self) -> int:
         """Of the windows on this rank, of what stands beside them, and of the local index."""
-        lanes = [lane for one in (self.sharded, self.replicated) if one for lane in one.lanes]
-        windows = sum(lane.window.bytes_of[lane.window.rank].nbytes for lane in lanes)
-        beside = [value for owner in (*lanes, self.index) if owner for value in vars(owner).values()]
-        own = {value.data_ptr(): value.nbytes for value in beside if isinstance(value, torch.Tensor)}
-        views = {view.data_ptr() for lane in lanes for view in (lane.slots_RK, lane.weights_RK, lane.flags)}
-        return windows + sum(size for at, size in own.items() if at not in views)
+        lanes = {lane for one in (self.sharded, self.replicated) if one for lane in one.lanes}
+        index = sum(value.nbytes for value in vars(self.index).values()) if self.index else 0
+        return index + sum(lane_bytes(lane) for lane in lanes)
 
     def _one_sided(self, ranks: tuple[int, ...], tp: int, capacity: int) -> OneSidedDispatcher | None:
         """For calls of at most `capacity` tokens a rank between these ranks, groups of `tp`; None without NVLink."""
@@ -88,6 +85,14 @@ class Dispatchers:
         )  # fmt: skip
         watch = self.world.watch(ranks)
         return OneSidedDispatcher.of(shape, (Lane(group.window(WindowPlan(shape).size), shape),), watch)
+
+
+def lane_bytes(lane: Lane) -> int:
+    """Of a lane's window on this rank, and of its tensors that do not lie in it."""
+    own = lane.window.bytes_of[lane.window.rank]
+    first, end = own.data_ptr(), own.data_ptr() + own.nbytes
+    tensors = [value for value in vars(lane).values() if isinstance(value, torch.Tensor)]
+    return own.nbytes + sum(t.nbytes for t in tensors if not first <= t.data_ptr() < end)
 
 
 def _resized(dispatcher: OneSidedDispatcher | None, slots: int) -> OneSidedDispatcher | None:

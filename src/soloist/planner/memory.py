@@ -16,6 +16,7 @@ from soloist.specs.model import ModelSpec, Spec
 CONTEXT_BYTES = 0.6e9  # CUDA context and loaded kernels
 NCCL_BYTES = 0.4e9  # communicators' own buffers, where there are any
 GEMM_WORKSPACE_BYTES = 32e6 * 2
+REPLICATED = 64  # tokens of a step below which all ranks of an attention group have all of them
 
 
 class MemoryLoad(Spec, frozen=True, kw_only=True):
@@ -59,11 +60,14 @@ def worst_rank(
 
 
 def kv_bytes(spec: ModelSpec, seat: Seat, precision: Precision, load: MemoryLoad) -> float:
-    """KV cache of this rank's layers for its group's sequences, in whole blocks. Layers with a window keep all."""
-    tokens = _blocks(load.longest, load.block)
+    """KV cache of this rank's layers for its group's sequences, in whole blocks, and the block that padding writes to.
+
+    Layers with a window keep all.
+    """
+    tokens = load.sequences * _blocks(load.longest, load.block) + load.block
     each = kv_elements(spec, seat.layout.attention_ranks, seat.attention_index) * BYTES[precision.kv]
     layers = seat.layout.stage_layers(seat.stage, spec.layers)
-    return load.sequences * each * len(layers) * tokens
+    return each * len(layers) * tokens
 
 
 def exchange_bytes(
@@ -72,14 +76,37 @@ def exchange_bytes(
     """Send and receive buffers of dispatch and combine on one rank.
 
     Low latency: room for every token of every rank at each local slot, twice (double buffering), as DeepEP reserves.
-    The others: rows that arrive when each rank's step is full, twice, both ways.
+    Pushed: the windows and the index of Soloist's one-sided exchange (dispatch/lane.py). The others: rows that arrive
+    when each rank's step is full, twice, both ways.
     """
+    if mode == "pushed":
+        return window_bytes(spec, layout, precision, load, slots)
     there, back = row_bytes(spec.d_model, precision.dispatch), row_bytes(spec.d_model, precision.combine)
     if mode == "low_latency":
         return 2 * slots * layout.ep * load.exchange_tokens * (there + back)
     own = -(-load.step_tokens // layout.attention_ranks)
     received = own * min(layout.ep, spec.router.top_k) * 1.25
     return 2 * (own + received) * (there + back)
+
+
+def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: MemoryLoad, slots: int) -> float:
+    """A window has room for every token that any rank could send: rows there, results of the experts, rows home.
+
+    Beside it lie choices and weights, and the index of expanded rows. Attention groups of several ranks have a second
+    one for steps of few tokens, which all of their ranks have.
+    """
+    top_k, size = spec.router.top_k, BYTES[precision.combine]
+
+    def window(ranks: int, capacity: int) -> float:
+        rows, most = ranks * capacity, min(top_k, max(slots, 1))
+        row = spec.d_model * (row_bytes(1, precision.dispatch) + 2 * size) + 4 + 8 * top_k
+        return rows * (row + 12 * most + 4 * top_k)
+
+    attention = layout.attention_ranks
+    found = window(layout.stage_ranks, -(-load.step_tokens // attention))
+    if attention > 1:
+        found += window(layout.ep, -(-REPLICATED * layout.tp // attention))
+    return found
 
 
 def activation_bytes(spec: ModelSpec, layout: Layout, load: MemoryLoad) -> float:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from soloist.planner.estimate import Estimate, total
-from soloist.planner.kernels import Kernels
+from soloist.planner.exchange import Mode
+from soloist.planner.kernels import OWN_LIBRARY, Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.memory import MemoryLoad, worst_rank
 from soloist.planner.runtime import Runtime
 from soloist.planner.step import Overlap, StepCost, StepModel
+from soloist.specs.layout import Layout
 from soloist.specs.model import Spec
 from soloist.specs.workload import Load
 
@@ -114,6 +116,11 @@ class Scorer:
             self._steps[key] = step(tokens, context, options.micro_batches)
         return self._steps[key]
 
+    def _mode(self, layout: Layout) -> Mode:
+        """Of the exchange whose buffers stay: Soloist's own inside a node."""
+        inside = layout.stage_ranks <= self.kernels.cluster.gpus_per_node
+        return "pushed" if self.runtime.name == OWN_LIBRARY and inside else "normal"
+
     def _memory(self, deployment: Deployment, options: Options, batch: float) -> dict[str, float]:
         load = MemoryLoad(
             sequences=batch,
@@ -126,6 +133,6 @@ class Scorer:
             deployment.layout,
             deployment.precision,
             load,
-            deployment.mode or "normal",
+            deployment.mode or self._mode(deployment.layout),
             deployment.slots,
         )
