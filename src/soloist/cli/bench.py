@@ -230,3 +230,27 @@ def transport(
 
     for name, seconds in time_transport(kind, ranks, rows, width).items():
         typer.echo(f"{kind}, {ranks} ranks: {name}: {seconds * 1e6:,.0f} µs")
+
+
+@app.command()
+def memory(
+    model: Model,
+    layout: Annotated[str, typer.Option("--layout", help="ep16, tp8pp2, …")] = "ep1",
+    step_tokens: Annotated[int, typer.Option(help="Tokens of the largest step of an attention group.")] = 2048,
+    kv_tokens: Annotated[int, typer.Option(help="KV cache of an attention group.")] = 8192,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    random_weights: RandomWeightsOption = None,
+    settings: SetOption = None,
+) -> None:
+    """What every rank holds, part by part, beside the planner's table."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from soloist.bench import memory as bench
+    from soloist.specs.layout import Layout
+
+    options = engine_options(device, dtype, "auto", kv_tokens, random_weights, settings)
+    found = list(bench.check(model, Layout.parse(layout), options, step_tokens, kv_tokens))
+    Console().print(bench.table(found))
+    typer.echo(dumps({"what": "memory", "model": model, "layout": layout, "parts": [asdict(part) for part in found]}))

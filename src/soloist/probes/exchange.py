@@ -41,7 +41,7 @@ SHAPES = {
     "cuda": [Routed(4096, 2, 16), Routed(2048, 8, 128), Routed(7168, 8, 64)],
     "cpu": [Routed(256, 2, 16), Routed(256, 4, 32)],
 }
-TOKENS = {"cuda": [1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192], "cpu": [1, 8, 64, 256]}
+TOKENS = {"cuda": [1, 16, 64, 128, 256, 512, 1024, 4096, 8192], "cpu": [1, 8, 64, 256]}
 
 
 def choice_of(tokens: int, routed: Routed, ranks: int, seed: int, device: torch.device) -> SlotChoice:
