@@ -30,6 +30,8 @@ def make_spec(expert: ExpertSpec, router: RouterSpec, experts: int = 6, d_model:
 class RandomSource:
     """Weights of a spec in memory."""
 
+    threads = 2
+
     def __init__(self, spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         self.dtype, self.device = dtype, torch.device("cpu")
         generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ target device while reading.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from soloist.errors import CheckpointError
 from soloist.models.families import MXFP4_GROUP, Stored, is_harmless, locations
 from soloist.models.quantised import FP8_BLOCK, dequantise_fp8, dequantise_mxfp4
+from soloist.models.reading import THREADS
 from soloist.models.shards import Shards
 from soloist.models.weights import Span, dtype_of
 from soloist.specs.hub import locate
@@ -31,8 +33,11 @@ class Checkpoint:
     The headers of all files are checked against the spec at once: anything missing, left over, duplicated, truncated
     or of a wrong shape or dtype raises CheckpointError. Values that are not finite do so when they are read.
     `bytes_read` counts bytes of the files, so quantised weights count as what they occupy there; `progress` is called
-    with each increment, and `total_bytes` is what reading everything once would give.
+    with each increment, and `total_bytes` is what reading everything once would give. `read` may be called from
+    several threads, and should be: one weight is often less than a disk needs to have in hand.
     """
+
+    threads = THREADS
 
     def __init__(
         self,
@@ -43,9 +48,9 @@ class Checkpoint:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, torch.device(device)
-        self._shards = Shards(locate(model), progress)
+        self._shards = Shards(locate(model), progress, pinned=self.device.type == "cuda")
         self._places: dict[Param, tuple[Stored, Shape]] = {}
-        self._slab: tuple[object, Tensor] | None = None
+        self._own = threading.local()  # each thread's last slab of interleaved weights
         self._check()
 
     @property
@@ -82,10 +87,11 @@ class Checkpoint:
     def _read_slab(self, place: Stored, outer: Span, inner: list[Span]) -> Tensor:
         """Rows `outer` of a tensor; the last slab of interleaved weights is kept for the sibling, which comes next."""
         key = (place.tensor, place.index, outer, *inner)
-        if self._slab is not None and self._slab[0] == key:
-            return self._slab[1]
+        kept = getattr(self._own, "slab", None)
+        if kept is not None and kept[0] == key:
+            return kept[1]
         slab = self._read_transposed(place, outer, inner) if place.transposed else self._read_rows(place, outer, inner)
-        self._slab = (key, slab) if place.step > 1 else None
+        self._own.slab = (key, slab) if place.step > 1 else None
         return slab
 
     def _read_transposed(self, place: Stored, outer: Span, inner: list[Span]) -> Tensor:

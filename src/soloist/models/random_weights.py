@@ -27,6 +27,7 @@ class RandomWeights:
     """
 
     bytes_read = 0
+    threads = 1
 
     def __init__(self, spec: ModelSpec, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.spec, self.seed, self.dtype, self.device = spec, seed, dtype, torch.device(device)

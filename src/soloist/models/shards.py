@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from soloist.errors import CheckpointError
+from soloist.models.reading import FileReader
 from soloist.specs.hf import read_json
 from soloist.specs.parameters import Shape
 
@@ -33,6 +35,7 @@ class Entry(NamedTuple):
     path: Path
     shape: Shape
     dtype: str  # in safetensors' spelling
+    offset: int  # of its first byte in the file
 
     @property
     def bytes(self) -> int:
@@ -41,10 +44,15 @@ class Entry(NamedTuple):
 
 
 class Shards:
-    """All tensors of a folder. Headers are read at once, data when asked for; `bytes_read` counts the data."""
+    """All tensors of a folder. Headers are read at once, data when asked for; `bytes_read` counts the data.
 
-    def __init__(self, folder: Path, progress: Callable[[int], None] | None = None) -> None:
+    `read` may be called from several threads.
+    """
+
+    def __init__(self, folder: Path, progress: Callable[[int], None] | None = None, pinned: bool = False) -> None:
+        """`pinned`: what is read goes on to a GPU."""
         self.folder, self.bytes_read, self._progress = folder, 0, progress
+        self._reader, self._lock = FileReader(pinned), threading.Lock()
         self.tensors: dict[str, Entry] = {}
         self._files: dict[Path, Any] = {}
         listed = _listed(folder)
@@ -54,13 +62,32 @@ class Shards:
             self._compare(listed)
 
     def read(self, name: str, *parts: Part) -> Tensor:
-        """A rectangle of a tensor in its own dtype. It may share memory with the file: copy it to keep it."""
-        tensor: Tensor = self._files[self.tensors[name].path].get_slice(name)[parts]
-        size = tensor.numel() * tensor.element_size()
-        self.bytes_read += size
-        if self._progress is not None:
-            self._progress(size)
+        """A rectangle of a tensor in its own dtype, valid until this thread reads again: copy it to keep it."""
+        entry = self.tensors[name]
+        *outer, last = parts
+        if (run := _run(entry.shape, parts)) is not None:
+            tensor = self._read_run(entry, run)
+        elif (
+            isinstance(last, slice)
+            and (run := _run(entry.shape, tuple(outer))) is not None
+            and _is_worth(last, entry.shape[len(outer)])
+        ):
+            whole = self._read_run(entry, run)  # columns: whole rows are read faster than pieces of them
+            kept = [part for part in outer if isinstance(part, slice)]
+            tensor = whole[(*(slice(None) for _ in kept), last)].contiguous()
+        else:
+            tensor = self._files[entry.path].get_slice(name)[parts]
+        with self._lock:
+            self.bytes_read += tensor.nbytes
+            if self._progress is not None:
+                self._progress(tensor.nbytes)
         return tensor
+
+    def _read_run(self, entry: Entry, run: tuple[int, Shape]) -> Tensor:
+        first, shape = run
+        dtype = DTYPES[entry.dtype]
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self._reader.read(entry.path, entry.offset + first * dtype.itemsize, size).view(dtype).view(shape)
 
     def _open(self, path: Path) -> None:
         if not path.is_file():
@@ -69,11 +96,12 @@ class Shards:
             file = self._files[path] = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {_expected_size(path)} ({error}); download it again") from None
+        starts = _starts(path)
         for name in file.keys():  # noqa: SIM118  # not a dict
             if name in self.tensors:
                 raise CheckpointError(f"{name}: is in two files, {self.tensors[name].path} and {path}")
             view = file.get_slice(name)
-            self.tensors[name] = Entry(path, tuple(view.get_shape()), view.get_dtype())
+            self.tensors[name] = Entry(path, tuple(view.get_shape()), view.get_dtype(), starts[name])
 
     def _compare(self, listed: dict[str, str]) -> None:
         index = self.folder / INDEX
@@ -82,6 +110,35 @@ class Shards:
                 raise CheckpointError(f"{index}: {name} is not in {file}; download the checkpoint again")
         for name in self.tensors.keys() - listed.keys():
             raise CheckpointError(f"{index}: does not list {name}, which is in {self.tensors[name].path.name}")
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Where each tensor begins in a file that safetensors could open."""
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        tensors: dict[str, Any] = json.loads(file.read(header))
+    return {name: 8 + header + item["data_offsets"][0] for name, item in tensors.items() if name != "__metadata__"}
+
+
+def _run(shape: Shape, parts: tuple[Part, ...]) -> tuple[int, Shape] | None:
+    """First element and shape of a rectangle whose elements are neighbours in the file; None for any other."""
+    first, found = 0, []
+    whole = [slice(0, size) for size in shape[len(parts) :]]
+    for axis, part in enumerate([*parts, *whole]):
+        inner = torch.Size(shape[axis + 1 :]).numel()
+        start, stop, step = (part, part + 1, 1) if isinstance(part, int) else part.indices(shape[axis])
+        if step != 1 or (stop - start < shape[axis] and any(size != 1 for size in found)):
+            return None
+        first += start * inner
+        if not isinstance(part, int):
+            found.append(max(0, stop - start))
+    return first, tuple(found)
+
+
+def _is_worth(columns: slice, width: int) -> bool:
+    """So many of all columns are wanted that reading the others along costs less than leaving them out."""
+    start, stop, _ = columns.indices(width)
+    return 8 * (stop - start) >= width
 
 
 def _listed(folder: Path) -> dict[str, str] | None:

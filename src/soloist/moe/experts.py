@@ -6,6 +6,7 @@ Shape legend: S slots, D model width, F this rank's share of the experts' width,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -52,8 +53,10 @@ class Experts:
             raise ConfigurationError.of("layout.tp", tp, f"experts have a width of {spec.expert.width}; use a lower tp")
         span = share(spec.expert.width, tp, tp_index)
         experts = cls.empty(spec, source, len(expert_ids), span, has_down_bias=tp_index == 0)
-        for slot, expert in enumerate(expert_ids):
-            experts.load_slot(slot, source, layer, expert, span)
+        with ThreadPoolExecutor(source.threads) as pool:
+            loads = [pool.submit(experts.load_slot, s, source, layer, e, span) for s, e in enumerate(expert_ids)]
+        for load in loads:
+            load.result()
         return experts
 
     @classmethod

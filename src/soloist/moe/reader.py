@@ -18,4 +18,9 @@ class Reader(Protocol):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def threads(self) -> int:
+        """So many may call `read` at once."""
+        ...
+
     def read(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> Tensor: ...
