@@ -34,7 +34,7 @@ class FileReader:
     def read(self, path: Path, offset: int, size: int) -> Tensor:
         """uint8 [size]. Raises CheckpointError where the file ends before."""
         memory = self._memory(size)
-        view, file = memoryview(memory.numpy()), self._file(path)
+        view, file = memory.numpy().data, self._file(path)
         starts = range(0, size, BLOCK)
         blocks = [(view[start : start + BLOCK], offset + start) for start in starts]
         run: Callable = map if len(blocks) == 1 else self._pool.map
