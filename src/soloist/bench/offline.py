@@ -90,6 +90,10 @@ class Start:
     first_token_s: float
     points: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        found = [f"{what} {shape}: {median(times) * 1e3:,.2f} ms" for (what, shape), times in self.points.items()]
+        return ", ".join([f"{self.layout}: first token after {self.first_token_s:.1f} s", *found])
+
 
 def measure(model: str, layout: Layout, load: Load, options: EngineOptions, seed: int = 0) -> Start:
     """Start a layout and put it through the load. Raises RequestError where a request is not answered."""

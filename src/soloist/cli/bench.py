@@ -179,7 +179,10 @@ def offline(
     wanted = [bench.Prefill.parse(text) for text in prefills or []]
     load = bench.Load(wanted, decodes or ([] if wanted else [1]), context, tokens, repeats)
     chosen = [Layout.parse(text) for text in layouts]
-    starts = list(bench.compare(model, chosen, load, options, runs, seed))
+    starts: list[bench.Start] = []
+    for start in bench.compare(model, chosen, load, options, runs, seed):
+        starts.append(start)
+        Console(stderr=True).print(str(start), style="dim", highlight=False)
     written = bench.records(Found.find(model, random_weights is not None).spec, load, starts)
     if routing:
         written.append(bench.routing(model, chosen[0], load, options, seed))

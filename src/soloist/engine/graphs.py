@@ -29,8 +29,10 @@ from soloist.models.rope import Rope
 from soloist.models.step import StepInput
 from soloist.scheduling.request import StepBatch
 
+_CPU = torch.device("cpu")
 WARM_UP = 2  # calls before a capture: kernels are compiled, buffers made
-FIELDS = ("id", "source", "position", "slot", "length", "place", "live", "key", "key2", "temperature")
+LONG = ("id", "source", "position", "slot", "place")  # int64 numbers of a row: what indexes tensors
+SHORT = ("length", "live", "key", "key2", "temperature")  # int32; the last one holds a float's bits
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,30 @@ class Shape:
     scratch: int  # the block of rows that are padding
     device: torch.device
     dtype: torch.dtype
+
+
+class _Numbers:
+    """All numbers of a step side by side in one tensor, so that one copy takes them to the device."""
+
+    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
+        shorts = len(SHORT) * rows + rows * blocks
+        self._all = torch.zeros(len(LONG) * rows + -(-shorts // 2), dtype=torch.int64, device=device)
+        long, short = self._all[: len(LONG) * rows], self._all[len(LONG) * rows :].view(torch.int32)
+        self._rows = dict(zip(LONG, long.view(len(LONG), rows), strict=True))
+        self._rows |= dict(zip(SHORT, short[: len(SHORT) * rows].view(len(SHORT), rows), strict=True))
+        self.keys_B2 = short[SHORT.index("key") * rows :][: 2 * rows].view(2, rows).T
+        self.tables_BM = short[len(SHORT) * rows : shorts].view(rows, blocks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._rows[name]
+
+    def take(self, other: _Numbers) -> None:
+        """A copy of what stands in `other` now; the host may write there again at once."""
+        sent = other._all
+        if self._all.is_cuda:
+            sent = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=True)
+            np.copyto(sent.numpy(), other._all.numpy())
+        self._all.copy_(sent, non_blocking=True)
 
 
 class StaticStep:
@@ -61,18 +87,14 @@ class StaticStep:
         """`x_tD`: where the stage before leaves its result, None on the first stage."""
         self.rows, self.shape, self.replicated = rows, shape, replicated
         self.rope, self.feedback, self.stage, self.x_tD, self.chooses = rope, feedback, stage, x_tD, chooses
-        self._fields = np.zeros((len(FIELDS), rows), np.int32)
-        self._tables_BM = np.zeros((rows, shape.blocks_per_sequence), np.int32)
+        self._host, self._numbers = (_Numbers(rows, shape.blocks_per_sequence, d) for d in (_CPU, shape.device))
         self._held: list[tuple[int, ...]] = [()] * rows  # what stands in each row of the tables
         self._used = 0
-        self._numbers = torch.zeros(self._fields.size + self._tables_BM.size, dtype=torch.int32, device=shape.device)
-        fields, tables = self._numbers.split([self._fields.size, self._tables_BM.size])
-        self._views = dict(zip(FIELDS, fields.view(len(FIELDS), rows), strict=True))
         longest = shape.blocks_per_sequence * shape.block_size
         starts_N = torch.arange(rows + 1, dtype=torch.int32, device=shape.device)
         self.paged = PagedBatch(
-            list(range(rows + 1)), [longest] * rows, tables.view(rows, -1), shape.block_size, starts_N,
-            self._views["length"],
+            list(range(rows + 1)), [longest] * rows, self._numbers.tables_BM, shape.block_size, starts_N,
+            self._numbers["length"],
         )  # fmt: skip
         self._rows_B = torch.arange(rows, device=shape.device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -81,39 +103,36 @@ class StaticStep:
     # -- the host's part --------------------------------------------------------------------------------------------
     def fill(self, batch: StepBatch, sources: np.ndarray, places: np.ndarray) -> None:
         """Put a batch's numbers where the next replay reads them. `sources` and `places`: see `Feedback`."""
-        chunks, used = batch.chunks, len(batch.chunks)
-        size, row = self.shape.block_size, dict(zip(FIELDS, self._fields, strict=True))
+        chunks, used, size = batch.chunks, len(batch.chunks), self.shape.block_size
         self._fill_tables(batch)
-        self._fields[:] = 0
+        row = {name: self._host[name].numpy() for name in (*LONG, *SHORT)}
+        for values in row.values():
+            values[:] = 0
         row["source"][:], row["place"][:], row["length"][:] = -1, self.feedback.nowhere, 1
         row["slot"][:] = self.shape.scratch * size
-        positions = np.fromiter((c.start for c in chunks), np.int32, used)
-        row["id"][:used] = np.fromiter((max(c.tokens[0], 0) for c in chunks), np.int32, used)
+        positions = np.fromiter((c.start for c in chunks), np.int64, used)
+        row["id"][:used] = np.fromiter((max(c.tokens[0], 0) for c in chunks), np.int64, used)
         row["source"][:used], row["place"][:used] = sources, places
         row["position"][:used], row["length"][:used], row["live"][:used] = positions, positions + 1, 1
-        row["slot"][:used] = self._tables_BM[np.arange(used), positions // size] * size + positions % size
+        tables_BM = self._host.tables_BM.numpy()
+        row["slot"][:used] = tables_BM[np.arange(used), positions // size].astype(np.int64) * size + positions % size
         for index, chunk in enumerate(chunks):
             if chunk.samples and chunk.params and chunk.params.temperature > 0:
                 row["key"][index], row["key2"][index] = key_of(chunk)
                 row["temperature"].view(np.float32)[index] = chunk.params.temperature
         if self.shape.device.type == "cpu":  # in a graph these are bounds
             self.paged.lengths[:] = row["length"].tolist()
-        self._send()
+        self._numbers.take(self._host)
 
     def _fill_tables(self, batch: StepBatch) -> None:
+        tables_BM = self._host.tables_BM.numpy()
         for index, chunk in enumerate(batch.chunks):
             if self._held[index] != chunk.blocks:
-                self._tables_BM[index, : len(chunk.blocks)] = chunk.blocks
+                tables_BM[index, : len(chunk.blocks)] = chunk.blocks
                 self._held[index] = chunk.blocks
         used, before, self._used = len(batch.chunks), self._used, len(batch.chunks)
         self._held[used:before] = [()] * (before - used)
-        self._tables_BM[used:, 0] = self.shape.scratch
-
-    def _send(self) -> None:
-        is_cuda = self.shape.device.type == "cuda"
-        packed = torch.empty(self._numbers.shape, dtype=torch.int32, pin_memory=is_cuda)
-        np.concatenate([self._fields.ravel(), self._tables_BM.ravel()], out=packed.numpy())
-        self._numbers.copy_(packed, non_blocking=True)
+        tables_BM[used:, 0] = self.shape.scratch
 
     # -- the device's part ------------------------------------------------------------------------------------------
     def compute(self) -> None:
@@ -122,20 +141,20 @@ class StaticStep:
         self.ids_B, self.out = step.ids_T, self.stage(step, self.x_tD)
         if self.chooses:
             fused = self.out.is_cuda and AVAILABLE
-            temperature_B1 = self._views["temperature"].view(torch.float32)[:, None]
-            keys_B2 = torch.stack([self._views["key"], self._views["key2"]], dim=1)
             logits_BV = self.out if self.out.stride(1) == 1 else self.out.contiguous()
+            temperature_B1, keys_B2 = self._numbers["temperature"].view(torch.float32)[:, None], self._numbers.keys_B2
             token_B, margin_B = (choose_fused if fused else choose)(logits_BV, temperature_B1, keys_B2)
-            self.feedback.ids.index_copy_(0, self._views["place"].long(), token_B)
+            self.feedback.ids.index_copy_(0, self._numbers["place"], token_B)
             self.chosen = torch.stack([token_B.double(), margin_B.double()])
 
     def _input(self) -> StepInput:
-        source_B, rows = self._views["source"].long(), self.rows
-        ids_B = torch.where(source_B < 0, self._views["id"].long(), self.feedback.ids[source_B.clamp(min=0)])
-        cos, sin = self.rope.angles(self._views["position"], self.shape.dtype)
+        numbers, rows = self._numbers, self.rows
+        source_B = numbers["source"]
+        ids_B = torch.where(source_B < 0, numbers["id"], self.feedback.ids[source_B.clamp(min=0)])
+        cos, sin = self.rope.angles(numbers["position"], self.shape.dtype)
         return StepInput(
-            ids_B, self._views["slot"].long(), self.paged, cos, sin, self._rows_B, self.replicated,
-            f"a step of {rows} rows", rows, live_T=self._views["live"].bool(), static=True,
+            ids_B, numbers["slot"], self.paged, cos, sin, self._rows_B, self.replicated,
+            f"a step of {rows} rows", rows, live_T=numbers["live"].bool(), static=True,
         )  # fmt: skip
 
     def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:

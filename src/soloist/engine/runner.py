@@ -109,6 +109,7 @@ class Runner:
         options = self.options
         self.kv_blocks = blocks
         self.caches = allocate(self.spec, self.heads, blocks + 1, options.block_size, self.device, self.dtype)
+        self.rope.prepare(options.longest(self.spec), self.dtype)
         self.settled = settle(self.device)
         self.feedback = Feedback(options.micro_batches + 1, options.max_sequences, self.device)
         width = -(-options.longest(self.spec) // options.block_size)

@@ -19,9 +19,20 @@ class Rope:
     def __init__(self, spec: RopeSpec, device: torch.device) -> None:
         self.spec = spec
         self.frequencies = inverse_frequencies(spec).to(device)
+        self._table: tuple[torch.dtype, Tensor, Tensor] | None = None
+
+    def prepare(self, positions: int, dtype: torch.dtype) -> None:
+        """Compute the angles of all positions once: `angles` then looks them up."""
+        self._table = (dtype, *self._angles(torch.arange(positions, device=self.frequencies.device), dtype))
 
     def angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [T, 1, W/2], in `dtype`; the angles themselves are fp32."""
+        """cos and sin, each [T, 1, W/2], in `dtype`, of positions (int64); the angles themselves are fp32."""
+        if self._table is None or self._table[0] != dtype:
+            return self._angles(positions_T, dtype)
+        _, cos, sin = self._table
+        return cos[positions_T], sin[positions_T]
+
+    def _angles(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions_T[:, None, None].float() * self.frequencies
         factor = self.spec.attention_factor
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

@@ -58,7 +58,7 @@ class StepInput:
         numbers = [ids_T, slots_T, positions_T, _concatenate(wanted), tables_NM, np.array(starts), np.array(lengths)]
         ids_T, slots_T, positions_T, rows_C, tables_NM, starts_N, lengths_N = to_device(numbers, device)
         paged = PagedBatch(starts, lengths, tables_NM, block_size, starts_N, lengths_N)
-        cos, sin = rope.angles(positions_T, dtype)
+        cos, sin = rope.angles(positions_T.long(), dtype)
         return cls(
             ids_T.long(), slots_T.long(), paged, cos, sin, rows_C.long(), replicated, f"step {batch.step}",
             max(batch.peak, batch.tokens),
