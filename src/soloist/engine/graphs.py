@@ -53,7 +53,7 @@ class _Numbers:
         shorts = len(SHORT) * rows + rows * blocks
         self._all = torch.zeros(len(LONG) * rows + -(-shorts // 2), dtype=torch.int64, device=device)
         long, short = self._all[: len(LONG) * rows], self._all[len(LONG) * rows :].view(torch.int32)
-        self._rows = dict(zip(LONG, long.view(len(LONG), rows), strict=True))
+        self._rows: dict[str, Tensor] = dict(zip(LONG, long.view(len(LONG), rows), strict=True))
         self._rows |= dict(zip(SHORT, short[: len(SHORT) * rows].view(len(SHORT), rows), strict=True))
         self.keys_B2 = short[SHORT.index("key") * rows :][: 2 * rows].view(2, rows).T
         self.tables_BM = short[len(SHORT) * rows : shorts].view(rows, blocks)
