@@ -24,6 +24,7 @@ FLOORS = {
     "dispatch": 4,
     "simulator": 4,
     "frontend": 4,
+    "launchers": 4,
     "moe": 5,
     "models": 6,
     "engine": 7,
@@ -35,7 +36,7 @@ FLOORS = {
     "cli": 10,
     "__main__": 11,
 }
-TORCH_FREE = ("errors", "specs", "placement", "planner", "scheduling", "simulator", "frontend", "server")
+TORCH_FREE = ("errors", "specs", "placement", "planner", "scheduling", "simulator", "frontend", "launchers", "server")
 
 
 def part_of(module: str) -> str:

@@ -25,8 +25,7 @@ from soloist.doctor.among import Visit, check_among, gather, hosts_of
 from soloist.doctor.examination import examine_host, report
 from soloist.doctor.finding import Finding, exit_code
 from soloist.doctor.limits import numbers
-from soloist.doctor.planned import preset_of, split_group
-from soloist.specs.layout import Layout
+from soloist.doctor.planned import preset_of
 
 
 @pytest.fixture
@@ -265,11 +264,6 @@ def test_a_log_without_gpudirect(root):
 )
 def test_presets_of_names(name, preset):
     assert preset_of(name) == preset
-
-
-def test_tp_groups_across_nodes():
-    assert split_group(Layout.parse("ep4tp2"), 4) == ()
-    assert split_group(Layout.parse("ep4tp3"), 4) == (3, 4, 5)
 
 
 # -- several hosts ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import soloist
 from soloist.cli import bench, placement
 from soloist.cli.doctor import doctor
 from soloist.cli.generate import generate
+from soloist.cli.launch import launch
 from soloist.cli.planning import calibrate, plan, scenarios, simulate, validate
 from soloist.cli.serve import serve, top
 from soloist.errors import ConfigurationError, RequestError, SoloistError
@@ -58,6 +59,7 @@ for command in (plan, simulate, scenarios, validate, calibrate, generate):
     app.command()(command)
 app.command()(serve)
 app.command()(top)
+app.command()(launch)
 app.command()(doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(placement.app, name="placement")

@@ -28,6 +28,7 @@ def measure_here() -> Measured:
     gpus = torch.cuda.device_count()
     if gpus < 2:
         return measure(torch.device("cuda", 0), "GPU 0") if gpus else measure(torch.device("cpu"), "CPU")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the ranks': torch warns of single messages over NCCL
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "measured.json")
         if start_ranks("soloist.doctor.measuring", [str(file)], gpus, LIMIT_S):

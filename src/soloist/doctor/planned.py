@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from soloist.doctor.finding import Finding, error, ok, warning
 from soloist.doctor.machine import Machine
+from soloist.launchers.start import split_group
 from soloist.planner.plan import Plan
 from soloist.specs.cluster import preset_gpus
 from soloist.specs.layout import Layout
@@ -83,12 +84,3 @@ def _mapping(layout: Layout, gpus_per_node: int) -> Iterator[Finding]:
             "its all-reduces cross the network in every layer",
             "choose a tp that divides the GPUs of a node",
         )
-
-
-def split_group(layout: Layout, gpus_per_node: int) -> tuple[int, ...]:
-    """A TP group that does not lie within one node, () if there is none."""
-    for rank in range(0, layout.size, layout.tp):
-        group = layout.at(rank).tp_peers
-        if len({member // gpus_per_node for member in group}) > 1 and layout.tp <= gpus_per_node:
-            return group
-    return ()
