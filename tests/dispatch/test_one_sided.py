@@ -9,68 +9,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from soloist.dispatch.base import ExpertBatch, SlotChoice
+from soloist.dispatch.base import SlotChoice
 from soloist.dispatch.forms import COPY, LATENCY, PUSH, Form, choose_form
-from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
-from soloist.dispatch.one_sided import OneSidedDispatcher
+from soloist.dispatch.lane import ExchangeShape
 from soloist.errors import CapacityError, CommunicationError
 from soloist.kernels.language import AVAILABLE, INTERPRETED
-from soloist.transport.symmetric import Watch, windows_in_process
-from tests.dispatch.cases import Case, Outcome, check, typical
+from tests.dispatch.cases import check, typical
+from tests.dispatch.in_turn import dense, exchange, poison, shape_of, small, world
 
 pytestmark = pytest.mark.skipif(not (AVAILABLE and INTERPRETED), reason="needs Triton and TRITON_INTERPRET=1")
 
-FORMS = [LATENCY, replace(PUSH, stages=2), COPY, replace(COPY, pull=False)]
+FORMS = [LATENCY, replace(PUSH, stages=2), replace(PUSH, pieces=2), COPY, replace(COPY, pull=False, pieces=3)]
 
 
-def small(form: Form) -> Form:
-    """Several programs and chunks even for tiny rows."""
-    return replace(form, programs=3, block=8, weigh_block=8)
-
-
-def world(shape: ExchangeShape, form: Form, lanes: int = 1) -> list[OneSidedDispatcher]:
-    windows = [windows_in_process(shape.ranks, WindowPlan(shape).size) for _ in range(lanes)]
-    dispatchers = []
-    for rank in range(shape.ranks):
-        watch = Watch(rank, tuple(range(10, 10 + shape.ranks)), torch.device("cpu"), 0.5)
-        own = tuple(Lane(of_rank[rank], shape) for of_rank in windows)
-        dispatchers.append(OneSidedDispatcher.of(shape, own, watch, small(form)))
-    return dispatchers
-
-
-def shape_of(case: Case, **changes) -> ExchangeShape:
-    slots = max(len(held) for held in case.slots)
-    settings = {"ranks": case.groups, "tp": 1, "slots": slots, "top_k": case.top_k, "d_model": case.d_model}
-    settings |= {"capacity": max(case.tokens), "dtype": case.dtype}
-    return ExchangeShape(**(settings | changes))
-
-
-def dense(batch: ExpertBatch) -> tuple[Tensor, Tensor]:
-    """The rows that came, in order, and which of them each expanded row is."""
-    named_X = batch.row_X[: int(batch.offsets_S[-1])]
-    rows = named_X.unique()
-    return rows, torch.searchsorted(rows, named_X)
-
-
-def exchange(dispatchers: list[OneSidedDispatcher], case: Case) -> list[Outcome]:
-    """All ranks' part of one call, in turn: everybody sends before anybody receives."""
-    inputs = [case.inputs(rank) for rank in range(case.groups)]
-    arriving = [d.start_dispatch(x, choice, "layer 0") for d, (x, choice) in zip(dispatchers, inputs, strict=True)]
-    batches = [pending.wait() for pending in arriving]
-    seen, returning = [], []
-    for rank, (dispatcher, batch) in enumerate(zip(dispatchers, batches, strict=True)):
-        rows, row_X = dense(batch)
-        y_RD = torch.full_like(batch.rows_RD, float("nan"))
-        y_RD[rows] = case.answers(rank, len(rows))
-        slots = len(case.slots[rank])
-        seen.append((batch.rows_RD[rows].clone(), row_X, batch.weight_X[: len(row_X)].clone(), batch.offsets_S[:slots]))
-        returning.append(dispatcher.start_combine(y_RD, batch, "layer 0"))
-    return [Outcome(*part, pending.wait()) for part, pending in zip(seen, returning, strict=True)]
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name}-{'pull' if form.pull else 'copied'}")
+@pytest.mark.parametrize(
+    "form", FORMS, ids=lambda form: f"{form.name}-{'pull' if form.pull else 'copied'}-{form.pieces}"
+)
 def test_equal_to_the_definition(form: Form) -> None:
     case = typical(3, torch.float16, node_of_group=(0, 0, 0), d_model=13, tokens=(3, 0, 5), dead=3)
     check(exchange(world(shape_of(case), form), case), case)
@@ -79,11 +34,10 @@ def test_equal_to_the_definition(form: Form) -> None:
 def test_forms_take_turns_on_one_lane_and_nothing_old_leaks() -> None:
     case = typical(2, node_of_group=(0, 0), tokens=(4, 3))
     dispatchers = world(shape_of(case), LATENCY)
-    for call, form in enumerate([LATENCY, PUSH, LATENCY, COPY]):
+    for call, form in enumerate([LATENCY, replace(PUSH, pieces=3), LATENCY, COPY]):
         now = replace(case, seed=call, tokens=((3, 2), (0, 4), (0, 0), (1, 3))[call])
         for dispatcher in dispatchers:
-            for held in (dispatcher.lanes[0].rows_RD(dispatcher.shape), dispatcher.lanes[0].home_RD(dispatcher.shape)):
-                held.fill_(float("nan"))
+            poison(dispatcher)
         shaped = [d.fit(max(case.tokens), small(form)) for d in dispatchers]
         check(exchange(shaped, now), now)
 
@@ -101,7 +55,7 @@ def test_several_dispatches_are_open_at_once() -> None:
         dispatchers[0].start_dispatch(*inputs[0])
 
 
-@pytest.mark.parametrize("form", [LATENCY, COPY], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [LATENCY, COPY, replace(PUSH, pieces=2), replace(COPY, pieces=2)], ids=str)
 def test_expanded_rows_and_weighted_sums(form: Form) -> None:
     case = typical(2, node_of_group=(0, 0), tokens=(4, 3))
     dispatchers = world(shape_of(case), form)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soloist.kernels.experts import ExpertTiles, choose_tiles, fits, swiglu_experts
+from soloist.kernels.experts import ExpertTiles, Fp8Experts, choose_tiles, fits, swiglu_experts
 from soloist.kernels.grouped_gemm import BLOCK, Tile, grouped_gemm
 from soloist.kernels.language import AVAILABLE, INTERPRETED
 from soloist.kernels.quantise import FP8, quantise
@@ -91,6 +91,23 @@ def test_experts(gather: bool) -> None:
     y_XD = swiglu_experts(rows_RD, row_X, offsets(), gate_up, down, ExpertTiles(TILE, TILE, gather))
     hidden_XF = by_slot(rows_RD[row_X], gate_up, gated=True)
     torch.testing.assert_close(y_XD[: sum(COUNTS)], by_slot(hidden_XF, down, gated=False), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [None, BLOCK], ids=["row", "block"])
+def test_fp8_experts(width: int | None) -> None:
+    """Rows expanded together with their scales; within what three bits behind the point allow."""
+    generator = torch.Generator().manual_seed(3)
+    rows_RD = torch.randn(6, 2 * BLOCK, generator=generator) * torch.logspace(-2, 0, 6)[:, None]
+    row_X = torch.randint(0, 6, (sum(COUNTS) + SPARE,), generator=generator)
+    gate_up, down = (
+        torch.randn(3, 2 * BLOCK, 2 * BLOCK, generator=generator) / 16,
+        torch.randn(3, 2 * BLOCK, BLOCK) / 11,
+    )
+    tile = Tile(16, BLOCK, BLOCK, programs=2)
+    experts = Fp8Experts.quantised(gate_up, down, width)
+    y_XD = experts.forward(rows_RD, row_X, offsets(), ExpertTiles(tile, tile, gather=False))[: sum(COUNTS)]
+    want_XD = by_slot(by_slot(rows_RD[row_X], gate_up, gated=True), down, gated=False)
+    assert (y_XD - want_XD).norm() < 0.15 * want_XD.norm()  # the interpreter rounds e4m3 towards zero
 
 
 def test_tiles_follow_the_load() -> None:

@@ -17,20 +17,25 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
+from soloist.bench.dispatchers import join_nccl, one_sided, padded, ragged
 from soloist.bench.load import Load, check_batch, check_home
+from soloist.bench.portable import PortableRun
 from soloist.bench.report import Ceilings, Point, commit, report
-from soloist.dispatch.forms import COPY, LATENCY, Form
-from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
+from soloist.bench.shapes import (
+    ExpertsOption,
+    ModelOption,
+    RoutingOption,
+    TokensOption,
+    TopKOption,
+    Wanted,
+    WidthOption,
+)
+from soloist.bench.soak import soak
+from soloist.bench.trace import Trace, TraceOption
+from soloist.dispatch.forms import COPY, LATENCY, LATENCY_TOKENS, Form
 from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
 from soloist.probes.gpus import Bench, captured, in_ranks
-from soloist.transport.symmetric import Watch
-
-
-def one_sided(bench: Bench, shape: ExchangeShape, form: Form, lanes: int = 2, deadline_s: float = 5.0):
-    """A dispatcher with windows of its own; collective."""
-    windows = [bench.group.window(WindowPlan(shape).size) for _ in range(lanes)]
-    watch = Watch(bench.rank, tuple(range(bench.size)), bench.device, deadline_s)
-    return OneSidedDispatcher.of(shape, tuple(Lane(window, shape) for window in windows), watch, form)
+from soloist.transport.base import Transport
 
 
 @dataclass
@@ -44,7 +49,7 @@ class ExchangeRun:
 
     def __post_init__(self) -> None:
         bench, load = self.bench, self.load
-        self.inputs = [load.inputs(rank, bench.size, self.seed, bench.device) for rank in range(bench.size)]
+        self.inputs = load.everybody(bench.size, self.seed, bench.device)
         self.x_TD, self.choice = self.inputs[bench.rank]
         self.shape = self.dispatcher.shape
 
@@ -75,7 +80,7 @@ class ExchangeRun:
         dispatcher.watch.check()
         return used
 
-    def halves(self) -> tuple[float, float]:
+    def halves(self, trace: Trace, name: str) -> tuple[float, float]:
         """Seconds of a dispatch and of a combine from rows where the experts left them, each as a graph."""
         state = {}
 
@@ -92,6 +97,7 @@ class ExchangeRun:
         # Captured one after the other on one lane; the eager calls of `captured` would take the other lane's turn.
         both = [captured(work, warm_up=0) for work in (dispatch, combine)]
         first, second = self.bench.seconds(*both)
+        trace.shot(name, lambda: [half() for half in both])
         return first, second
 
     def round_trip(self, expand: bool = True, calls: int = 10) -> float:
@@ -146,16 +152,16 @@ class Measured:
     """Points of one machine, with what they have in common."""
 
     bench: Bench
+    trace: Trace
     ceilings: Ceilings = field(default_factory=Ceilings)
 
     def point(self, what: str, variant: str, load: Load, seconds: float, row_bytes: int) -> Point:
         """Against the rows of the busiest rank over its link."""
-        shape = {"T": load.tokens, "D": load.d_model, "K": load.top_k, "E": load.experts, "routing": load.routing}
-        choices = [load.inputs(rank, self.bench.size, 0, self.bench.device)[1] for rank in range(self.bench.size)]
-        rows = max(load.remote_rows(choices))
+        rows = max(load.remote_rows([choice for _, choice in load.everybody(self.bench.size, 0, self.bench.device)]))
         bound = f"{rows * row_bytes / 1e6:.1f} MB at {self.ceilings.link / 1e9:.0f} GB/s"
         machine = f"{self.bench.size} x {torch.cuda.get_device_name(self.bench.device)}"
-        return Point(what, variant, shape, seconds, rows * row_bytes / self.ceilings.link, bound, machine, commit())
+        ceiling = rows * row_bytes / self.ceilings.link
+        return Point(what, variant, load.named, seconds, ceiling, bound, machine, commit())
 
     def prefill(self, load: Load, fp8: bool = False) -> Iterator[Point]:
         """Dispatch and combine apart, by every form, and the yardsticks."""
@@ -164,7 +170,7 @@ class Measured:
         for name, form in FORMS.items():
             run = ExchangeRun(self.bench, load, dispatcher.fit(load.tokens, form))
             run.check()
-            dispatch, combine = run.halves()
+            dispatch, combine = run.halves(self.trace, f"{name} {load.routing}{' fp8' if fp8 else ''}")
             yield self.point("dispatch fp8" if fp8 else "dispatch", name, load, dispatch, sent)
             if not fp8:
                 yield self.point("combine", name, load, combine, sent)
@@ -182,31 +188,79 @@ class Measured:
             name = ("fp8" if fp8 else "bf16") + (", rows expanded" if expand else ", rows through the index")
             yield self.point("there and back", name, load, run.round_trip(expand), sent)
 
+    def portable(self, load: Load, transport: Transport) -> Iterator[Point]:
+        """Both halves over NCCL: exactly the rows needed, and equal splits in one round and in four."""
+        sent = load.d_model * load.dtype.itemsize
+        compared = {
+            "NCCL, ragged": ragged(transport, load),
+            "NCCL, padded, in a graph": padded(transport, load),
+            "the same in 4 rounds": padded(transport, load, rounds=4),
+        }
+        for name, dispatcher in compared.items():
+            run = PortableRun(self.bench, load, dispatcher)
+            run.check()
+            for what, seconds in run.halves():
+                yield self.point(what, name, load, seconds, sent)
 
-def measure(preset: str) -> Iterator[Point]:
+    def case(self, load: Load, transport: Transport) -> Iterator[Point]:
+        """Everything that there is to say of one load."""
+        if load.tokens <= LATENCY_TOKENS:
+            yield from self.decode(load, fp8=True)
+            yield from self.decode(load, fp8=False)
+        else:
+            yield from self.prefill(load)
+            yield from self.prefill(load, fp8=True)
+        yield from self.portable(load, transport)
+
+
+def measure(preset: str, wanted: Wanted, trace_file: Path | None) -> Iterator[Point]:
     """Joins the world and measures; called by every rank."""
-    measured = Measured(Bench.join())
+    bench = Bench.join()
+    measured = Measured(bench, Trace.of(trace_file, bench.rank))
+    transport = join_nccl(bench)
+    if wanted:
+        sizes = wanted.sizes(bench.size)
+        yield from measured.case(Load(**sizes), transport)
+        return
     if preset in ("prefill", "all"):
         for load in PREFILL:
             yield from measured.prefill(load)
         yield from measured.prefill(PREFILL[0], fp8=True)
+        yield from measured.portable(PREFILL[0], transport)
     if preset in ("wire", "all"):
         yield from measured.prefill(WIRE)
     if preset in ("decode", "all"):
         for load in DECODE:
             yield from measured.decode(load, fp8=True)
             yield from measured.decode(load, fp8=False)
+        yield from measured.portable(DECODE[0], transport)
 
 
 def main(
     preset: Annotated[str, typer.Option(help="prefill, decode, wire or all")] = "all",
+    model: ModelOption = None,
+    tokens: TokensOption = None,
+    d_model: WidthOption = None,
+    experts: ExpertsOption = None,
+    top_k: TopKOption = None,
+    routing: RoutingOption = None,
     lines: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
     explain: Annotated[bool, typer.Option(help="say what bounds each point")] = False,
+    trace: TraceOption = None,
+    calls: Annotated[int, typer.Option(help="instead of timing: compare this many calls with NCCL")] = 0,
 ) -> None:
     """Time the exchange between the GPUs of this host; started once, or once a rank by torchrun and the like."""
+    wanted = Wanted(model, tokens, d_model, None, experts, top_k, routing)
     if "RANK" not in os.environ:
-        raise typer.Exit(in_ranks("soloist.bench.exchange", sys.argv[1:]))
-    points = list(measure(preset))
+        code = in_ranks("soloist.bench.exchange", sys.argv[1:])
+        if not (code or calls):
+            reporting = [*(["--lines", str(lines)] if lines else []), *(["--explain"] if explain else [])]
+            code = in_ranks("soloist.bench.vdev", [*wanted.flags(), *reporting])
+        raise typer.Exit(code)
+    if calls:
+        soak(calls)
+        return
+    points = list(measure(preset, wanted, trace))
     if os.environ["RANK"] == "0":
         report(points, lines, explain)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,16 +19,29 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from soloist.bench.exchange import one_sided
+from soloist.bench.dispatchers import join_nccl, one_sided, padded, ragged
 from soloist.bench.load import Load
+from soloist.bench.portable import PortableRun
 from soloist.bench.report import Ceilings, Point, commit, report
+from soloist.bench.shapes import (
+    ExpertsOption,
+    ExpertWidthOption,
+    ModelOption,
+    RoutingOption,
+    TokensOption,
+    TopKOption,
+    Wanted,
+    WidthOption,
+)
+from soloist.bench.trace import Trace, TraceOption
 from soloist.dispatch.base import ExpertBatch, SlotChoice
-from soloist.dispatch.forms import Form, choose_form
+from soloist.dispatch.forms import LATENCY_TOKENS, Form, choose_form
 from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
-from soloist.kernels.experts import ExpertTiles, choose_tiles, swiglu_experts
+from soloist.kernels.experts import FP8_BLOCKS, FP8_ROWS, ExpertTiles, Fp8Experts, choose_tiles, swiglu_experts
+from soloist.kernels.grouped_gemm import BLOCK
 from soloist.probes.gpus import Bench, captured, in_ranks
+from soloist.transport.base import Transport
 
-DECODE_TOKENS = 512
 LANES = 3  # a chunk being computed, one on its way there, one on its way home
 
 
@@ -37,7 +51,6 @@ class LayerRun:
 
     bench: Bench
     load: Load
-    width: int  # F
     form: Form
     chunks: int = 1
     tiles: ExpertTiles | None = None
@@ -63,7 +76,7 @@ class LayerRun:
                 slot.normal_(generator=generator).mul_(columns**-0.5)
             return made
 
-        return draw(2 * self.width, load.d_model), draw(load.d_model, self.width)
+        return draw(2 * load.width, load.d_model), draw(load.d_model, load.width)
 
     def experts(self, batch: ExpertBatch, x_XD: Tensor | None = None) -> Tensor:
         return swiglu_experts(batch.rows_RD, batch.row_X, batch.offsets_S, self.gate_up, self.down, self.tiling, x_XD)
@@ -88,16 +101,17 @@ class LayerRun:
         return [*out, going[-1].wait()]
 
     def without_exchange(self) -> Callable[[], None]:
-        """The same rows through the same experts and weighted sums, nothing travelling."""
+        """The same rows through the same expansion, experts and weighted sums, nothing travelling."""
         dispatcher = self.dispatcher
-        batch = dispatcher.start_dispatch(*self.parts()[0]).wait()
+        batch = dispatcher.dispatch(*self.parts()[0])
         dispatcher.start_combine_expanded(self.experts(batch), batch).wait()
         ticket = batch.ticket
         assert isinstance(ticket, Ticket)
 
         def work() -> None:
             for _ in range(self.chunks):
-                dispatcher._weigh(ticket, self.experts(batch), weigh=True, push=False)
+                x_XD = None if self.tiling.gather else dispatcher.spread(batch)
+                dispatcher._weigh(ticket, self.experts(batch, x_XD), weigh=True, push=False)
 
         return work
 
@@ -125,76 +139,136 @@ class LayerRun:
 
     def floor(self, ceilings: Ceilings) -> tuple[float, str]:
         """Seconds of the busiest rank with nothing for the exchange, and what they are spent on."""
-        everybody = [
-            self.load.inputs(rank, self.bench.size, 0, self.bench.device)[1] for rank in range(self.bench.size)
-        ]
+        everybody = [choice for _, choice in self.load.everybody(self.bench.size, 0, self.bench.device)]
         group = torch.cat([choice.group_TK.flatten() for choice in everybody])
         slot = torch.cat([choice.slot_TK.flatten() for choice in everybody])
         d, slots = self.load.d_model, self.load.experts // self.bench.size
         loads = torch.bincount(group * slots + slot, minlength=self.bench.size * slots).view(-1, slots)
-        flops = int(loads.sum(1).max()) * 6 * d * self.width
-        weights = int((loads > 0).sum(1).max()) * 3 * d * self.width * self.load.dtype.itemsize
+        flops = int(loads.sum(1).max()) * 6 * d * self.load.width
+        weights = int((loads > 0).sum(1).max()) * 3 * d * self.load.width * self.load.dtype.itemsize
         compute, memory = flops / ceilings.flops, weights / ceilings.memory
         bound = f"{flops / 1e12:.3f} TFLOP" if compute > memory else f"{weights / 1e9:.2f} GB of weights"
         return max(compute, memory), bound
 
-    def measure(self, calls: int = 1, repeats: int = 15, pause_s: float = 0.0) -> tuple[float, float]:
-        """Seconds of the layer and of the layer without its exchange, both as graphs.
+    def graph(self, work: Callable[[], object], calls: int) -> Callable[[], None]:
+        def many() -> None:
+            for _ in range(calls):
+                work()
+
+        return captured(many, warm_up=0)
+
+    def measure(self, calls: int, pause_s: float, trace: Trace, name: str) -> tuple[float, float]:
+        """Seconds of the layer and of the layer without its exchange, both as graphs of `calls`.
 
         `pause_s` between repeats keeps a GPU from lowering its clocks under a load that only a benchmark has.
         """
-
-        def times(work: Callable[[], object]) -> Callable[[], None]:
-            def many() -> None:
-                for _ in range(calls):
-                    work()
-
-            return captured(many, warm_up=0)
-
         alone = self.without_exchange()
         alone()
-        layer, bare = self.bench.seconds(times(self.forward), times(alone), repeats=repeats, pause_s=pause_s)
-        return layer / calls, bare / calls
+        forward, bare = self.graph(self.forward, calls), self.graph(alone, calls)
+        seconds = self.bench.seconds(forward, bare, repeats=15, pause_s=pause_s)
+        trace.shot(name, forward)
+        return seconds[0] / calls, seconds[1] / calls
 
 
 CASES = {
-    "decode, two-expert": (Load(128, 4096, 2, 16), 16384),
-    "decode, fine-grained": (Load(128, 2048, 8, 128), 768),
-    "prefill, two-expert": (Load(8192, 4096, 2, 16), 16384),
-    "prefill, fine-grained": (Load(8192, 2048, 8, 128), 768),
-    "prefill, wide": (Load(4096, 7168, 8, 64), 2048),
+    "decode, two-expert": Load(128, 4096, 2, 16, width=16384),
+    "decode, fine-grained": Load(128, 2048, 8, 128, width=768),
+    "prefill, two-expert": Load(8192, 4096, 2, 16, width=16384),
+    "prefill, fine-grained": Load(8192, 2048, 8, 128, width=768),
+    "prefill, wide": Load(4096, 7168, 8, 64, width=2048),
 }
+FP8_CASE = "prefill, wide"
 PAUSE_S = 0.03  # between repeats of prefill
 
 
-def measure(chunks: int, pause_s: float) -> Iterator[Point]:
-    """Joins the world, checks and times each case; called by every rank."""
-    bench, ceilings = Bench.join(), Ceilings()
-    machine = f"{bench.size} x {torch.cuda.get_device_name(bench.device)}"
-    for name, (load, width) in CASES.items():
-        decode = load.tokens <= DECODE_TOKENS
-        run = LayerRun(bench, load, width, choose_form(load.shape(bench.size)), 1 if decode else chunks)
+@dataclass
+class Measured:
+    """Points of one machine."""
+
+    bench: Bench
+    chunks: int
+    pause_s: float
+    trace: Trace
+    ceilings: Ceilings = field(default_factory=Ceilings)
+
+    def point(self, what: str, variant: str, load: Load, seconds: float, floor: tuple[float, str], **more) -> Point:
+        machine = f"{self.bench.size} x {torch.cuda.get_device_name(self.bench.device)}"
+        return Point(what, variant, load.named | more, seconds, *floor, machine, commit())
+
+    def case(self, name: str, load: Load, transport: Transport) -> Iterator[Point]:
+        """The layer over NVLink, the same without its exchange, and the portable path."""
+        decode = load.tokens <= LATENCY_TOKENS
+        run = LayerRun(self.bench, load, choose_form(load.shape(self.bench.size)), 1 if decode else self.chunks)
         run.check()
-        layer, bare = run.measure(calls=10 if decode else 1, pause_s=0.0 if decode else pause_s)
-        floor, bound = run.floor(ceilings)
-        shape = {"T": load.tokens, "D": load.d_model, "F": width, "E": load.experts, "K": load.top_k}
-        shape |= {"chunks": run.chunks, "exposed": f"{(layer - bare) / layer:.1%}"}
-        yield Point(name, f"one-sided, {run.form.name}", shape, layer, floor, bound, machine, commit())
-        del run
+        pause_s = 0.0 if decode else self.pause_s
+        layer, bare = run.measure(10 if decode else 1, pause_s, self.trace, name)
+        floor = run.floor(self.ceilings)
+        exposed = f"{(layer - bare) / layer:.1%}"
+        yield self.point(name, f"one-sided, {run.form.name}", load, layer, floor, chunks=run.chunks, exposed=exposed)
+        for variant, dispatcher in {
+            "NCCL, ragged, grouped_mm": ragged(transport, load),
+            "NCCL, padded, grouped_mm, in a graph": padded(transport, load),
+        }.items():
+            portable = PortableRun(self.bench, load, dispatcher)
+            work = portable.timed(portable.layer(run.gate_up, run.down))
+            (seconds,) = self.bench.seconds(work, repeats=7, pause_s=pause_s)
+            yield self.point(name, variant, load, seconds, floor)
+            del portable, work
+            torch.cuda.empty_cache()
+
+    def fp8(self, name: str, load: Load) -> Iterator[Point]:
+        """The experts alone, expansion and the quantisation of activations included: bf16 and both forms of fp8."""
+        run = LayerRun(self.bench, load, choose_form(load.shape(self.bench.size)))
+        batch = run.dispatcher.dispatch(run.x_TD, run.choice)
+        rows = batch.rows_RD.clone(), batch.row_X.clone(), batch.offsets_S.clone()
+        floor = run.floor(self.ceilings)
+        work = {"bf16": lambda: swiglu_experts(*rows, run.gate_up, run.down, run.tiling)}
+        want_XD = work["bf16"]()[: int(rows[2][-1])]
+        for variant, width, tiles in (("a scale a row", None, FP8_ROWS), ("blocks of 128 × 128", BLOCK, FP8_BLOCKS)):
+            experts = Fp8Experts.quantised(run.gate_up, run.down, width)
+            error = (experts.forward(*rows, tiles)[: len(want_XD)] - want_XD).norm() / want_XD.norm()
+            assert error < 0.06, f"fp8, {variant}: {error:.3f} from bf16"
+            work[f"fp8, {variant}"] = partial(experts.forward, *rows, tiles)
+        seconds = self.bench.seconds(*map(captured, work.values()), repeats=9, pause_s=self.pause_s)
+        for variant, each in zip(work, seconds, strict=True):
+            yield self.point(f"experts of {name}", variant, load, each, floor, rate=f"{seconds[0] / each:.2f} x bf16")
+
+
+def measure(chunks: int, pause_s: float, wanted: Wanted, trace_file: Path | None) -> Iterator[Point]:
+    """Joins the world, checks and times each case; called by every rank."""
+    bench = Bench.join()
+    transport = join_nccl(bench)
+    measured = Measured(bench, chunks, pause_s, Trace.of(trace_file, bench.rank))
+    cases = CASES
+    if wanted:
+        load = Load(**wanted.sizes(bench.size, with_experts=True))
+        cases = {wanted.model or "as asked": load}
+    for name, load in cases.items():
+        yield from measured.case(name, load, transport)
         torch.cuda.empty_cache()
         dist.barrier()
+    if not wanted:
+        yield from measured.fp8(FP8_CASE, CASES[FP8_CASE])
 
 
 def main(
+    model: ModelOption = None,
+    tokens: TokensOption = None,
+    d_model: WidthOption = None,
+    width: ExpertWidthOption = None,
+    experts: ExpertsOption = None,
+    top_k: TopKOption = None,
+    routing: RoutingOption = None,
     chunks: Annotated[int, typer.Option(help="parts of a prefill that travel and are computed in turn")] = 1,
     pause_s: Annotated[float, typer.Option(help="between repeats of prefill, so that clocks stay up")] = PAUSE_S,
     lines: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
     explain: Annotated[bool, typer.Option(help="say what bounds each point")] = False,
+    trace: TraceOption = None,
 ) -> None:
     """Time a whole MoE layer on the GPUs of this host; started once, or once a rank by torchrun and the like."""
     if "RANK" not in os.environ:
         raise typer.Exit(in_ranks("soloist.bench.layer", sys.argv[1:]))
-    points = list(measure(chunks, pause_s))
+    points = list(measure(chunks, pause_s, Wanted(model, tokens, d_model, width, experts, top_k, routing), trace))
     if os.environ["RANK"] == "0":
         report(points, lines, explain)
 

@@ -1,4 +1,4 @@
-"""Many calls of the exchange with changing routing and poisoned buffers, compared on the GPU with the definition.
+"""Many calls of the exchange with changing routing and poisoned buffers, compared on the GPU with NCCL's.
 
 Shape legend: T tokens of a rank, D model width, K top-k, E experts, R rows.
 """
@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from soloist.bench.exchange import one_sided
-from soloist.bench.load import Load
-from soloist.dispatch.base import SlotChoice
-from soloist.dispatch.forms import Form
+from soloist.bench.dispatchers import join_nccl, one_sided, padded, ragged
+from soloist.bench.load import Load, sum_of
+from soloist.dispatch.base import Dispatcher, SlotChoice
+from soloist.dispatch.forms import COPY, LATENCY, PUSH, Form
 from soloist.probes.gpus import Bench, captured
+from soloist.transport.base import Transport
+
+LOAD = Load(64, 256, 8, 64)
+FORMS = {"latency": LATENCY, "push": PUSH, "copy": COPY, "copy, copied home": Form("copy", pull=False)}
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Soak:
     """Static inputs, so that a graph can be replayed on new contents, and a count of wrong values."""
 
     bench: Bench
+    transport: Transport
     load: Load
     form: Form
     wrong: Tensor = field(init=False)
@@ -29,51 +34,71 @@ class Soak:
     def __post_init__(self) -> None:
         bench, load = self.bench, self.load
         self.dispatcher = one_sided(bench, load.shape(bench.size), self.form, lanes=1)
+        self.ragged, self.padded = ragged(self.transport, load), padded(self.transport, load, rounds=2)
         self.generator = torch.Generator(bench.device).manual_seed(5 + bench.rank)
         self.x_TD = torch.zeros(load.tokens, load.d_model, dtype=load.dtype, device=bench.device)
         shape = (load.tokens, load.top_k)
-        self.ids_TK = torch.zeros(shape, dtype=torch.int64, device=bench.device)
+        self.group_TK = torch.zeros(shape, dtype=torch.int64, device=bench.device)
+        self.slot_TK = torch.zeros(shape, dtype=torch.int64, device=bench.device)
         self.weight_TK = torch.ones(shape, device=bench.device)
         self.wrong = torch.zeros((), dtype=torch.int64, device=bench.device)
 
     def draw(self, call: int) -> None:
-        """New tokens; routing uniform, skewed, or everything to one rank."""
+        """New tokens; routing uniform, skewed, everything to one rank, or some tokens nowhere at all."""
         load, slots = self.load, self.load.experts // self.bench.size
         self.x_TD.normal_(generator=self.generator)
         shape = (load.tokens, load.experts)
         liked_TE = torch.randn(shape, generator=self.generator, device=self.bench.device)
-        if call % 4 == 1:
+        if call % 5 == 1:
             liked_TE[:, :slots] += 2.0
-        if call % 4 >= 2:
-            crowded = call // 4 % self.bench.size
+        if call % 5 in (2, 3):
+            crowded = call // 5 % self.bench.size
             liked_TE[:, crowded * slots : (crowded + 1) * slots] += 100.0
-        self.ids_TK.copy_(liked_TE.topk(load.top_k).indices)
+        ids_TK = liked_TE.topk(load.top_k).indices
+        self.group_TK.copy_(ids_TK // slots)
+        self.slot_TK.copy_(ids_TK % slots)
+        if call % 5 == 4:  # on one rank all of them
+            nowhere = slice(0, None) if call // 5 % self.bench.size == self.bench.rank else slice(0, None, 3)
+            self.group_TK[nowhere] = -1
+            self.slot_TK[nowhere] = -1
 
-    def call(self) -> None:
-        """One exchange between poisoned buffers. The experts of group g answer x / 2 + g."""
+    def call(self, yardstick: Dispatcher) -> None:
+        """One exchange between poisoned buffers, and the same one over NCCL. Group g's experts answer x / 2 + g."""
         dispatcher, shape, bench = self.dispatcher, self.dispatcher.shape, self.bench
         lane = dispatcher.lanes[0]
         bench.barrier()
         for poisoned in (lane.rows_RD(shape), lane.home_RD(shape), lane.y_RD(shape)):
             poisoned.fill_(float("nan"))
         bench.barrier()
-        slots = self.load.experts // bench.size
-        group_TK = self.ids_TK // slots
-        batch = dispatcher.dispatch(self.x_TD, SlotChoice(group_TK, self.ids_TK % slots, self.weight_TK))
-        out_TD = dispatcher.combine(batch.rows_RD * 0.5 + bench.rank, batch)
-        wanted_TD = torch.zeros_like(out_TD, dtype=torch.float32)
-        for group in range(bench.size):
-            here_T1 = (group_TK == group).any(1, keepdim=True)
-            wanted_TD += (self.x_TD * 0.5 + group).float().where(here_T1, 0.0)
-        self.wrong += (out_TD != wanted_TD.to(out_TD.dtype)).sum()
+        mine_TD, nccl_TD = self._through(dispatcher), self._through(yardstick)
+        wanted_TD = sum_of([self.x_TD * 0.5 + group for group in range(bench.size)], self.group_TK)
+        self.wrong += (mine_TD != nccl_TD).sum() + (mine_TD != wanted_TD).sum()
+
+    def _through(self, dispatcher: Dispatcher) -> Tensor:
+        batch = dispatcher.dispatch(self.x_TD, SlotChoice(self.group_TK, self.slot_TK, self.weight_TK))
+        return dispatcher.combine(batch.rows_RD * 0.5 + self.bench.rank, batch)
 
     def run(self, calls: int, eager_every: int = 10) -> int:
-        """Wrong values in `calls` calls, one in `eager_every` outside the graph."""
+        """Wrong values in `calls` calls, one in `eager_every` outside the graph and against the ragged dispatcher."""
         self.draw(0)
-        replay = captured(self.call)
+        replay = captured(lambda: self.call(self.padded))
         for call in range(calls):
             self.draw(call)
-            (self.call if call % eager_every == 0 else replay)()
+            if call % eager_every == 0:
+                self.call(self.ragged)
+            else:
+                replay()
         torch.cuda.synchronize()
         self.dispatcher.watch.check()
         return int(self.wrong)
+
+
+def soak(calls: int) -> None:
+    """`calls` calls in each form; raises AssertionError where a value differs. Called by every rank."""
+    bench = Bench.join()
+    transport = join_nccl(bench)
+    for name, form in FORMS.items():
+        wrong = Soak(bench, transport, LOAD, form).run(calls)
+        assert not wrong, f"rank {bench.rank}, {name}: {wrong} values differ in {calls} calls"
+        if bench.rank == 0:
+            print(f"{name}: {calls} calls equal to NCCL's and to the definition", flush=True)

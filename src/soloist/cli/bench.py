@@ -8,6 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from soloist.bench.shapes import (
+    ExpertsOption,
+    ExpertWidthOption,
+    ModelOption,
+    RoutingOption,
+    TokensOption,
+    TopKOption,
+    WidthOption,
+)
 from soloist.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -192,33 +201,57 @@ def offline(
 
 LinesOption = Annotated[Path | None, typer.Option(help="Append a JSON line for each point to this file.")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Say what bounds each point.")]
+TraceOption = Annotated[Path | None, typer.Option(help="Write FILE-CASE.json for Perfetto: a row for each stream.")]
 
 
 @app.command()
 def exchange(
     preset: Annotated[str, typer.Option(help="prefill, decode, wire or all.")] = "all",
+    model: ModelOption = None,
+    tokens: TokensOption = None,
+    d_model: WidthOption = None,
+    experts: ExpertsOption = None,
+    top_k: TopKOption = None,
+    routing: RoutingOption = None,
     lines: LinesOption = None,
     explain: ExplainOption = False,
+    trace: TraceOption = None,
+    calls: Annotated[int, typer.Option(help="Instead of timing: compare this many calls with NCCL.")] = 0,
 ) -> None:
     """Dispatch and combine between the GPUs of this host, beside NCCL and the link's limit."""
-    _on_every_gpu("exchange", {"--preset": preset, "--lines": lines}, explain)
+    _on_every_gpu("exchange", locals())
 
 
 @app.command()
 def layer(
+    model: ModelOption = None,
+    tokens: TokensOption = None,
+    d_model: WidthOption = None,
+    width: ExpertWidthOption = None,
+    experts: ExpertsOption = None,
+    top_k: TopKOption = None,
+    routing: RoutingOption = None,
     chunks: Annotated[int, typer.Option(help="Parts of a prefill that travel and are computed in turn.")] = 1,
     lines: LinesOption = None,
     explain: ExplainOption = False,
+    trace: TraceOption = None,
 ) -> None:
-    """A whole MoE layer on the GPUs of this host, beside its floor."""
-    _on_every_gpu("layer", {"--chunks": chunks, "--lines": lines}, explain)
+    """A whole MoE layer on the GPUs of this host, beside its floor and the portable path."""
+    _on_every_gpu("layer", locals())
 
 
-def _on_every_gpu(name: str, options: dict[str, object], explain: bool) -> None:
+def _on_every_gpu(name: str, options: dict[str, object]) -> None:
+    """`soloist.bench.NAME` with these options, once for each GPU."""
     from soloist.probes.gpus import in_ranks
 
-    given = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
-    raise typer.Exit(in_ranks(f"soloist.bench.{name}", [*given, *(["--explain"] if explain else [])]))
+    words: list[str] = []
+    for option, value in options.items():
+        flag = "--" + option.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    raise typer.Exit(in_ranks(f"soloist.bench.{name}", words))
 
 
 @app.command()

@@ -7,7 +7,8 @@
     copy       the same, whole blocks by copy engine          the same; or whole blocks home by copy engine
 
 The copy form sends tokens to groups that they did not choose as well, without using an SM: it pays where most tokens go
-to most groups.
+to most groups. In both larger forms rows may travel in pieces, each with its flag: the first ones are expanded while
+the last ones travel.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 
 from soloist.dispatch.lane import ExchangeShape
 
+STREAMING = 256  # elements a warp: many small programs, where a kernel is bound by this GPU's own memory
+
 
 @dataclass(frozen=True)
 class Form:
@@ -28,24 +31,31 @@ class Form:
     programs: int = 528
     block: int = 8192  # elements of a row that a program moves at a time
     weigh_block: int = 2048  # the same for the weighted sum
+    weigh_warp: int = STREAMING  # of them for each warp
     stages: int = 1  # of them that it loads ahead
     pull: bool = True  # push and copy forms: the sum reads from the peers instead of having blocks copied home
+    pieces: int = 1  # of the rows, in the push and copy forms
 
     def chunks(self, d_model: int, whole: bool = False) -> tuple[int, int, int]:
         """BLOCK, CHUNKS and warps for rows of `d_model`; `whole` rows in one piece."""
-        block = 1 << (d_model - 1).bit_length()
-        block = block if whole else min(block, self.block)
-        return block, -(-d_model // block), max(1, min(16, block // 1024))
+        return cut(d_model, d_model if whole else self.block)
 
 
-LATENCY = Form("latency", programs=1056, block=2048)
+def cut(d_model: int, block: int, per_warp: int = 1024) -> tuple[int, int, int]:
+    """BLOCK (a power of two), CHUNKS and warps for rows of `d_model` of which a program moves `block` at a time."""
+    block = 1 << (min(block, d_model) - 1).bit_length()
+    return block, -(-d_model // block), max(1, min(16, block // per_warp))
+
+
+LATENCY = Form("latency", programs=1056, block=2048, weigh_warp=1024)
 PUSH = Form("push")
 COPY = Form("copy")
+LATENCY_TOKENS = 512  # up to which one kernel a direction is faster
 
 
-def choose_form(shape: ExchangeShape, latency_tokens: int = 512) -> Form:
+def choose_form(shape: ExchangeShape) -> Form:
     """By size, and by the share of groups that a token goes to under uniform routing."""
-    if shape.capacity <= latency_tokens:
+    if shape.capacity <= LATENCY_TOKENS:
         return LATENCY
     visited = 1 - (1 - 1 / shape.groups) ** shape.top_k
     return COPY if visited > 0.8 else PUSH

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
-from soloist.dispatch.forms import Form
+from soloist.dispatch.forms import STREAMING, cut
 from soloist.errors import CapacityError
 from soloist.kernels.experts import expand_rows
 from soloist.kernels.home import weigh_kernel
 from soloist.kernels.index import index_kernel
 
 BLOCK = 2048  # elements of a row that a program of the weighted sum takes
-PROGRAMS = 2112
+PROGRAMS = 4224
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class LocalDispatcher(Dispatcher):
         choice, (tokens, d_model) = ticket.choice, batch.rows_RD.shape
         top_k = choice.slot_TK.shape[1]
         out_TD = torch.empty(tokens, d_model, dtype=y_XD.dtype, device=y_XD.device)
-        block, chunks, warps = Form("", block=BLOCK).chunks(d_model)
+        block, chunks, warps = cut(d_model, BLOCK, STREAMING)
         if tokens:
             weigh_kernel[(min(PROGRAMS, tokens * chunks),)](
                 y_XD, choice.slot_TK, ticket.index.place_TK, ticket.index.weight_X, None, None, out_TD,
@@ -125,7 +125,7 @@ class Arriving:
 
     def wait_expanded(self) -> tuple[ExpertBatch, Tensor]:
         batch = self.wait()
-        return batch, expand_rows(batch.rows_RD, batch.row_X, batch.offsets_S)
+        return batch, expand_rows(batch.rows_RD, batch.row_X, batch.offsets_S)[0]
 
 
 @dataclass(frozen=True)

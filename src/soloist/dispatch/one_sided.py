@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
-from soloist.dispatch.forms import Form, SideStream, choose_form
+from soloist.dispatch.forms import STREAMING, Form, SideStream, choose_form, cut
 from soloist.dispatch.lane import ExchangeShape, Lane
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
 from soloist.kernels.home import home_kernel, weigh_kernel
@@ -23,7 +23,8 @@ from soloist.kernels.index import index_kernel, spread_kernel
 from soloist.kernels.push import SPAN, push_kernel
 from soloist.transport.symmetric import Watch
 
-WEIGH_PROGRAMS, SPREAD_PROGRAMS = 2112, 4224  # what belongs to the experts: no limit for the exchange
+# What belongs to the experts: no limit for the exchange.
+WEIGH_PROGRAMS, SPREAD_PROGRAMS, SPREAD_BLOCK = 4224, 1 << 20, 2048
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,32 @@ class OneSidedDispatcher(Dispatcher):
         return Arriving(self, ticket, self.side.mark(), x_TD)
 
     def _send_rows(self, ticket: Ticket, x_TD: Tensor) -> None:
-        if self.form.name == "push":
-            self._push(ticket, x_TD, "all", choices=False)
-            return
-        lane, shape, here = ticket.lane, ticket.shape, self._own_rows(ticket)
+        """Piece by piece, so that the first ones can be expanded while the last ones travel."""
+        for piece in range(self.form.pieces):
+            span = self._piece(ticket, piece)
+            if self.form.name == "push":
+                self._push(ticket, x_TD, "all", choices=False, span=span)
+            else:
+                self._copy_rows(ticket, x_TD, span)
+
+    def _piece(self, ticket: Ticket, piece: int) -> slice:
+        """Those of `capacity` tokens that travel in this piece."""
+        step = -(-ticket.shape.capacity // self.form.pieces)
+        return slice(min(piece * step, ticket.shape.capacity), min((piece + 1) * step, ticket.shape.capacity))
+
+    def _copy_rows(self, ticket: Ticket, x_TD: Tensor, span: slice) -> None:
+        """Whole blocks by copy engine, also what goes nowhere."""
+        lane, shape, first = ticket.lane, ticket.shape, self._own_rows(ticket).start
         if shape.fp8:
-            self._push(ticket, x_TD, "stage", choices=False)
-            x_TD = lane.rows_RD(shape)[here]
-        for step in range(1, shape.ranks):
-            peer = (self.rank + step) % shape.ranks
-            lane.rows_RD(shape, peer)[here].copy_(x_TD)
-            if shape.fp8:
-                lane.scale_R(shape, peer)[here].copy_(lane.scale_R(shape)[here])
+            self._push(ticket, x_TD, "stage", choices=False, span=span)
+        here = slice(first + span.start, first + min(span.stop, ticket.tokens))
+        if here.start < here.stop:
+            rows_RD = lane.rows_RD(shape)[here] if shape.fp8 else x_TD[span]
+            for step in range(1, shape.ranks):
+                peer = (self.rank + step) % shape.ranks
+                lane.rows_RD(shape, peer)[here].copy_(rows_RD)
+                if shape.fp8:
+                    lane.scale_R(shape, peer)[here].copy_(lane.scale_R(shape)[here])
         self._signal(lane, "rows")
 
     def _own_rows(self, ticket: Ticket) -> slice:
@@ -110,17 +125,21 @@ class OneSidedDispatcher(Dispatcher):
         first = ticket.shape.order(self.rank) * ticket.shape.capacity
         return slice(first, first + ticket.tokens)
 
-    def _push(self, ticket: Ticket, x_TD: Tensor, rows: str, choices: bool) -> None:
+    def _push(self, ticket: Ticket, x_TD: Tensor, rows: str, choices: bool, span: slice = slice(None)) -> None:
+        """`span`: those of the tokens that are meant."""
         lane, shape, choice = ticket.lane, ticket.shape, ticket.choice
+        start, stop, _ = span.indices(shape.capacity)
+        x_TD, group_TK = x_TD[start:stop], choice.group_TK[start:stop]
         block, chunks, warps = self.form.chunks(shape.d_model, whole=shape.fp8)
-        at, units = lane.at, -(-shape.capacity * shape.top_k // SPAN) if rows == "none" else shape.capacity * chunks
+        at, room = lane.at, stop - start
+        units = -(-room * shape.top_k // SPAN) if rows == "none" else room * chunks
         push_kernel[(max(1, min(self.form.programs, units)),)](
-            x_TD, choice.group_TK, choice.slot_TK, choice.weight_TK, lane.window.bases, lane.calls,
-            len(x_TD), shape.capacity, shape.order(self.rank) * shape.capacity, self.rank, shape.tp,
+            x_TD, group_TK, choice.slot_TK, choice.weight_TK, lane.window.bases, lane.calls,
+            len(x_TD), room, shape.order(self.rank) * shape.capacity + start, self.rank, shape.tp,
             at.rows, at.scales, at.slots, at.weights, at.flags,
             D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks,
             CHOICES=choices, ROWS=rows, QUANTISE=shape.fp8, SIGNAL=rows not in ("own", "stage"),
-            STAGES=self.form.stages, num_warps=2 if rows == "none" else warps,
+            PIECES=self.form.pieces, STAGES=self.form.stages, num_warps=2 if rows == "none" else warps,
         )  # fmt: skip
 
     def _receive(self, ticket: Ticket) -> ExpertBatch:
@@ -146,13 +165,45 @@ class OneSidedDispatcher(Dispatcher):
         self.side.join(sent)
         self._await(ticket, "rows")
 
-    def _spread(self, ticket: Ticket, rows: Tensor, scale_R: Tensor | None, first: int, x_XD: Tensor) -> None:
-        """Rows `first …` of the batch to where they stand among the expanded ones."""
+    def spread(self, batch: ExpertBatch) -> Tensor:
+        """x_XD of a batch whose rows are all there, in the model's dtype."""
+        ticket = batch.ticket
+        assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
+        x_XD = self._expanded(ticket)
+        for piece in range(self.form.pieces):
+            self._spread_piece(ticket, piece, own=True, x_XD=x_XD)
+        return x_XD
+
+    def _expanded(self, ticket: Ticket) -> Tensor:
+        shape = ticket.shape
+        return torch.empty(shape.rows * shape.most, shape.d_model, dtype=shape.dtype, device=ticket.lane.row_X.device)
+
+    def _spread_own(self, ticket: Ticket, x_TD: Tensor, x_XD: Tensor) -> None:
+        """This rank's tokens to where they stand among the expanded rows."""
+        first = self._own_rows(ticket).start
+        self._spread(ticket, x_TD, None, x_XD, first, first, len(x_TD), len(x_TD), self.shape.ranks)
+
+    def _spread_piece(self, ticket: Ticket, piece: int, own: bool, x_XD: Tensor) -> None:
+        """The same with a piece of what the ranks sent, `own` tokens included or not."""
+        lane, shape, span = ticket.lane, ticket.shape, self._piece(ticket, piece)
+        scale_R = lane.scale_R(shape) if shape.fp8 else None
+        size, skip = span.stop - span.start, shape.ranks if own else shape.order(self.rank)
+        sources = shape.ranks if own else shape.ranks - 1
+        self._spread(ticket, lane.rows_RD(shape), scale_R, x_XD, 0, span.start, size * sources, size, skip)
+
+    def _spread(
+        self, ticket: Ticket, rows: Tensor, scale_R: Tensor | None, x_XD: Tensor, base: int, first: int, count: int,
+        span: int, skip: int,
+    ) -> None:  # fmt: skip
+        """`count` rows, `span` of each source but the one of order `skip`, from each one's row `first`.
+
+        Row r of the batch is row `r - base` of `rows`.
+        """
         lane, shape = ticket.lane, ticket.shape
-        block, chunks, warps = Form("", block=2048).chunks(shape.d_model)
-        if len(rows):
-            spread_kernel[(min(SPREAD_PROGRAMS, len(rows) * chunks),)](
-                rows, scale_R, lane.slots_RK, lane.place_RK, x_XD, first, len(rows),
+        block, chunks, warps = cut(shape.d_model, SPREAD_BLOCK, STREAMING)
+        if count:
+            spread_kernel[(min(SPREAD_PROGRAMS, count * chunks),)](
+                rows, scale_R, lane.slots_RK, lane.place_RK, x_XD, base, first, count, span, shape.capacity, skip,
                 D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), MOST=shape.most, BLOCK=block, CHUNKS=chunks,
                 SCALED=scale_R is not None, num_warps=warps,
             )  # fmt: skip
@@ -189,7 +240,7 @@ class OneSidedDispatcher(Dispatcher):
 
     def _weigh(self, ticket: Ticket, y: Tensor, weigh: bool, push: bool) -> None:
         lane, shape = ticket.lane, ticket.shape
-        block, chunks, warps = Form("", block=self.form.weigh_block).chunks(shape.d_model)
+        block, chunks, warps = cut(shape.d_model, self.form.weigh_block, self.form.weigh_warp)
         weigh_kernel[(max(1, min(WEIGH_PROGRAMS, shape.rows * chunks)),)](
             y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.calls, lane.y_RD(shape),
             shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags,
@@ -230,11 +281,12 @@ class OneSidedDispatcher(Dispatcher):
             PHASE=PHASES.index(phase), RANKS=self.shape.ranks, num_warps=1,
         )  # fmt: skip
 
-    def _await(self, ticket: Ticket, phase: str) -> None:
+    def _await(self, ticket: Ticket, phase: str, behind: int = 0) -> None:
+        """Until everybody has done this phase, but for the last `behind` pieces of it."""
         lane = ticket.lane
         await_kernel[(1,)](
             lane.flags, lane.calls, *self._watching(ticket),
-            PHASE=PHASES.index(phase), RANKS=self.shape.ranks, num_warps=1,
+            PHASE=PHASES.index(phase), RANKS=self.shape.ranks, behind=behind, num_warps=1,
         )  # fmt: skip
 
 
@@ -266,19 +318,16 @@ class Arriving:
         `rows_RD` is not to be used: in the copy form own rows do not stand in it.
         """
         dispatcher, ticket = self.dispatcher, self.ticket
-        batch, shape = dispatcher._receive(ticket), ticket.shape
-        x_XD = torch.empty(len(batch.row_X), shape.d_model, dtype=shape.dtype, device=batch.row_X.device)
-        scale_R = ticket.lane.scale_R(shape) if shape.fp8 else None
-        own = dispatcher._own_rows(ticket)
-        rest = [slice(0, shape.rows)]
-        if self.x_TD is not None:
-            if not shape.fp8:
-                dispatcher._spread(ticket, self.x_TD, None, own.start, x_XD)
-                rest = [slice(0, own.start), slice(own.start + shape.capacity, shape.rows)]
-            dispatcher._receive_rows(ticket, self.sent)
-        for part in rest:
-            scale = None if scale_R is None else scale_R[part]
-            dispatcher._spread(ticket, batch.rows_RD[part], scale, part.start, x_XD)
+        batch = dispatcher._receive(ticket)
+        if self.x_TD is None:
+            return batch, dispatcher.spread(batch)
+        x_XD, fp8 = dispatcher._expanded(ticket), ticket.shape.fp8
+        if not fp8:
+            dispatcher._spread_own(ticket, self.x_TD, x_XD)
+        for piece in range(dispatcher.form.pieces):
+            dispatcher._await(ticket, "rows", behind=dispatcher.form.pieces - 1 - piece)
+            dispatcher._spread_piece(ticket, piece, own=fp8, x_XD=x_XD)
+        dispatcher.side.join(self.sent)
         return batch, x_XD
 
 

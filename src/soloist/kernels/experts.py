@@ -17,7 +17,7 @@ from torch import Tensor
 
 from soloist.kernels.grouped_gemm import BLOCK, Tile, grouped_gemm
 from soloist.kernels.index import expand_kernel
-from soloist.kernels.quantise import quantise
+from soloist.kernels.quantise import FP8, quantise
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,11 @@ class ExpertTiles:
 # Measured on H100 (docs/exchange.md): the best of seven shapes each.
 FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gather=True)
 SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
-MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 4), gather=False)
+MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), gather=False)
 FP8_ROWS = ExpertTiles(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), gather=False)
-FP8_BLOCKS = ExpertTiles(Tile(64, 128, BLOCK, 8, 3), Tile(64, 128, BLOCK, 4, 3, 2), gather=False)
+FP8_BLOCKS = ExpertTiles(
+    Tile(128, 64, BLOCK, stages=4, hopper=True), Tile(128, 128, BLOCK, stages=4, hopper=True), gather=False
+)
 
 
 def choose_tiles(rows_per_slot: float) -> ExpertTiles:
@@ -50,18 +52,21 @@ def fits(tiles: ExpertTiles, d_model: int, width: int) -> bool:
     return not (d_model % up.bk or width % up.bn or width % down.bk or d_model % down.bn)
 
 
-def expand_rows(rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, scale_R: Tensor | None = None,
-                dtype: torch.dtype | None = None, programs: int = 4224) -> Tensor:  # fmt: skip
-    """x_XD: each row once for every slot that it chose; times its scale where there is one."""
-    d = rows_RD.shape[1]
-    x_XD = torch.empty(len(row_X), d, dtype=dtype or rows_RD.dtype, device=rows_RD.device)
+def expand_rows(
+    rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, scale_RB: Tensor | None = None, programs: int = 4224
+) -> tuple[Tensor, Tensor | None]:
+    """x_XD and scale_XB: each row, and its scales where there are some, once for every slot that it chose."""
+    d, x = rows_RD.shape[1], len(row_X)
+    x_XD = torch.empty(x, d, dtype=rows_RD.dtype, device=rows_RD.device)
+    scales = 0 if scale_RB is None else scale_RB.shape[1]
+    scale_XB = None if scale_RB is None else scale_RB.new_empty(x, scales)
     block = min(2048, 1 << (d - 1).bit_length())
     chunks = -(-d // block)
-    expand_kernel[(max(1, min(programs, len(row_X) * chunks)),)](
-        rows_RD, scale_R, row_X, offsets_S, x_XD, SLOTS=len(offsets_S), D=d, BLOCK=block, CHUNKS=chunks,
-        SCALED=scale_R is not None, num_warps=max(1, block // 1024),
+    expand_kernel[(max(1, min(programs, x * chunks)),)](
+        rows_RD, scale_RB, row_X, offsets_S, x_XD, scale_XB, SLOTS=len(offsets_S), SP=_power(len(offsets_S)), D=d,
+        BLOCK=block, CHUNKS=chunks, SCALES=scales, SCALES_P=_power(scales), num_warps=max(1, block // 256),
     )  # fmt: skip
-    return x_XD
+    return x_XD, scale_XB
 
 
 def swiglu_experts(
@@ -73,7 +78,7 @@ def swiglu_experts(
     `x_XD`: the expanded rows, where somebody has made them already.
     """
     if x_XD is None and not tiles.gather:
-        x_XD = expand_rows(rows_RD, row_X, offsets_S)
+        x_XD, _ = expand_rows(rows_RD, row_X, offsets_S)
     x, index = (rows_RD, row_X) if x_XD is None else (x_XD, None)
     hidden_XF = grouped_gemm(x, gate_up_SND, offsets_S, tiles.gate_up, index, gated=True)
     return grouped_gemm(hidden_XF, down_SDF, offsets_S, tiles.down)
@@ -88,6 +93,11 @@ class Fp8Experts:
     down_SDF: Tensor
     down_scale: Tensor
 
+    @classmethod
+    def quantised(cls, gate_up_SND: Tensor, down_SDF: Tensor, width: int | None = None) -> Fp8Experts:
+        """From weights in bf16 or fp16: a scale a row, or one for blocks of `width` × `width`."""
+        return cls(*_quantised(gate_up_SND, width), *_quantised(down_SDF, width))
+
     @property
     def width(self) -> int | None:
         """Columns that one scale of an activation covers."""
@@ -96,7 +106,7 @@ class Fp8Experts:
     def forward(self, rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, tiles: ExpertTiles) -> Tensor:
         """y_XD in rows_RD's dtype. Rows and hidden activations are quantised on the way."""
         q_RD, scale_RB = quantise(rows_RD, self.width)
-        q_XD, scale_XB = expand_rows(q_RD, row_X, offsets_S), scale_RB[row_X]
+        q_XD, scale_XB = expand_rows(q_RD, row_X, offsets_S, scale_RB)
         hidden_XF = grouped_gemm(
             q_XD, self.gate_up_SND, offsets_S, tiles.gate_up, gated=True, scale_R=scale_XB,
             scale_SN=self.gate_up_scale, dtype=rows_RD.dtype,
@@ -105,3 +115,22 @@ class Fp8Experts:
         return grouped_gemm(
             q_XF, self.down_SDF, offsets_S, tiles.down, scale_R=scale_XB, scale_SN=self.down_scale, dtype=rows_RD.dtype
         )
+
+
+def _quantised(weight_SND: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
+    """q_SND and its scales, slot by slot, since a copy in fp32 is large."""
+    q_SND = torch.empty_like(weight_SND, dtype=FP8)
+    scales = []
+    for q_ND, weight_ND in zip(q_SND, weight_SND, strict=True):
+        n, d = weight_ND.shape
+        high, wide = (1, d) if width is None else (width, width)
+        blocks = weight_ND.float().view(n // high, high, d // wide, wide)
+        scale = blocks.abs().amax((1, 3), keepdim=True).clamp_min(1e-12) / 448
+        q_ND.copy_((blocks / scale).view(n, d))
+        scales.append(scale[:, 0, :, 0].squeeze(1) if width is None else scale[:, 0, :, 0])
+    return q_SND, torch.stack(scales)
+
+
+def _power(size: int) -> int:
+    """The next power of two."""
+    return 1 << (max(size, 1) - 1).bit_length()

@@ -1,8 +1,8 @@
 """Clock, fences and waits: all that one GPU does to know what another one has done.
 
-A flag is an int64 in the memory of the rank that waits: how many calls of the exchange its sender has brought through a
-phase. It only grows, and the waiting rank compares it with its own count of calls, which lies on its device as well. So
-nothing is reset between calls, and a CUDA graph can be replayed.
+A flag is an int64 in the memory of the rank that waits: how many calls of the exchange, or pieces of calls, its sender
+has brought through a phase. It only grows, and the waiting rank compares it with its own count of calls, which lies on
+its device as well. So nothing is reset between calls, and a CUDA graph can be replayed.
 
 Publishing: each program of a launch, after a barrier of its threads, counts itself in with release and acquire at the
 scope of the GPU; the last one raises the peers' flags with release at system scope. Waiting is an acquire at system
@@ -60,9 +60,10 @@ def remote(bases, peer, at, dtype: tl.constexpr):
 
 
 @triton.jit
-def count(calls, PHASE: tl.constexpr):
-    """One more call with this phase. `calls` has a line for each: the count, then the programs counted in."""
-    tl.store(calls + PHASE * LINE, tl.load(calls + PHASE * LINE) + 1)
+def count(calls, PHASE: tl.constexpr, PIECES: tl.constexpr = 1):
+    """One more call with this phase, published in PIECES. `calls` has a line for each phase: the count, then the
+    programs counted in."""
+    tl.store(calls + PHASE * LINE, tl.load(calls + PHASE * LINE) + PIECES)
 
 
 @triton.jit
@@ -78,9 +79,9 @@ def publish(bases, calls, flags_at, me, PHASE: tl.constexpr, RANKS: tl.constexpr
 
 
 @triton.jit
-def await_all(flags, calls, failed, report, code, timeout_ns, PHASE: tl.constexpr, RANKS: tl.constexpr):
-    """Returns when every rank has published this call's phase."""
-    target = tl.load(calls + PHASE * LINE)
+def await_all(flags, calls, failed, report, code, timeout_ns, PHASE: tl.constexpr, RANKS: tl.constexpr, behind=0):
+    """Returns when every rank has published this call's phase, but for the last `behind` pieces of it."""
+    target = tl.load(calls + PHASE * LINE) - behind
     for source in range(RANKS):
         await_flag(flags + (PHASE * RANKS + source) * LINE, target, failed, report + source, code, timeout_ns)
     tl.debug_barrier()
@@ -93,6 +94,6 @@ def signal_kernel(bases, calls, flags_at, me, PHASE: tl.constexpr, RANKS: tl.con
 
 
 @triton.jit
-def await_kernel(flags, calls, failed, report, code, timeout_ns, PHASE: tl.constexpr, RANKS: tl.constexpr):
+def await_kernel(flags, calls, failed, report, code, timeout_ns, PHASE: tl.constexpr, RANKS: tl.constexpr, behind=0):
     """Hold the stream until every rank has published. One program."""
-    await_all(flags, calls, failed, report, code, timeout_ns, PHASE, RANKS)
+    await_all(flags, calls, failed, report, code, timeout_ns, PHASE, RANKS, behind)

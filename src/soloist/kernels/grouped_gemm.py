@@ -30,6 +30,7 @@ class Tile:
     stages: int = 4
     per_sm: int = 1
     programs: int | None = None  # instead of all SMs
+    hopper: bool = False  # on Hopper by hopper_gemm.py, which takes no index, and of fp8 only blocks
 
 
 def grouped_gemm(
@@ -55,10 +56,16 @@ def grouped_gemm(
     n = height // 2 if gated else height
     assert (d % tile.bk, n % tile.bn) == (0, 0), f"{tile} does not divide {d} and {n}"
     scaled = scale_R is not None
-    blocked = scaled and scale_R.numel() > len(x)
+    blocked = scale_SN is not None and scale_SN.dim() == 3
     assert not blocked or tile.bk == BLOCK, "a step of the sum must be a block"
     if out_XN is None:
         out_XN = torch.empty(len(x) if row_X is None else len(row_X), n, dtype=dtype or x.dtype, device=x.device)
+    if tile.hopper and _is_hopper(x.device) and row_X is None and (not blocked or d // BLOCK % 2 == 0):
+        from soloist.kernels.hopper_gemm import grouped_gemm_hopper  # Gluon is there where Triton is
+
+        wide = 2 * tile.bn if gated else tile.bn
+        grouped_gemm_hopper(x, weight_SND, offsets_S, out_XN, gated, scale_R, scale_SN, wide, tile.stages)
+        return out_XN
     if gated:
         weight = TensorDescriptor.from_tensor(weight_SND.view(2 * slots, n, d), [2, tile.bn, tile.bk])
     else:
@@ -71,6 +78,10 @@ def grouped_gemm(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_XN
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _programs(tile: Tile, device: torch.device) -> int:
@@ -138,7 +149,8 @@ def grouped_gemm_kernel(
     if BLOCKED:
         low, high, scale_low, scale_high = 0, 0, 0.0, 0.0
         from_M, scale_M = tl.zeros((BM,), tl.int64), tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, WIDE), tl.float32)
+    # Of a blocked sum each half of the columns lies in one block of the weight.
+    acc = tl.zeros((BM, 2, WIDE // 2) if BLOCKED else (BM, WIDE), tl.float32)
     ki = -1
     for _ in range(0, mine * (D // BK)):
         ki = tl.where(ki == D // BK - 1, 0, ki + 1)
@@ -151,7 +163,6 @@ def grouped_gemm_kernel(
             if BLOCKED:
                 # Rows behind the slot's end take the scales of its last one; what becomes of them is not stored.
                 from_M = row_M if GATHER else tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)
-                # Each half of the columns lies in one block of the weight.
                 low = (slot * (N * WIDE // BN) + n * BN) // BK * (D // BK)
                 high = (slot * (N * WIDE // BN) + n * BN + (N if GATED else WIDE // 2)) // BK * (D // BK)
                 scale_M = tl.load(scale_R + from_M * (D // BK))
@@ -165,13 +176,13 @@ def grouped_gemm_kernel(
         else:
             w = weight.load([slot * N + n * BN, ki * BK])
         if BLOCKED:
-            part = tl.dot(a, w.T)
+            part = tl.dot(a, w.T).reshape(BM, 2, WIDE // 2)
             # The next step's scales are on their way while the tensor cores work on this one's product.
             following = tl.minimum(ki + 1, D // BK - 1)
             next_M = tl.load(scale_R + from_M * (D // BK) + following)
             next_low, next_high = tl.load(scale_SN + low + following), tl.load(scale_SN + high + following)
-            scale_N = tl.where(tl.arange(0, WIDE) < WIDE // 2, scale_low, scale_high)
-            acc += part * scale_M[:, None] * scale_N[None, :]
+            scale_2 = tl.where(tl.arange(0, 2) == 0, scale_low, scale_high)
+            acc += part * (scale_M[:, None, None] * scale_2[None, :, None])
             scale_M, scale_low, scale_high = next_M, next_low, next_high
         else:
             acc = tl.dot(a, w.T, acc)
@@ -181,7 +192,7 @@ def grouped_gemm_kernel(
             if SCALED:
                 acc *= tl.load(scale_R + (row_M if GATHER else at_M), mask=at_M < end, other=0.0)[:, None]
                 acc *= tl.load(scale_SN + _weight_row(slot, n, N, BN, WIDE))[None, :]
-            result = _swiglu(acc, BM, BN) if GATED else acc
+            result = _swiglu(acc, BM, BN) if GATED else acc.reshape(BM, BN)
             out = out_XN + at_M.to(tl.int64)[:, None] * N + column_N[None, :]
             tl.store(out, result.to(out_XN.dtype.element_ty), mask=(at_M < end)[:, None])
-            acc = tl.zeros((BM, WIDE), tl.float32)
+            acc = tl.zeros(acc.shape, tl.float32)

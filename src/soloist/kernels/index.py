@@ -48,41 +48,59 @@ def index_kernel(
 
 @triton.jit
 def expand_kernel(
-    rows_RD, scale_R, row_X, offsets_S, x_XD, SLOTS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr, SCALED: tl.constexpr,
+    rows_RD, scale_RB, row_X, offsets_S, x_XD, scale_XB, SLOTS: tl.constexpr, SP: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, SCALES: tl.constexpr, SCALES_P: tl.constexpr,
 ):  # fmt: skip
-    """x_XD: each row once for every local slot that it chose; SCALED: times its row's scale."""
-    used = tl.load(offsets_S + SLOTS - 1)
+    """x_XD: each row once for every local slot that it chose; and its SCALES scales, if any.
+
+    The slots are gone through side by side. As each has its rows in order, the copies of a row are made at about the
+    same time, while it is in the L2.
+    """
+    index_S = tl.arange(0, SP)
+    ends_S = tl.load(offsets_S + index_S, mask=index_S < SLOTS, other=0)
+    starts_S = tl.load(offsets_S + index_S - 1, mask=(index_S > 0) & (index_S < SLOTS), other=0)
+    longest = tl.max(ends_S - starts_S, 0)
     width = tl.full((), D, tl.int64)
-    for unit in range(tl.program_id(0), used * CHUNKS, tl.num_programs(0)):
-        x, chunk = unit // CHUNKS, unit % CHUNKS
-        column = chunk * BLOCK + tl.arange(0, BLOCK)
-        row = tl.load(row_X + x)
-        value = tl.load(rows_RD + row * D + column, mask=column < D)
-        if SCALED:
-            value = (value.to(tl.float32) * tl.load(scale_R + row)).to(x_XD.dtype.element_ty)
-        tl.store(x_XD + x * width + column, value, mask=column < D)
+    for unit in range(tl.program_id(0), longest * (SLOTS * CHUNKS), tl.num_programs(0)):
+        nth, chunk = unit // CHUNKS, unit % CHUNKS
+        slot = nth % SLOTS
+        x = tl.load(offsets_S + slot - 1, mask=slot > 0, other=0) + nth // SLOTS
+        if x < tl.load(offsets_S + slot):
+            column = chunk * BLOCK + tl.arange(0, BLOCK)
+            row = tl.load(row_X + x)
+            value = tl.load(rows_RD + row * D + column, mask=column < D)
+            tl.store(x_XD + x * width + column, value, mask=column < D)
+            if SCALES > 0:
+                block = tl.arange(0, SCALES_P)
+                once = (block < SCALES) & (chunk == 0)
+                scale = tl.load(scale_RB + row * SCALES + block, mask=once)
+                tl.store(scale_XB + x * SCALES + block, scale, mask=once)
 
 
 @triton.jit
 def spread_kernel(
-    rows_RD, scale_R, slots_RK, place_RK, x_XD, first_row, rows,
+    rows_RD, scale_R, slots_RK, place_RK, x_XD, base, first, count, span, stride, skip,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """The same for `rows` rows, of which the first is row `first_row` of the batch: each is read once."""
+    """x_XD from `count` rows, each read once, and times its scale where SCALED: `span` of each source, from row `first`
+    of its `stride` rows on, the source of order `skip` left out. Row r of the batch is row `r - base` of `rows_RD` and
+    `scale_R`.
+    """
     k = tl.arange(0, KP)
     width = tl.full((), D, tl.int64)
-    for unit in range(tl.program_id(0), rows * CHUNKS, tl.num_programs(0)):
-        given, chunk = unit // CHUNKS, unit % CHUNKS
-        row = first_row + given
+    for unit in range(tl.program_id(0), count * CHUNKS, tl.num_programs(0)):
+        nth, chunk = unit // CHUNKS, unit % CHUNKS
+        source = nth // span
+        row = (source + (source >= skip).to(tl.int32)) * stride + first + nth % span
         column = chunk * BLOCK + tl.arange(0, BLOCK)
         slot_K = tl.load(slots_RK + row * K + k, mask=k < K, other=-1)
-        count = tl.sum((slot_K >= 0).to(tl.int32), 0)
-        value = tl.load(rows_RD + given * width + column, mask=column < D, other=0.0)
-        if SCALED:
-            value = value.to(tl.float32) * tl.load(scale_R + given)
-        for j in tl.static_range(MOST):
-            place = tl.load(place_RK + row * K + j) * width
-            inside = column < tl.where(j < count, D, 0)
-            tl.store(x_XD + place + column, value.to(x_XD.dtype.element_ty), mask=inside)
+        chosen = tl.sum((slot_K >= 0).to(tl.int32), 0)
+        if chosen > 0:
+            value = tl.load(rows_RD + (row - base) * width + column, mask=column < D, other=0.0)
+            if SCALED:
+                value = value.to(tl.float32) * tl.load(scale_R + row - base)
+            for j in tl.static_range(MOST):
+                place = tl.load(place_RK + row * K + j) * width
+                inside = column < tl.where(j < chosen, D, 0)
+                tl.store(x_XD + place + column, value.to(x_XD.dtype.element_ty), mask=inside)

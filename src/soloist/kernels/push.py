@@ -39,14 +39,14 @@ def push_kernel(
     tokens, capacity, first_row, me, tp, rows_at, scales_at, slots_at, weights_at, flags_at,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, QUANTISE: tl.constexpr, SIGNAL: tl.constexpr,
-    STAGES: tl.constexpr,
+    PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs share `capacity` tokens, those beyond `tokens` going nowhere, and the chunks of their rows.
 
-    CHOICES: send slots and gate weights, and count the call; without rows, as one whose rows follow. ROWS: "all" sends
-    rows to every group chosen, "own" to this rank where chosen, "stage" to this rank always, "none" to nobody.
-    QUANTISE: rows in fp8 with one fp32 scale each (CHUNKS = 1). SIGNAL: publish. STAGES: rows that a program loads
-    ahead.
+    CHOICES: send slots and gate weights, and count the call; without rows, as one whose rows follow in PIECES. ROWS:
+    "all" sends rows to every group chosen, "own" to this rank where chosen, "stage" to this rank always, "none" to
+    nobody. QUANTISE: rows in fp8 with one fp32 scale each (CHUNKS = 1). SIGNAL: publish. STAGES: rows that a program
+    loads ahead.
     """
     program = tl.program_id(0)
     if CHOICES:
@@ -54,7 +54,7 @@ def push_kernel(
             count(calls, PHASE_CHOICES)
             count(calls, PHASE_HOME)
             if ROWS == "none":
-                count(calls, PHASE_ROWS)
+                count(calls, PHASE_ROWS, PIECES)
         # The row of a token says where its choices lie.
         slots_at += first_row * (4 * K)
         weights_at += first_row * (4 * K)

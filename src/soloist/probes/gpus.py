@@ -69,16 +69,14 @@ class Bench:
     ) -> list[float]:
         """For each of `parts`, run one after the other, the median over repeats of the slowest rank.
 
-        Before each part all ranks meet on the GPU. A sleep at the start lets the host run ahead of it.
+        Before each part all ranks meet on the GPU, `pause_s` after the last part ended. A sleep at the start lets the
+        host run ahead of it.
         """
         marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
         self._meet = self._meet or captured(self.barrier)
         for _ in range(warm_up + repeats):
             torch.cuda._sleep(_HEAD_START)
-            marks.append([self._timed(part) for part in parts])
-            if pause_s:
-                torch.cuda.synchronize()
-                time.sleep(pause_s)
+            marks.append([self._timed(part, pause_s) for part in parts])
         torch.cuda.synchronize()
         self.watch.check()
         own = [[1e-3 * a.elapsed_time(b) for a, b in spans] for spans in marks[warm_up:]]
@@ -86,7 +84,11 @@ class Bench:
         dist.all_gather_object(everybody, own)
         return [median_of_slowest([[spans[i] for spans in rank] for rank in everybody]) for i in range(len(parts))]
 
-    def _timed(self, part: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _timed(self, part: Callable[[], object], pause_s: float) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        if pause_s:
+            torch.cuda.synchronize()
+            time.sleep(pause_s)
+            torch.cuda._sleep(_HEAD_START)
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._meet()
         start.record()
