@@ -129,7 +129,7 @@ def shared_experts(transport: Transport, folder: str) -> list[float]:
     gate, up, down = gate.to(dtype), up.to(dtype), down.to(dtype)
     mine = slice(transport.rank * half, (transport.rank + 1) * half)
     gate_up, own_down = torch.cat([gate[:, mine], up[:, mine]], 1), down[..., mine].contiguous()
-    whole, tiles = over_nvlink(transport, folder, dtype, tp=2), choose_tiles(TOKENS * 2 * TOP_K / SLOTS)
+    whole, tiles = over_nvlink(transport, folder, dtype, tp=2), choose_tiles(TOKENS * 2 * TOP_K / SLOTS, half)
     x_TD, choice = inputs(transport, 2, dtype, 1)
 
     def layer(form: Form) -> Tensor:

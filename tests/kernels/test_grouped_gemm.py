@@ -111,6 +111,7 @@ def test_fp8_experts(width: int | None) -> None:
 
 
 def test_tiles_follow_the_load() -> None:
-    assert choose_tiles(4).gate_up.bm < choose_tiles(4096).gate_up.bm
-    assert fits(choose_tiles(4096), 2048, 768)
-    assert not fits(choose_tiles(4096), 2048, 700)
+    assert choose_tiles(4, 768).gate_up.bm < choose_tiles(4096, 768).gate_up.bm
+    assert choose_tiles(4096, 768) != choose_tiles(4096, 2048)
+    assert fits(choose_tiles(4096, 768), 2048, 768)
+    assert not fits(choose_tiles(4096, 700), 2048, 700)

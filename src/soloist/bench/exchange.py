@@ -34,6 +34,7 @@ from soloist.bench.soak import soak
 from soloist.bench.trace import Trace, TraceOption
 from soloist.dispatch.forms import COPY, LATENCY, LATENCY_TOKENS, Form
 from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
+from soloist.errors import ConfigurationError
 from soloist.probes.gpus import Bench, captured, in_ranks
 from soloist.transport.base import Transport
 
@@ -142,6 +143,7 @@ FORMS = {
     "copy": COPY,
     "copy, 32 SMs": Form("copy", programs=32, stages=4),
 }
+PRESETS = ("prefill", "decode", "wire", "all", "none")
 PREFILL = [Load(4096, 7168, 8, 64), Load(4096, 7168, 8, 64, "skewed")]
 WIRE = Load(32768, 4096, 1, 2, "remote")
 DECODE = [Load(128, 7168, 8, 64), Load(16, 7168, 8, 64)]
@@ -213,11 +215,15 @@ class Measured:
         yield from self.portable(load, transport)
 
 
-def measure(preset: str, wanted: Wanted, trace_file: Path | None) -> Iterator[Point]:
+def measure(preset: str, wanted: Wanted, trace_file: Path | None, calls: int) -> Iterator[Point]:
     """Joins the world and measures; called by every rank."""
+    if preset not in PRESETS:
+        raise ConfigurationError.of("--preset", preset, f"choose one of {', '.join(PRESETS)}")
     bench = Bench.join()
     measured = Measured(bench, Trace.of(trace_file, bench.rank))
     transport = join_nccl(bench)
+    if calls:
+        soak(bench, transport, calls)
     if wanted:
         sizes = wanted.sizes(bench.size)
         yield from measured.case(Load(**sizes), transport)
@@ -237,7 +243,7 @@ def measure(preset: str, wanted: Wanted, trace_file: Path | None) -> Iterator[Po
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="prefill, decode, wire or all")] = "all",
+    preset: Annotated[str, typer.Option(help="prefill, decode, wire, all or none")] = "all",
     model: ModelOption = None,
     tokens: TokensOption = None,
     d_model: WidthOption = None,
@@ -247,20 +253,17 @@ def main(
     lines: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
     explain: Annotated[bool, typer.Option(help="say what bounds each point")] = False,
     trace: TraceOption = None,
-    calls: Annotated[int, typer.Option(help="instead of timing: compare this many calls with NCCL")] = 0,
+    calls: Annotated[int, typer.Option(help="compare this many calls in each form with NCCL")] = 0,
 ) -> None:
     """Time the exchange between the GPUs of this host; started once, or once a rank by torchrun and the like."""
     wanted = Wanted(model, tokens, d_model, None, experts, top_k, routing)
     if "RANK" not in os.environ:
         code = in_ranks("soloist.bench.exchange", sys.argv[1:])
-        if not (code or calls):
+        if not (code or preset == "none"):
             reporting = [*(["--lines", str(lines)] if lines else []), *(["--explain"] if explain else [])]
             code = in_ranks("soloist.bench.vdev", [*wanted.flags(), *reporting])
         raise typer.Exit(code)
-    if calls:
-        soak(calls)
-        return
-    points = list(measure(preset, wanted, trace))
+    points = list(measure(preset, wanted, trace, calls))
     if os.environ["RANK"] == "0":
         report(points, lines, explain)
 

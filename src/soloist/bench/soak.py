@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from soloist.bench.dispatchers import join_nccl, one_sided, padded, ragged
+from soloist.bench.dispatchers import one_sided, padded, ragged
 from soloist.bench.load import Load, sum_of
 from soloist.dispatch.base import Dispatcher, SlotChoice
 from soloist.dispatch.forms import COPY, LATENCY, PUSH, Form
@@ -93,10 +93,8 @@ class Soak:
         return int(self.wrong)
 
 
-def soak(calls: int) -> None:
+def soak(bench: Bench, transport: Transport, calls: int) -> None:
     """`calls` calls in each form; raises AssertionError where a value differs. Called by every rank."""
-    bench = Bench.join()
-    transport = join_nccl(bench)
     for name, form in FORMS.items():
         wrong = Soak(bench, transport, LOAD, form).run(calls)
         assert not wrong, f"rank {bench.rank}, {name}: {wrong} values differ in {calls} calls"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -206,7 +207,7 @@ TraceOption = Annotated[Path | None, typer.Option(help="Write FILE-CASE.json for
 
 @app.command()
 def exchange(
-    preset: Annotated[str, typer.Option(help="prefill, decode, wire or all.")] = "all",
+    preset: Annotated[str, typer.Option(help="prefill, decode, wire, all or none.")] = "all",
     model: ModelOption = None,
     tokens: TokensOption = None,
     d_model: WidthOption = None,
@@ -216,10 +217,13 @@ def exchange(
     lines: LinesOption = None,
     explain: ExplainOption = False,
     trace: TraceOption = None,
-    calls: Annotated[int, typer.Option(help="Instead of timing: compare this many calls with NCCL.")] = 0,
+    calls: Annotated[int, typer.Option(help="Compare this many calls in each form with NCCL.")] = 0,
 ) -> None:
     """Dispatch and combine between the GPUs of this host, beside NCCL and the link's limit."""
-    _on_every_gpu("exchange", locals())
+    shape = {"model": model, "tokens": tokens, "d_model": d_model, "experts": experts, "top_k": top_k}
+    shape |= {"routing": routing, "lines": lines, "explain": explain}
+    code = _on_every_gpu("exchange", {**shape, "preset": preset, "trace": trace, "calls": calls})
+    raise typer.Exit(code or (0 if preset == "none" else _on_every_gpu("vdev", shape)))
 
 
 @app.command()
@@ -237,10 +241,10 @@ def layer(
     trace: TraceOption = None,
 ) -> None:
     """A whole MoE layer on the GPUs of this host, beside its floor and the portable path."""
-    _on_every_gpu("layer", locals())
+    raise typer.Exit(_on_every_gpu("layer", locals()))
 
 
-def _on_every_gpu(name: str, options: dict[str, object]) -> None:
+def _on_every_gpu(name: str, options: Mapping[str, object]) -> int:
     """`soloist.bench.NAME` with these options, once for each GPU."""
     from soloist.probes.gpus import in_ranks
 
@@ -251,7 +255,7 @@ def _on_every_gpu(name: str, options: dict[str, object]) -> None:
             words.append(flag)
         elif value is not None and value is not False:
             words += [flag, str(value)]
-    raise typer.Exit(in_ranks(f"soloist.bench.{name}", words))
+    return in_ranks(f"soloist.bench.{name}", words)
 
 
 @app.command()

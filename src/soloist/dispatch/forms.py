@@ -48,8 +48,8 @@ def cut(d_model: int, block: int, per_warp: int = 1024) -> tuple[int, int, int]:
 
 
 LATENCY = Form("latency", programs=1056, block=2048, weigh_warp=1024)
-PUSH = Form("push")
-COPY = Form("copy")
+PUSH = Form("push", pieces=2)
+COPY = Form("copy", pieces=2)
 LATENCY_TOKENS = 512  # up to which one kernel a direction is faster
 
 

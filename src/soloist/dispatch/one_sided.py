@@ -259,7 +259,8 @@ class OneSidedDispatcher(Dispatcher):
     def _sum(self, ticket: Ticket, pulled: bool, sent: torch.Event | None) -> Tensor:
         lane, shape = ticket.lane, ticket.shape
         out_TD = torch.empty(ticket.tokens, shape.d_model, dtype=shape.dtype, device=lane.window.device)
-        block, chunks, warps = self.form.chunks(shape.d_model)
+        in_pieces = pulled or self.form.name == "latency"
+        block, chunks, warps = self.form.chunks(shape.d_model) if in_pieces else cut(shape.d_model, 2048, STREAMING)
         self.side.join(sent)
         home_kernel[(max(1, min(self.form.programs, ticket.tokens * chunks)),)](
             out_TD, ticket.choice.group_TK, lane.window.bases, lane.flags, lane.calls, *self._watching(ticket),

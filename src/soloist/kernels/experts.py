@@ -33,17 +33,22 @@ class ExpertTiles:
 FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gather=True)
 SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
 MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), gather=False)
+# Where the inner dimension of down is short, storing results beside the next product pays.
+MANY_ROWS_NARROW = ExpertTiles(MANY_ROWS.gate_up, Tile(128, 256, 64, 8, 3, hopper=True), gather=False)
+NARROW = 1024
 FP8_ROWS = ExpertTiles(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), gather=False)
 FP8_BLOCKS = ExpertTiles(
     Tile(128, 64, BLOCK, stages=4, hopper=True), Tile(128, 128, BLOCK, stages=4, hopper=True), gather=False
 )
 
 
-def choose_tiles(rows_per_slot: float) -> ExpertTiles:
-    """For bf16 and fp16, by the expected number of expanded rows of a slot."""
+def choose_tiles(rows_per_slot: float, width: int) -> ExpertTiles:
+    """For bf16 and fp16, by the expected number of expanded rows of a slot and the width of the experts."""
     if rows_per_slot <= 24:
         return FEW_ROWS
-    return SOME_ROWS if rows_per_slot <= 96 else MANY_ROWS
+    if rows_per_slot <= 96:
+        return SOME_ROWS
+    return MANY_ROWS_NARROW if width <= NARROW else MANY_ROWS
 
 
 def fits(tiles: ExpertTiles, d_model: int, width: int) -> bool:

@@ -45,7 +45,9 @@ def weigh_kernel(
     k = tl.arange(0, KP)
     width = tl.full((), D, tl.int64)
     for unit in range(tl.program_id(0), rows * CHUNKS, tl.num_programs(0)):
-        row, chunk = unit // CHUNKS, unit % CHUNKS
+        nth, chunk = unit // CHUNKS, unit % CHUNKS
+        # Those of all ranks by turns, so that the links are in use from beginning to end.
+        row = nth % RANKS * capacity + nth // RANKS if PUSH else nth
         column = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = column < D
         slot_K = tl.load(slots_RK + row * K + k, mask=k < K, other=-1)

@@ -11,20 +11,34 @@ or scales a product, while the tensor cores work for another; and one that has n
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from soloist.kernels.quantise import FP8
+
+if TYPE_CHECKING:  # a kernel's types are Gluon's, not Python's
+    from soloist.kernels.language import tl as gl
+
+    gluon: Any
+    TensorDescriptor: Any
+    fence_async_shared: Any
+    mbarrier: Any
+    tma: Any
+    warpgroup_mma: Any
+    warpgroup_mma_wait: Any
+else:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 M = gl.constexpr(64)  # rows of a warpgroup; a tile has those of two
 

@@ -104,7 +104,7 @@ class Experts:
         plain = self.spec.kind != "swiglu" or self.spec.activation != "silu" or self.spec.bias
         if plain or not AVAILABLE or not self.down.is_cuda or self.down.dtype == torch.float32 or not len(self.down):
             return None
-        tiles = choose_tiles(rows_per_slot)
+        tiles = choose_tiles(rows_per_slot, self.down.shape[2])
         return tiles if fits(tiles, *self.down.shape[1:]) else None
 
     def expanded(self, batch: ExpertBatch, tiles: ExpertTiles, x_XD: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from soloist.timing import median_of_slowest
 from soloist.transport.symmetric import SymmetricGroup, Watch, Window
 
 _FLAGS_BYTES = 1 << 16
-_HEAD_START = 1_000_000  # clocks that the GPU sleeps while the host queues what is timed
+_HEAD_START = 3_000_000  # clocks that the GPU sleeps while the host queues what is timed
 
 
 @dataclass
