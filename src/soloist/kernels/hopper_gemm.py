@@ -11,7 +11,7 @@ or scales a product, while the tensor cores work for another; and one that has n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,13 +21,8 @@ from soloist.kernels.quantise import FP8
 if TYPE_CHECKING:  # a kernel's types are Gluon's, not Python's
     from soloist.kernels.language import tl as gl
 
-    gluon: Any
-    TensorDescriptor: Any
-    fence_async_shared: Any
-    mbarrier: Any
-    tma: Any
-    warpgroup_mma: Any
-    warpgroup_mma_wait: Any
+    gluon = TensorDescriptor = fence_async_shared = mbarrier = tma = cast(Any, None)
+    warpgroup_mma = warpgroup_mma_wait = cast(Any, None)
 else:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl

@@ -122,7 +122,7 @@ def _typical(tokens: int, shape: ExpertShape, generator: torch.Generator) -> Ten
 
 def _feed_forward(shape: ExpertShape, batch: ExpertBatch, gate_up: Tensor, down: Tensor) -> Callable[[], object]:
     """As the engine does it: the fused kernels on a GPU, from rows that the dispatch has expanded where it does so."""
-    tiles = choose_tiles(len(batch.rows_RD) * shape.top_k / (SPREAD * shape.local))
+    tiles = choose_tiles(len(batch.rows_RD) * shape.top_k / (SPREAD * shape.local), shape.width)
     if not batch.rows_RD.is_cuda or not fits(tiles, shape.d_model, shape.width):
         layer = Experts(ExpertSpec(width=shape.width), shape.top_k, gate_up, down)
         return lambda: layer.forward(batch)
