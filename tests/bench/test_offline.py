@@ -43,3 +43,9 @@ def test_every_point_of_every_layout_is_written(tmp_path) -> None:
     assert [record["what"] for record in records] == ["prefill", "TPOT", "start", "routing"]
     assert all(record["seconds"] > 0 for record in records[:3])
     assert 0 < records[3]["experts_touched_3"] <= 12
+
+
+def test_reading_the_shipped_checkpoint() -> None:
+    done = CliRunner().invoke(app, ["bench", "reading", "models/novels-moe-11m", "--repeats", "1"])
+    assert done.exit_code == 0, done.output
+    assert [line.split(":")[0] for line in done.output.splitlines()] == ["disk", "checkpoint", "cached"]

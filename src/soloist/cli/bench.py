@@ -200,6 +200,19 @@ def offline(
     bench.write(written, lines)
 
 
+@app.command()
+def reading(
+    folder: Annotated[Path, typer.Argument(help="Of a checkpoint.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda: where the weights go.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Figures are medians.")] = 3,
+) -> None:
+    """How fast a checkpoint is read, beside the disk itself; drops its files from the page cache."""
+    from soloist.bench.reading import measure
+
+    for name, rate in measure(folder, device, repeats).items():
+        typer.echo(f"{name}: {rate:.2f} GB/s")
+
+
 LinesOption = Annotated[Path | None, typer.Option(help="Append a JSON line for each point to this file.")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Say what bounds each point.")]
 TraceOption = Annotated[Path | None, typer.Option(help="Write FILE-CASE.json for Perfetto: a row for each stream.")]
