@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ BF16_NATS = 0.08  # mean over tokens; transformers' own bf16 differs from its fp
 
 
 def answer(
-    layout: str, dtype: str, params: SamplingParams, prompts: Sequence[Prompt] = PROMPTS, **options: str
+    layout: str, dtype: str, params: SamplingParams, prompts: Sequence[Prompt] = PROMPTS, **options: Any
 ) -> list[RequestOutput]:
     with LLM(NOVELS, layout=layout, device="cuda", dtype=dtype, show_progress=False, **options) as llm:
         return llm.generate(prompts, params)

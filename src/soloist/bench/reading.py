@@ -28,10 +28,11 @@ def measure(folder: Path, device: str, repeats: int = 3) -> dict[str, float]:
     files = sorted(folder.glob("*.safetensors"))
     rates: dict[str, list[float]] = {"disk": [], "checkpoint": [], "cached": []}
     for _ in range(repeats):
-        for name, read in (("disk", _read_plainly), ("checkpoint", None), ("cached", None)):
-            if name != "cached":
-                _forget(files)
-            rates[name].append(_rate((lambda: read(files)) if read else (lambda: _read_weights(folder, device))))
+        _forget(files)
+        rates["disk"].append(_rate(lambda: _read_plainly(files)))
+        _forget(files)
+        for name in ("checkpoint", "cached"):
+            rates[name].append(_rate(lambda: _read_weights(folder, device)))
     return {name: median(found) for name, found in rates.items()}
 
 
