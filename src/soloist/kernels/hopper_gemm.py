@@ -65,7 +65,8 @@ def _load(
     """The loading warp: every step's block of rows and of weights, as soon as a stage is free."""
     x_smem, w_smem, full, empty = stages
     COLUMNS: gl.constexpr = N // BN
-    PARTS: gl.constexpr = 2 if GATED else 1
+    WIDE: gl.constexpr = 2 * BN if GATED else BN
+    PARTS: gl.constexpr = WIDE // BN
     BYTES: gl.constexpr = x.block_type.nbytes + PARTS * weight.block_type.nbytes
     slot, start, end, upto, step = -1, 0, 0, 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
