@@ -66,8 +66,7 @@ def _load(
     x_smem, w_smem, full, empty = stages
     COLUMNS: gl.constexpr = N // BN
     WIDE: gl.constexpr = 2 * BN if GATED else BN
-    PARTS: gl.constexpr = WIDE // BN
-    BYTES: gl.constexpr = x.block_type.nbytes + PARTS * weight.block_type.nbytes
+    BYTES: gl.constexpr = x.block_type.nbytes + (WIDE // BN) * weight.block_type.nbytes
     slot, start, end, upto, step = -1, 0, 0, 0, 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         slot, start, end, upto = _seek(tile, slot, start, end, upto, offsets_S, COLUMNS)
@@ -78,9 +77,9 @@ def _load(
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(arrival, BYTES)
             tma.async_copy_global_to_shared(x, [first, k * BK], arrival, x_smem.index(stage))
-            for part in gl.static_range(PARTS):
+            for part in gl.static_range(WIDE // BN):
                 into = w_smem.index(stage).slice(part * BN, BN, 0)
-                row = (slot * PARTS + part) * N + n * BN
+                row = (slot * (WIDE // BN) + part) * N + n * BN
                 tma.async_copy_global_to_shared(weight, [row, k * BK], arrival, into)
             step += 1
 
