@@ -13,6 +13,7 @@ from soloist.dispatch.base import SlotChoice, Topology
 from soloist.dispatch.hierarchical import HierarchicalDispatcher, Rails
 from soloist.dispatch.ragged import RaggedDispatcher
 from soloist.transport.base import Transport
+from soloist.transport.local import LocalGroup, LocalTransport
 from tests.dispatch.cases import Case, Outcome, cases, check, run_case, typical
 from tests.ranks import RankPool, run_threads
 
@@ -20,7 +21,9 @@ from tests.ranks import RankPool, run_threads
 def dispatcher_of(transport: Transport, case: Case, chunks: int = 1) -> HierarchicalDispatcher:
     """Rail and node as parts of one world."""
     rails = Rails(case.topology, transport.rank)
-    rail, node = transport.subgroup(rails.rail), transport.subgroup(rails.node)
+    rail = transport.subgroup(rails.rail)
+    alone = len(rails.node) == 1
+    node = LocalTransport(LocalGroup([transport.rank]), 0) if alone else transport.subgroup(rails.node)
     return HierarchicalDispatcher(rail, node, rails, len(case.slots[transport.rank]), chunks=chunks)
 
 
@@ -78,6 +81,34 @@ def test_a_token_crosses_once_to_each_node() -> None:
     case = typical(8, node_of_group=(0,) * 4 + (1,) * 4, tokens=(10,) * 8)
     for crossed, wanted, flat in run_threads(8, counted, case):
         assert crossed == wanted < flat
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_two_gpus_posing_as_two_nodes(ranks: RankPool, chunks: int) -> None:
+    """The rail is NCCL: equal to the definition, and as many bytes as rows that have to cross."""
+    case = typical(2, torch.bfloat16, node_of_group=(0, 1), tokens=(700, 300), d_model=256, top_k=3)
+    found = ranks.run(2, "nccl", on_gpu, case, chunks)
+    check([outcome for outcome, _, _ in found], case)
+    assert [crossed for _, crossed, _ in found] == [wanted for _, _, wanted in found]
+
+
+def on_gpu(transport: Transport, case: Case, chunks: int) -> tuple[Outcome, int, int]:
+    """What a rank saw, the bytes that it sent over its rail, and those of the rows that had to cross."""
+    group, other = transport.rank, 1 - transport.rank
+    dispatcher = dispatcher_of(transport, case, chunks)
+    x_TD, choice = case.inputs(group)
+    on_device = SlotChoice(*(t.to(transport.device) for t in vars(choice).values()))
+    batch = dispatcher.dispatch(x_TD.to(transport.device), on_device, "layer 0")
+    answers = case.answers(group, len(batch.rows_RD)).to(transport.device)
+    out_TD = dispatcher.combine(answers, batch, "layer 0")
+    outcome = Outcome(
+        *(t.cpu() for t in (batch.rows_RD, batch.row_X, batch.weight_X, batch.offsets_S, out_TD))
+    )  # fmt: skip
+    there = int((choice.group_TK == other).any(1).sum())
+    back = int((case.inputs(other)[1].group_TK == group).any(1).sum())
+    row_bytes = 2 * case.d_model
+    return outcome, sum(dispatcher.rail.traffic.bytes_to), there * (row_bytes + 8 * case.top_k + 8) + back * row_bytes
 
 
 def test_ranks_of_a_group_share_its_experts() -> None:

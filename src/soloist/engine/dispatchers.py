@@ -53,7 +53,7 @@ class Dispatchers:
     @property
     def capturable(self) -> bool:
         """Whether no call asks the host for anything, so that a CUDA graph can hold it."""
-        local = self.index is not None
+        local = self.index is not None or not self.spec.moe_layers
         shared = self.world.attention is None or local or self.replicated is not None
         return shared and (local or self.sharded is not None)
 
