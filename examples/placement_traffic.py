@@ -1,12 +1,13 @@
 """Rows that cross nodes under three placements: predicted from recorded routing, and measured on 16 processes.
 
-    python examples/placement_traffic.py --tokens 8192 --nodes 2 4 8
+    python examples/placement_traffic.py --tokens 8192 --nodes 2 4 8 --exchange flat joined hierarchical
 
 Runs the shipped model on 16 ranks that are declared to be 2, 4 and 8 nodes, on the tokens of its recorded trace, with
-experts lying linearly, by the greedy algorithm, and as solved. Two exchanges are measured:
+experts lying linearly, by the greedy algorithm, and as solved. Three exchanges are measured:
 
-    flat       ep16: one expert on each rank; a token goes once to each rank that holds one of its experts
-    per node   ep2tp8, ep4tp4, ep8tp2: the ranks of a node share its experts; a token goes once to each node
+    flat          ep16: one expert on each rank; a token goes once to each rank that holds one of its experts
+    joined        ep2tp8, ep4tp4, ep8tp2: the ranks of a node share its experts; a token goes once to each node
+    hierarchical  ep16 again; a token crosses to each node once and fans out there
 
 Bytes are what the ranks say that they sent to ranks of other nodes, divided by the bytes of a row there and back.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,23 +36,25 @@ from soloist.specs.model import ModelSpec
 
 MODEL = Path(__file__).parent.parent / "models" / "novels-moe-11m"
 RANKS = 16
+EXCHANGES = ("flat", "joined", "hierarchical")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="of the trace's sample")
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--exchange", nargs="+", default=list(EXCHANGES), choices=list(EXCHANGES))
     parser.add_argument("--json", type=Path, help="append one line for each row of the table")
     arguments = parser.parse_args()
     trace = RoutingTrace.load(MODEL / "routing.trace")
-    rows = [row for nodes in arguments.nodes for row in compare(trace, arguments.tokens, nodes)]
+    rows = [row for nodes in arguments.nodes for row in compare(trace, arguments.tokens, nodes, arguments.exchange)]
     print_table(rows)
     if arguments.json:
         with arguments.json.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def compare(trace: RoutingTrace, tokens: int, nodes: int) -> list[dict[str, object]]:
+def compare(trace: RoutingTrace, tokens: int, nodes: int, exchanges: Sequence[str]) -> list[dict[str, object]]:
     """All placements and exchanges on that many nodes."""
     measured_trace, per_node = trace.keep(tokens), RANKS // nodes
     node_of_rank = [rank // per_node for rank in range(RANKS)]
@@ -59,12 +63,13 @@ def compare(trace: RoutingTrace, tokens: int, nodes: int) -> list[dict[str, obje
     rows = []
     for name, placement in placements.items():
         joined = join_nodes(placement, node_of_rank)
-        for exchange, layout, used, node_of_group in (
-            ("flat", Layout(ep=RANKS), placement, node_of_rank),
-            ("per node", Layout(ep=nodes, tp=per_node), joined, list(range(nodes))),
-        ):
-            predicted = measure(used, measured_trace, node_of_group).cross_node_rows(hierarchical=False)
-            run = run_and_count(measured_trace, layout, used, per_node)
+        for exchange in exchanges:
+            layout, used, node_of_group = Layout(ep=RANKS), placement, node_of_rank
+            if exchange == "joined":
+                layout, used, node_of_group = Layout(ep=nodes, tp=per_node), joined, list(range(nodes))
+            by_node = exchange == "hierarchical"
+            predicted = measure(used, measured_trace, node_of_group).cross_node_rows(by_node)
+            run = run_and_count(measured_trace, layout, used, per_node, by_node)
             scale = 1 / (tokens * trace.model.moe_layers)
             row = {"nodes": nodes, "exchange": exchange, "placement": name}
             rows.append(row | {"predicted": predicted * scale, "measured": run * scale, "rows off": run - predicted})
@@ -85,10 +90,13 @@ def join_nodes(placement: Placement, node_of_group: list[int]) -> Placement:
     return Placement(experts=placement.experts, slots=slots)
 
 
-def run_and_count(trace: RoutingTrace, layout: Layout, placement: Placement, gpus_per_node: int) -> float:
+def run_and_count(
+    trace: RoutingTrace, layout: Layout, placement: Placement, gpus_per_node: int, by_node: bool
+) -> float:
     """Rows that cross nodes, one way, while the model reads the trace's prompts."""
     prompts = trace.needed_sample.prompts()
-    options = {"transport": "shared_memory", "prefix_caching": False, "kv_tokens": 4096, "device": "cpu"}
+    options = {"prefix_caching": False, "kv_tokens": 4096, "device": "cpu"}
+    options |= {"exchange": "hierarchical"} if by_node else {"exchange": "flat", "transport": "shared_memory"}
     with LLM(MODEL, layout, placement, gpus_per_node=gpus_per_node, show_progress=False, **options) as llm:
         llm.figures()  # forget what the start took
         llm.generate(prompts, SamplingParams(max_tokens=1))

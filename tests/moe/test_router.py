@@ -129,19 +129,29 @@ def test_loads_the_weights_that_its_spec_names() -> None:
 
 # -- replicas -------------------------------------------------------------------------------------------------------
 SLOTS = ((0, 1), (2, 0), (), (3, 0, 2))
+NODES = (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("group", range(4))
-def test_the_own_replica_comes_first_then_each_in_turn(group: int) -> None:
-    table = SlotTable(Placement(experts=4, slots=(SLOTS,)), 0, group)
+def test_the_own_replica_comes_first_then_those_of_the_own_node(group: int) -> None:
+    table = SlotTable(Placement(experts=4, slots=(SLOTS,)), 0, group, node_of_group=NODES)
     ids_TK = torch.tensor([[0, 1, 2, 3]] * 7)
     choice = table.choose(Routing(ids_TK, torch.rand(7, 4)))
     for token in range(7):
         for expert in range(4):
             holders = [g for g, slots in enumerate(SLOTS) if expert in slots]
-            wanted = group if group in holders else holders[(group + token) % len(holders)]
-            assert choice.group_TK[token, expert] == wanted
-            assert SLOTS[wanted][choice.slot_TK[token, expert]] == expert
+            near = [g for g in holders if NODES[g] == NODES[group]]
+            taken = int(choice.group_TK[token, expert])
+            assert taken in ([group] if group in holders else near or holders)
+            assert SLOTS[taken][choice.slot_TK[token, expert]] == expert
+
+
+def test_equally_near_replicas_are_taken_in_turn() -> None:
+    slots = ((), (0, 1), (0, 2))
+    table = SlotTable(Placement(experts=3, slots=(slots,)), 0, 0)
+    taken = table.choose(Routing(torch.zeros(48, 1, dtype=torch.int64), torch.ones(48, 1))).group_TK.flatten()
+    assert taken.bincount(minlength=3).tolist() == [0, 24, 24]
+    assert set(taken[:2].tolist()) == {1, 2}
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from soloist.errors import ConfigurationError
 from soloist.moe.router import Routing, SlotTable
 from soloist.placement.placement import Placement
+from soloist.placement.replicas import Closeness, turns
 from soloist.placement.traffic import chosen_groups, measure
 from tests.placement.cases import random_placement, random_trace, tiny_spec
 
@@ -23,12 +24,13 @@ def test_rows_are_those_that_a_loop_counts(seed: int, groups: int, nodes: int, t
     sample, flat, hierarchical = trace.sample, 0, 0
     for layer in range(2):
         holders = placement.replicas(layer)
+        tables = [turns(placement, layer, group, node_of_group)[0] for group in range(groups)]
         for t in range(12):
             own, index = int(sample.sequence_T[t] % groups), int(sample.index_T[t])
             taken = set()
             for expert in sample.ids_LTK[layer, t]:
-                places = [group for group, _ in holders[expert]]
-                taken.add(own if own in places else places[(own + index) % len(places)])
+                taken.add(int(tables[own][expert, (own + index) % tables[own].shape[1]]))
+                assert taken <= {group for expert in sample.ids_LTK[layer, t] for group, _ in holders[expert]}
             flat += sum(node_of_group[g] != node_of_group[own] for g in taken)
             hierarchical += len({node_of_group[g] for g in taken} - {node_of_group[own]})
     assert found.cross_node_rows(hierarchical=False) == flat
@@ -43,8 +45,9 @@ def test_replicas_are_chosen_as_the_router_does(seed: int) -> None:
     for layer, group in ((0, 1), (1, 3)):
         ids_TK = trace.sample.ids_LTK[layer]
         routing = Routing(torch.from_numpy(ids_TK.copy()), torch.ones(ids_TK.shape))
-        expected = SlotTable(placement, layer, group).choose(routing).group_TK
-        found = chosen_groups(placement, layer, ids_TK, np.full(30, group), index_T)
+        nodes, closeness = (0, 0, 1, 1), Closeness.parse("4,2,1")
+        expected = SlotTable(placement, layer, group, None, nodes, closeness).choose(routing).group_TK
+        found = chosen_groups(placement, layer, ids_TK, np.full(30, group), index_T, nodes, closeness)
         assert np.array_equal(found, expected.numpy())
 
 

@@ -56,18 +56,19 @@ class Node:
 class Network:
     """`count` nodes on one switch, as a context: leaving it ends what still runs in them and removes them.
 
+    prefix: of the namespaces' names, for a process that joins the network of another one.
     mbit: rate of each node's link, each way; None: as fast as the machine copies. delay_ms: added to each packet.
     Raises ConfigurationError without root, without iproute2, or where the kernel lacks what is asked for.
     """
 
-    def __init__(self, count: int, mbit: float | None = None, delay_ms: float = 0.0) -> None:
+    def __init__(self, count: int, mbit: float | None = None, delay_ms: float = 0.0, prefix: str | None = None) -> None:
         if os.geteuid() != 0:
             raise ConfigurationError("network namespaces: only root may make them; run this with sudo")
         if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
             raise ConfigurationError(f"network namespaces: {' and '.join(missing)} not found; install iproute2")
-        self.mbit, self.delay_ms = mbit, delay_ms
-        self.switch = f"soloist-{os.getpid()}-switch"
-        self.nodes = [Node(f"soloist-{os.getpid()}-{i}", f"10.0.0.{i + 1}") for i in range(count)]
+        self.mbit, self.delay_ms, self.prefix = mbit, delay_ms, prefix or f"soloist-{os.getpid()}"
+        self.switch = f"{self.prefix}-switch"
+        self.nodes = [Node(f"{self.prefix}-{i}", f"10.0.0.{i + 1}") for i in range(count)]
 
     def __enter__(self) -> Network:
         try:

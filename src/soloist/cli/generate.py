@@ -45,6 +45,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages to a chat model.")] = False,
     stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say how tokens crossed nodes, and why.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     transport: TransportOption = "auto",
@@ -53,7 +54,7 @@ def generate(
     settings: SetOption = None,
 ) -> None:
     """Continue prompts with a model on local ranks, or on those of torchrun, mpirun or srun."""
-    from soloist.engine.console import print_answers, read_prompts
+    from soloist.engine.console import print_answers, print_exchange, read_prompts
     from soloist.engine.llm import LLM
     from soloist.scheduling.request import SamplingParams
 
@@ -74,3 +75,5 @@ def generate(
     options = engine_options(device, dtype, transport, kv_tokens, random_weights, settings, made)
     with LLM(*deployment(model, layout, placement, made, options), options) as llm:
         print_answers(llm, wanted, params, chat, "json" if as_json else "stream" if stream else "whole")
+        if explain:
+            print_exchange(llm)

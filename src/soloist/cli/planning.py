@@ -27,6 +27,7 @@ def plan(
     precision: Annotated[str, typer.Option(help="Of weights and KV cache; by default the model's own.")] = "",
     baseline: Annotated[str, typer.Option(help="A layout to state the ratio to: tp8pp2.")] = "",
     rejected: Annotated[bool, typer.Option("--rejected", help="List every layout that was turned down.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say how tokens cross nodes, and why.")] = False,
     engine: Annotated[str, typer.Option(help="Whose fixed costs to assume: soloist, vllm, sglang.")] = "soloist",
     out: Annotated[Path | None, typer.Option(help="Write the best layout as a plan file.")] = None,
     from_command: Annotated[str, typer.Option("--from", help="A `vllm serve` or SGLang command to improve.")] = "",
@@ -52,6 +53,7 @@ def plan(
             system=engine,
             out=out,
             rejected=rejected,
+            explain=explain,
         )  # fmt: skip
     )
 

@@ -50,6 +50,13 @@ def print_answers(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, c
         raise RequestError(f"{len(errors)} of {len(prompts)} prompts were not answered; the first: {errors[0]}")
 
 
+def print_exchange(llm: LLM) -> None:
+    """How tokens crossed nodes, on stderr."""
+    lines = llm.figures()[0].exchange or ["the exchange had no choice: one node, or settled by the options"]
+    for line in lines:
+        Console(stderr=True).print(line, style="dim", highlight=False, soft_wrap=True)
+
+
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, echo: bool) -> int:
     """Print the prompt, and the continuation as it comes; returns the number of tokens."""
     count, head = 0, _shown(prompt) if echo else ""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from soloist.errors import ConfigurationError
+from soloist.placement.replicas import Closeness
 from soloist.planner.batching import Link
 from soloist.specs.model import Dtype, ModelSpec, Spec
 from soloist.transport.mpi_options import MpiOptions
@@ -24,6 +25,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     transport: Literal["auto", "local", "shared_memory", "gloo", "nccl", "mpi"] = "auto"
     mpi: MpiOptions = MpiOptions()  # of transport = mpi
     gpus_per_node: int = 8  # ranks of a declared node
+    replicas: str = "nearest"  # that tokens take: nearest, or weights of own group, own node and others: 4,2,1
     exchange: Literal["auto", "flat", "hierarchical"] = "auto"  # of tokens across nodes (engine/crossing.py)
     exchange_chunks: int | None = None  # of a hierarchical call; None: by the links
     exchange_buffer_MB: float = 64.0  # of a chunk under way, on a rank
@@ -56,6 +58,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive, or 0 for what suits the device")
         if self.exchange_chunks is not None and self.exchange_chunks < 1:
             raise ConfigurationError.of("exchange_chunks", self.exchange_chunks, "must be 1 or more")
+        Closeness.parse(self.replicas)
         for key in ("network_link", "inside_link"):
             if text := getattr(self, key):
                 Link.parse(text, key)

@@ -13,6 +13,7 @@ from soloist.engine.meeting import place_from
 from soloist.errors import ConfigurationError
 from soloist.planner.plan import Plan
 from soloist.planner.precision import Precision
+from soloist.specs.cluster import ClusterSpec
 from soloist.specs.model import ModelSpec
 
 IGNORED = ("name", "eos_ids")  # in which the spec of a preset may differ from that of a checkpoint
@@ -26,11 +27,22 @@ def planned_options(plan: Plan) -> dict[str, Any]:
     _check_precision(plan)
     sequences = max(1, math.ceil(plan.batch))
     return {
+        **_links(plan.cluster),
         "gpus_per_node": plan.cluster.gpus_per_node,
         "max_batch_tokens": max(plan.options.chunk_tokens, sequences),
         "max_sequences": sequences,
         "kv_tokens": sequences * _whole_blocks(plan.load.longest),
-        "micro_batches": plan.options.micro_batches or None,
+        "micro_batches": plan.options.micro_batches,
+    }
+
+
+def _links(cluster: ClusterSpec) -> dict[str, str]:
+    """The cluster's rates, by which the exchange chooses between flat and by node, and its chunks."""
+    if not cluster.nic or not cluster.nvlink:
+        return {}
+    return {
+        "network_link": f"{cluster.nic / 1e6:g},{cluster.nic_latency_us:g}",
+        "inside_link": f"{cluster.nvlink / 1e6:g},{cluster.nvlink_latency_us:g}",
     }
 
 

@@ -34,6 +34,7 @@ from soloist.moe.recorder import RoutingRecorder
 from soloist.moe.router import Router, SlotTable
 from soloist.moe.stats import LoadStats
 from soloist.placement.placement import Placement
+from soloist.placement.replicas import Closeness
 from soloist.scheduling.request import StepBatch
 from soloist.specs.layout import Layout, share
 from soloist.specs.model import ModelSpec
@@ -76,6 +77,7 @@ class Runner:
         }
         slots = [len(expert_ids) for expert_ids in slots_of.values()]
         self.dispatchers = Dispatchers(spec, slots, self.world, self.options, self.dtype, self.device)
+        nodes, closeness = self.world.topology.node_of_group, Closeness.parse(self.options.replicas)
         for layer, expert_ids in slots_of.items():
             experts = Experts.load(spec, source, layer, expert_ids, seat.tp_index, layout.tp)
             sharded, replicated = self.dispatchers.of(len(expert_ids))
@@ -83,7 +85,7 @@ class Runner:
                 layer,
                 MoELayer(
                     router=Router.load(spec, source, layer),
-                    table=SlotTable(placement, spec.moe_layers.index(layer), seat.group, self.device),
+                    table=SlotTable(placement, spec.moe_layers.index(layer), seat.group, self.device, nodes, closeness),
                     dispatcher=sharded,
                     replicated=replicated,
                     experts=experts,

@@ -1,10 +1,12 @@
 """Which experts a token goes to, with which weights, and which replica of each.
 
-Shape legend: T tokens, D model width, E experts, K top-k, G router groups, M most replicas of an expert.
+Shape legend: T tokens, D model width, E experts, K top-k, G router groups, M experts of a group, N turns among an
+expert's replicas.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from soloist.dispatch.base import SlotChoice
 from soloist.moe.reader import Reader
 from soloist.placement.placement import Placement
+from soloist.placement.replicas import NEAREST, Closeness, turns
 from soloist.specs.model import ModelSpec, RouterSpec
 from soloist.specs.parameters import Param
 
@@ -94,28 +97,28 @@ def _is_cuda_half(x: Tensor) -> bool:
 class SlotTable:
     """One layer's placement as seen by one group: turns experts into slots and chooses among replicas."""
 
-    def __init__(self, placement: Placement, layer: int, group: int, device: torch.device | None = None) -> None:
-        """`layer` counts the MoE layers; `group` is the group of the rank whose tokens are routed."""
-        tables = placement.replica_tables(layer)
-        self.group_EM, self.slot_EM, self.count_E = (torch.from_numpy(table).to(device) for table in tables)
+    def __init__(
+        self,
+        placement: Placement,
+        layer: int,
+        group: int,
+        device: torch.device | None = None,
+        node_of_group: Sequence[int] | None = None,
+        closeness: Closeness = NEAREST,
+    ) -> None:
+        """`layer` counts the MoE layers; `group` is the group of the rank whose tokens are routed.
+
+        node_of_group, closeness: which replicas are near, and what that is worth (placement/replicas.py).
+        """
+        tables = turns(placement, layer, group, node_of_group, closeness=closeness)
+        self.group_EN, self.slot_EN = (torch.from_numpy(table).to(device) for table in tables)
         self.group = group
-        is_own_EM = self.group_EM == group
-        self.own_E = is_own_EM.int().argmax(1).where(is_own_EM.any(1), -1)
 
     def choose(self, routing: Routing, live_T: Tensor | None = None) -> SlotChoice:
         """Group and slot of each choice; −1 for tokens that are not live."""
-        replica_TK = self._replica(routing.expert_ids_TK)
-        ids_TK = routing.expert_ids_TK
-        group_TK, slot_TK = self.group_EM[ids_TK, replica_TK], self.slot_EM[ids_TK, replica_TK]
+        ids_TK, (_, entries) = routing.expert_ids_TK, self.group_EN.shape
+        turn_T1 = torch.arange(self.group, self.group + len(ids_TK), device=ids_TK.device)[:, None] % entries
+        group_TK, slot_TK = self.group_EN[ids_TK, turn_T1], self.slot_EN[ids_TK, turn_T1]
         if live_T is not None:
             group_TK, slot_TK = group_TK.where(live_T[:, None], -1), slot_TK.where(live_T[:, None], -1)
         return SlotChoice(group_TK, slot_TK, routing.weights_TK)
-
-    def _replica(self, ids_TK: Tensor) -> Tensor:
-        """The policy: the replica of the own group, else replicas in turn, by group and token."""
-        if self.group_EM.shape[1] == 1:
-            return torch.zeros_like(ids_TK)
-        token_T = torch.arange(len(ids_TK), device=ids_TK.device)
-        in_turn_TK = (self.group + token_T)[:, None] % self.count_E[ids_TK]
-        own_TK = self.own_E[ids_TK]
-        return own_TK.where(own_TK >= 0, in_turn_TK)

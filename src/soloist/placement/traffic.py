@@ -4,7 +4,7 @@ Shape legend: L MoE layers, E experts, T tokens, K top-k, G expert groups, N nod
 
 A token travels once to each group that holds one of its experts (flat exchange), or once to each such node and there
 on to the groups (hierarchical exchange). With replicas it depends on the token's own group which of them it takes; the
-policy is that of the runtime (moe/router.py): the replica of the own group, else replicas in turn, by group and token.
+choice is the runtime's own (placement/replicas.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from soloist.errors import ConfigurationError
 from soloist.placement.placement import Placement
+from soloist.placement.replicas import NEAREST, Closeness, turns
 from soloist.placement.trace import Array, RoutingTrace
 
 
@@ -42,7 +43,7 @@ class Traffic:
 
     def fullest_nic(self, hierarchical: bool) -> float:
         """The most rows that a node receives from others over the mean, averaged over the layers."""
-        rows_LNN = self.node_rows_LNN if hierarchical else self._flat_node_rows()
+        rows_LNN = self.node_rows_LNN if hierarchical else self.flat_node_rows()
         received_LN = rows_LNN.sum(axis=1) - np.diagonal(rows_LNN, axis1=1, axis2=2)
         return _peak(received_LN)
 
@@ -50,7 +51,7 @@ class Traffic:
         """The largest number of token-expert pairs of a group over the mean, averaged over the layers."""
         return _peak(self.choices_LG)
 
-    def _flat_node_rows(self) -> Array:
+    def flat_node_rows(self) -> Array:
         member_GN = np.eye(self.node_rows_LNN.shape[1], dtype=np.int64)[self.node_of_group]
         return member_GN.T @ self.group_rows_LGG @ member_GN
 
@@ -61,11 +62,13 @@ def measure(
     node_of_group: Sequence[int],
     source_T: Array | None = None,
     index_T: Array | None = None,
+    closeness: Closeness = NEAREST,
 ) -> Traffic:
     """What the tokens of the trace's sample cause.
 
     source_T: the group that sends each token; by default sequences are dealt to the groups in turn, as the front end
     does with requests of equal length. index_T: the token's place among those its rank sends in the same step.
+    closeness: how near a replica must be to be taken.
     Raises ConfigurationError where the trace has no sample or another shape than the placement.
     """
     sample, model = trace.needed_sample, trace.model
@@ -79,20 +82,30 @@ def measure(
     node_G, groups, nodes = np.asarray(node_of_group), placement.groups, max(node_of_group) + 1
     by_group, by_node, choices = [], [], []
     for layer, ids_TK in enumerate(sample.ids_LTK):
-        group_TK = chosen_groups(placement, layer, ids_TK, source_T, index_T)
+        group_TK = chosen_groups(placement, layer, ids_TK, source_T, index_T, node_of_group, closeness)
         by_group.append(rows(source_T, group_TK, groups))
         by_node.append(rows(node_G[source_T], node_G[group_TK], nodes))
         choices.append(np.bincount(group_TK.ravel(), minlength=groups))
     return Traffic(sample.tokens, node_G, np.array(by_group), np.array(by_node), np.array(choices))
 
 
-def chosen_groups(placement: Placement, layer: int, ids_TK: Array, source_T: Array, index_T: Array) -> Array:
+def chosen_groups(
+    placement: Placement,
+    layer: int,
+    ids_TK: Array,
+    source_T: Array,
+    index_T: Array,
+    node_of_group: Sequence[int] | None = None,
+    closeness: Closeness = NEAREST,
+) -> Array:
     """`[T, K]` the group whose replica each choice of a token takes."""
-    group_EM, _, count_E = placement.replica_tables(layer)
-    replica_TK = (source_T + index_T)[:, None] % count_E[ids_TK]
-    is_own_TKM = group_EM[ids_TK] == source_T[:, None, None]
-    replica_TK = np.where(is_own_TKM.any(2), is_own_TKM.argmax(2), replica_TK)
-    return group_EM[ids_TK, replica_TK]
+    group_TK = np.empty(ids_TK.shape, np.int64)
+    for source in np.unique(source_T):
+        group_ET, _ = turns(placement, layer, int(source), node_of_group, closeness=closeness)
+        mine_T = source_T == source
+        turn_T1 = (source + index_T[mine_T])[:, None] % group_ET.shape[1]
+        group_TK[mine_T] = group_ET[ids_TK[mine_T], turn_T1]
+    return group_TK
 
 
 def rows(source_T: Array, place_TK: Array, places: int) -> Array:

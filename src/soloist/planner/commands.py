@@ -12,7 +12,7 @@ from rich.table import Table
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.claims import Finding, findings
-from soloist.planner.explain import headline, name_of, one_expert_per_gpu, why
+from soloist.planner.explain import exchange_lines, headline, name_of, one_expert_per_gpu, why
 from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import plan_of
@@ -41,10 +41,12 @@ def run_plan(
     model: ModelSpec, cluster: str, gpus: int, load: str = "prompt=1000,output=200", precision: str = "",
     baseline: str = "", calibration: str | Path | None = None, library: str = "", system: str = "soloist",
     out: str | Path | None = None, options: Options | None = None, rejected: bool = False,
+    explain: bool = False,
 ) -> int:  # fmt: skip
     """Search all layouts, print the Pareto front and why the winner wins, write the plan file to `out`.
 
-    `rejected` prints every layout that was turned down. `system` is whose fixed costs and overlap are assumed.
+    `rejected` prints every layout that was turned down, `explain` how tokens cross nodes. `system` is whose fixed costs
+    and overlap are assumed.
     """
     spec, wanted = cluster_named(cluster), Load.parse(load)
     used = load_calibration(calibration)
@@ -54,6 +56,8 @@ def run_plan(
     show = console()
     _print_front(found, show)
     for line in _conclusions(found, _baseline(baseline, gpus, found.best, scorer)):
+        show.print(line, highlight=False)
+    for line in exchange_lines(found.best, spec) if explain else []:
         show.print(line, highlight=False)
     _print_rejections(found, show, everything=rejected)
     if out:

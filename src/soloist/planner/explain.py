@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from soloist.planner.batching import Traffic, choose, links_of
+from soloist.planner.exchange import row_bytes
 from soloist.planner.layer import Deployment
 from soloist.planner.score import Score
+from soloist.specs.cluster import ClusterSpec
 
 
 def name_of(deployment: Deployment) -> str:
@@ -59,3 +62,20 @@ def headline(score: Score) -> str:
         f"TPOT {1e3 * score.tpot.value:.1f} ms ± {score.tpot.band:.0%} ({score.tpot.origin}), "
         f"bottleneck {score.decode.bottleneck}"
     )
+
+
+def exchange_lines(score: Score, cluster: ClusterSpec) -> list[str]:
+    """How the tokens of a prefill and of a decode step cross nodes: flat or by node, chunks, sizes of messages."""
+    d = score.deployment
+    if d.layout.ep == 1:
+        return ["Exchange: none, every group holds all experts."]
+    if d.layout.stage_ranks <= cluster.gpus_per_node:
+        return ["Exchange: inside one node; nothing crosses."]
+    links, size = links_of(cluster), round(row_bytes(d.model.d_model, d.precision.dispatch))
+    traffic = Traffic.of(d.model, d.layout, cluster.gpus_per_node, size)
+    rates = f"across nodes {links.network}, inside {links.inside}"
+    lines = [f"Exchange, links of {links.source}: {rates}; a row of {size:,} bytes crosses {traffic.nodes:.2f} times."]
+    for name, tokens in (("prefill", score.options.chunk_tokens), ("decode", score.batch)):
+        each = max(1, round(tokens / d.layout.attention_ranks))
+        lines.append(f"  {name}: {choose(each, traffic, links)}")
+    return lines
