@@ -34,7 +34,8 @@ def test_sizes_are_those_planned():
     options = EngineOptions.of(planned_options(plan()))
     assert (options.max_sequences, options.max_batch_tokens, options.gpus_per_node) == (11, 4096, 8)
     assert options.kv_tokens == 11 * 160  # 155 tokens in whole blocks
-    assert options.micro_batches is None
+    assert options.micro_batches == 0  # as many as there are stages
+    assert options.network_link == "50000,4"
 
 
 def test_a_plan_is_for_one_model():
