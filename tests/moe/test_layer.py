@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from soloist.dispatch.base import Topology
-from soloist.dispatch.ragged import RaggedDispatcher
+from soloist.dispatch.base import SlotChoice, Topology
+from soloist.dispatch.ragged import Arriving, RaggedDispatcher
 from soloist.moe.experts import Experts
 from soloist.moe.layer import MoELayer
 from soloist.moe.router import Router, SlotTable
@@ -87,6 +87,33 @@ def test_sharded_tokens(layout: str) -> None:
     chosen = Layout.parse(layout)
     args = (chosen, Placement.round_robin(SPEC, chosen.ep), torch.float32)
     for seen in run_threads(chosen.size, run_sharded, *args):
+        torch.testing.assert_close(seen.out_TD.double(), dense(seen.x_TD) + 2 * seen.x_TD, rtol=1e-5, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Narrow(RaggedDispatcher):
+    """Takes three tokens of a rank at most."""
+
+    @property
+    def limit(self) -> int:
+        return 3
+
+    def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
+        assert len(x_TD) <= 3
+        return super().start_dispatch(x_TD, choice, where)
+
+
+def run_in_rounds(transport: Transport, layout: Layout, placement: Placement) -> Seen:
+    layer = make_layer(transport, layout, placement, torch.float32)
+    narrow = replace(layer, dispatcher=Narrow(**vars(layer.dispatcher)))
+    x_TD = tokens_of(transport.rank)
+    return Seen(x_TD, narrow(x_TD, meanwhile=lambda: 2 * x_TD, most=7), layer.stats)
+
+
+def test_more_tokens_than_a_dispatcher_takes_go_in_rounds() -> None:
+    """Ranks bring 3, 0, 5 and 2 tokens, and all agree on three rounds."""
+    layout = Layout.parse("ep4")
+    for seen in run_threads(4, run_in_rounds, layout, Placement.round_robin(SPEC, 4)):
         torch.testing.assert_close(seen.out_TD.double(), dense(seen.x_TD) + 2 * seen.x_TD, rtol=1e-5, atol=1e-5)
 
 

@@ -92,6 +92,11 @@ class Dispatcher(Protocol):
     `where` names the layer in errors.
     """
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a rank in one call; None: any number. Whoever has more sends them in rounds."""
+        return None
+
     def fit(self, tokens: int) -> Self:
         """The same for calls of at most `tokens` tokens a rank, a number that all ranks agree on."""
         return self

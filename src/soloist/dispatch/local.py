@@ -59,6 +59,10 @@ class LocalDispatcher(Dispatcher):
     slots: int
     index: LocalIndex
 
+    @property
+    def limit(self) -> int:
+        return len(self.index.place_TK)
+
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
         if len(x_TD) > len(self.index.place_TK):
             raise CapacityError(f"{len(x_TD)} tokens in a call, the index holds {len(self.index.place_TK)}")

@@ -75,6 +75,10 @@ class OneSidedDispatcher(Dispatcher):
     def rank(self) -> int:
         return self.watch.rank
 
+    @property
+    def limit(self) -> int:
+        return self.shape.capacity
+
     # -- dispatch -----------------------------------------------------------------------------------------------
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
         self.watch.check()

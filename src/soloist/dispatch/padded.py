@@ -73,6 +73,10 @@ class PaddedDispatcher(Dispatcher):
     rounds: int = 1
     tp: Transport | None = None
 
+    @property
+    def limit(self) -> int:
+        return self.capacity * self.rounds
+
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
         if len(x_TD) > self.capacity * self.rounds:
             reason = f"{len(x_TD)} tokens in a call, {self.rounds} rounds of {self.capacity} rows may not hold them"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from soloist.dispatch.base import Dispatcher, ExpandedDispatcher, ExpertBatch, PendingBatch, PendingRows, PendingTokens
@@ -47,9 +48,12 @@ class MoELayer:
 
         `meanwhile` runs while the tokens travel. live_T (bool): tokens that are not only there to fill a batch; the
         others go nowhere. `most`: the most tokens that any rank brings, a number that all ranks agree on; None stands
-        for as many as dispatchers hold. Called by all ranks of a stage together, also with T = 0.
+        for as many as dispatchers hold. More than that go in rounds. Called by all ranks of a stage together, also with
+        T = 0.
         """
         dispatcher = self.dispatcher if gather_in_group else self.replicated
+        if most is not None and dispatcher.limit is not None and most > dispatcher.limit:
+            return self._in_rounds(x_TD, meanwhile, gather_in_group, live_T, most, dispatcher.limit)
         dispatcher = dispatcher if most is None else dispatcher.fit(most)
         where = f"layer {self.layer}"
         # 1. Choose experts, and a slot for each of them.
@@ -68,6 +72,19 @@ class MoELayer:
         with self.watch("exchange"):
             out_TD = returning.wait()
         return out_TD if other_TD is None else out_TD + other_TD
+
+    def _in_rounds(
+        self, x_TD: Tensor, meanwhile: Callable[[], Tensor] | None, gather_in_group: bool, live_T: Tensor | None,
+        most: int, limit: int,
+    ) -> Tensor:  # fmt: skip
+        """The same, `limit` tokens of each rank at a time; a rank that has no more of them joins with none."""
+        parts = []
+        for first in range(0, most, limit):
+            span = slice(first, first + limit)
+            live = None if live_T is None else live_T[span]
+            parts.append(self(x_TD[span], None, gather_in_group, live, min(limit, most - first)))
+        out_TD = torch.cat(parts)
+        return out_TD if meanwhile is None else out_TD + meanwhile()
 
     def _through_experts(
         self, dispatcher: Dispatcher, arriving: PendingBatch, where: str
