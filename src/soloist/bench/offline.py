@@ -73,7 +73,7 @@ class Load:
         held += [_share(n, groups) * (self.context + self.tokens + 65) for n in self.decodes]
         return msgspec.structs.replace(
             given,
-            kv_tokens=given.kv_tokens or max(held) * layout.pp,
+            kv_tokens=given.kv_tokens or max(held),
             max_positions=longest,
             max_sequences=max([*rows, *(_share(p.count, groups) for p in self.prefills)]),
             cuda_graphs=",".join(map(str, _rows(rows, layout))) if given.cuda_graphs == "auto" and rows else "off",

@@ -174,7 +174,7 @@ class Requests:
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise RequestError("prompt = []: must hold at least one token")
-        wrong = [token for token in prompt if not 0 <= token < self.vocab]
+        wrong = [token for token in (min(prompt), max(prompt)) if not 0 <= token < self.vocab]
         if wrong:
             raise RequestError(f"prompt token {wrong[0]}: must lie between 0 and {self.vocab - 1}")
 
