@@ -23,6 +23,7 @@ from soloist.engine.options import EngineOptions
 from soloist.engine.sampler import Drawn, ScoredPrompt, draw, score_prompt, takes_plain_choice
 from soloist.engine.world import World
 from soloist.frontend.wire import Figures
+from soloist.kernels.paged_attention_triton import TritonPagedAttention
 from soloist.models.decoder import Decoder
 from soloist.models.layers import TokenSplit
 from soloist.models.rope import Rope
@@ -118,9 +119,15 @@ class Runner:
         shape = Shape(width, options.block_size, blocks, self.device, self.dtype)
         is_enabled, self.watch.enabled = self.watch.enabled, False  # events in a graph cannot be read
         is_gpu = self.device.type == "cuda"
-        buckets = options.graph_buckets(is_gpu) if self.dispatchers.capturable or not is_gpu else ()
+        buckets = options.graph_buckets(is_gpu) if self._is_capturable or not is_gpu else ()
         self.static = StaticSteps(buckets, lambda rows: self._static_step(rows, shape), self.device)
         self.watch.enabled = is_enabled
+
+    @property
+    def _is_capturable(self) -> bool:
+        """No part of a step asks the host for anything: neither attention nor the exchange. Equal on all ranks."""
+        kernels = all(isinstance(block.attention.attend, TritonPagedAttention) for block in self.decoder.blocks)
+        return kernels and self.dispatchers.capturable
 
     def _static_step(self, rows: int, shape: Shape) -> StaticStep:
         seat, replicated = self.world.seat, rows < self.options.replicate_below
