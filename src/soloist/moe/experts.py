@@ -53,10 +53,15 @@ class Experts:
             raise ConfigurationError.of("layout.tp", tp, f"experts have a width of {spec.expert.width}; use a lower tp")
         span = share(spec.expert.width, tp, tp_index)
         experts = cls.empty(spec, source, len(expert_ids), span, has_down_bias=tp_index == 0)
+        mode = torch.is_inference_mode_enabled()  # each thread has its own
+
+        def load(slot: int) -> None:
+            with torch.inference_mode(mode):
+                experts.load_slot(slot, source, layer, expert_ids[slot], span)
+
         with ThreadPoolExecutor(source.threads) as pool:
-            loads = [pool.submit(experts.load_slot, s, source, layer, e, span) for s, e in enumerate(expert_ids)]
-        for load in loads:
-            load.result()
+            for loaded in [pool.submit(load, slot) for slot in range(len(expert_ids))]:
+                loaded.result()
         return experts
 
     @classmethod
