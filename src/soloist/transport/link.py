@@ -11,7 +11,8 @@ from soloist.transport.base import Transport
 
 SIZES = {"cpu": 128 << 10, "cuda": 8 << 20}  # bytes that leave a rank in the larger of two exchanges
 WIDTH = 1024  # bytes of a row
-REPEATS, WARM_UP = 3, 2
+REPEATS, WARM_UP = 5, 2
+NOISE = 0.1  # of a time, below which a difference means nothing
 
 
 def measure_link(transport: Transport, where: str = "measuring a link") -> tuple[float, float]:
@@ -24,7 +25,7 @@ def measure_link(transport: Transport, where: str = "measuring a link") -> tuple
         return 0.0, float("inf")
     more = max(2, SIZES[transport.device.type] // WIDTH // others)
     small_s, large_s = (_exchange_seconds(transport, rows, where) for rows in (1, more))
-    return small_s, (more - 1) * others * WIDTH / max(large_s - small_s, 1e-9)
+    return small_s, (more - 1) * others * WIDTH / max(large_s - small_s, NOISE * large_s)
 
 
 def _exchange_seconds(transport: Transport, rows: int, where: str) -> float:
