@@ -3,15 +3,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from soloist.errors import ConfigurationError
-from soloist.planner.calibration import Calibration, Fitted
+from soloist.planner.calibration import Calibration, Fitted, fit_machine
+from soloist.planner.deployments import own_runs, predict_run
 from soloist.planner.estimate import Estimate, total
 from soloist.planner.exchange import ExchangeShape
 from soloist.planner.fitting import Prior, centred, fit
 from soloist.planner.kernels import Kernels
 from soloist.planner.refit import calibrate_from, load_calibration, record
+from soloist.planner.runtime import OWN, Runtime
+from soloist.planner.tables import RunRow
 from soloist.planner.validate import validate
 from soloist.specs.cluster import cluster
 
@@ -147,3 +151,33 @@ def test_files_that_are_no_calibration(tmp_path: Path) -> None:
     empty.write_text('{"what":"calibration","calibration":{"name":1}}\n')
     with pytest.raises(ConfigurationError, match="is not a calibration file"):
         load_calibration(empty)
+
+
+def test_runs_of_our_own_engine_are_predicted_and_tell_its_costs(tmp_path: Path) -> None:
+    """A layer's fixed cost that was made up is found again, and carries over to a model of another depth."""
+    used = load_calibration("2xh100")
+    known = Runtime(name="soloist", constants={**Runtime.assumed("soloist", OWN).constants, "layer_us": 300.0})
+
+    def run(model: str, layout: str, phase: str, sequences: int, tokens: float) -> RunRow:
+        row = RunRow(
+            role="fit", model=model, layout=layout, phase=phase, sequences=sequences, tokens=tokens, seconds=1.0
+        )  # fmt: skip
+        return msgspec.structs.replace(row, seconds=predict_run(row, used, known))
+
+    points = [run("olmoe@4", layout, "decode", n, 192) for layout in ("ep2", "tp2") for n in (1, 32, 256)]
+    found = fit_machine("mine", (own_runs(used),), points, used.machine).fitted["runs/soloist"]
+    assert found.constants["layer_us"] == pytest.approx(300, rel=0.15)
+    far = run("qwen3-30b-a3b", "ep2", "decode", 128, 400)
+    again = predict_run(far, used, Runtime(name="soloist", constants=found.constants))
+    assert again == pytest.approx(far.seconds, rel=0.05)
+
+
+def test_lines_of_the_offline_benchmark_are_validated(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    line = {"what": "TPOT", "model": "ref-16l@4", "layout": "ep2", "shape": "256", "seconds": 7e-3, "bound_by": "bytes"}
+    path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "what": "prefill", "shape": "8x8000"}) + "\n")
+    report = validate(path, load_calibration("2xh100"))
+    assert [(row.table, row.role, row.metric) for row in report.rows] == [("runs", "check", "time [s]")] * 2
+    skipped = validate(path)
+    assert not skipped.rows
+    assert "names no machine" in skipped.skipped[0]

@@ -89,6 +89,7 @@ class Start:
     start_s: float
     first_token_s: float
     points: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    memory: dict[int, dict[str, int]] = field(default_factory=dict)  # bytes by part, of each rank
 
     def __str__(self) -> str:
         found = [f"{what} {shape}: {median(times) * 1e3:,.2f} ms" for (what, shape), times in self.points.items()]
@@ -115,6 +116,7 @@ def measure(model: str, layout: Layout, load: Load, options: EngineOptions, seed
                 (_generate(llm, prompts, 1 + load.tokens), _generate(llm, prompts, 1)) for _ in range(load.repeats)
             ]
             start.points["TPOT", str(count)] = [(long - short) / load.tokens for long, short in pairs]
+        start.memory = {rank: figures.memory for rank, figures in llm.figures().items()}
     return start
 
 
@@ -177,7 +179,13 @@ def records(spec: ModelSpec, load: Load, starts: Sequence[Start]) -> list[dict[s
                 "what": what, "model": spec.name, "layout": str(layout), "shape": shape, "seconds": seconds,
                 "tokens_per_s": tokens / seconds, "ceiling_s": ceiling, "fraction": round(ceiling / seconds, 4),
                 "bound_by": "arithmetic" if what == "prefill" else "bytes", "starts": len(own), "commit": commit(),
+                "context": load.context + load.tokens / 2,
             })  # fmt: skip
+        held = load.options(EngineOptions(), layout)
+        found.append({
+            "what": "memory", "model": spec.name, "layout": str(layout), "bytes": own[0].memory,
+            "kv_tokens": held.kv_tokens, "sequences": held.max_sequences, "commit": commit(),
+        })  # fmt: skip
         found.append({
             "what": "start", "model": spec.name, "layout": str(layout), "shape": "first token",
             "seconds": median(start.first_token_s for start in own),

@@ -45,6 +45,8 @@ def offline(records: Sequence[dict[str, Any]]) -> Table:
         if record["what"] == "routing":
             table.caption = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("what", "model"))
             continue
+        if record["what"] == "memory":
+            continue
         figures = [f"{record['seconds'] * 1e3:,.2f}", "", "", ""]
         if "ceiling_s" in record:
             limit = f"{record['ceiling_s'] * 1e3:,.2f}"

@@ -54,7 +54,7 @@ class Fitted(Spec, frozen=True, kw_only=True, dict=True):
         A mean over points, each weighing less by a Gaussian of its distance in doublings, and over the formula itself
         (Nadaraya 1964, with a prior at 1), so that far from all points the formula stands alone.
         """
-        if not self.misfits:
+        if not self.misfits or not at:
             return 1.0
         weights = [exp(-0.5 * _distance2(at, point) / NEAR**2) for point in self.points]
         if but is not None:
@@ -211,6 +211,15 @@ def predict_row(domain: Domain, fitted: dict[str, dict[str, float]], row: Row) -
             return domain.predict(constants, row)
     priors: dict[str, Prior] = dict(domain.priors(path))
     return domain.predict({name: prior.guess for name, prior in priors.items()}, row)
+
+
+def calibrated(domain: Domain, calibration: Calibration, row: Row) -> float:
+    """A row's prediction as plans have it: the narrowest constants, corrected by the machine's own points near by."""
+    constants = {key: fitted.constants for key, fitted in calibration.fitted.items()}
+    path = domain.path(row)
+    keys = ("/".join((domain.name, *path[:depth])) for depth in range(len(path), 0, -1))
+    found = next((calibration.fitted[key] for key in keys if key in calibration.fitted), None)
+    return predict_row(domain, constants, row) * (found.correction(domain.coordinates(row)) if found else 1.0)
 
 
 def left_out(domain: Domain, rows: Sequence[Row]) -> list[tuple[Row, float]]:

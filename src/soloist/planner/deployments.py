@@ -15,9 +15,9 @@ from soloist.planner.fitting import Constants
 from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
-from soloist.planner.runtime import SYSTEM, Runtime
+from soloist.planner.runtime import OWN, SYSTEM, Runtime
 from soloist.planner.step import StepModel
-from soloist.planner.tables import DeploymentRow
+from soloist.planner.tables import DeploymentRow, RunRow
 from soloist.specs.cluster import ClusterSpec, preset_clusters
 from soloist.specs.layout import Layout
 from soloist.specs.presets import preset
@@ -127,6 +127,43 @@ def _tpot(row: DeploymentRow, found: Setting, model: StepModel) -> float:
 
 def _context(row: DeploymentRow) -> float:
     return row.context or (row.input_tokens or 0) + (row.output_tokens or 0) / 2
+
+
+# -- our own engine on the machine at hand ----------------------------------------------------------------------------
+def predict_run(row: RunRow, calibration: Calibration, runtime: Runtime) -> float:
+    """Seconds of a run of `soloist bench offline`: all its prefill steps, or one decode step.
+
+    Raises ConfigurationError where the calibration names no machine.
+    """
+    if calibration.machine is None:
+        raise ConfigurationError.of("calibration", calibration.name, "names no machine; give what calibrate wrote")
+    spec, layout = preset(row.model), Layout.parse(row.layout)
+    kernels = Kernels(calibration.machine, calibration, library_of(row.system, calibration))
+    model = StepModel(Deployment(model=spec, layout=layout, precision=Precision.of(spec)), kernels, runtime, "off")
+    each = row.sequences / (layout.dp * layout.attention_groups)
+    if row.phase == "decode":
+        return model.decode(each, row.tokens).seconds.value
+    left, steps = each * row.tokens, max(layout.pp, -(-each * row.tokens // CHUNK_TOKENS))
+    whole = min(CHUNK_TOKENS, left)
+    cost = model.prefill(whole, row.tokens / 2, int(steps)).seconds.value
+    return cost * left / whole
+
+
+def own_runs(kernels: Calibration) -> Domain:
+    """What our own engine adds to its kernels, told by its runs on the machine of the calibration."""
+
+    def predicted(constants: Constants, row: RunRow) -> float:
+        return predict_run(row, kernels, Runtime(name=row.system, constants=dict(constants)))
+
+    return Domain(
+        name="runs",
+        rows=RunRow,
+        path=lambda row: (row.system,),
+        priors=lambda path: OWN,
+        predict=predicted,
+        measured=lambda row: row.seconds,
+        coordinates=lambda row: {},
+    )
 
 
 def end_to_end(kernels: Calibration) -> Domain:

@@ -20,7 +20,6 @@ from soloist.planner.weights import kv_elements
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec, Spec
 
-ELEMENTWISE = 10  # passes over the residual stream in a layer: norms, residual sums, rotary, router
 COMMUNICATION = ("dispatch", "combine", "attention exchange", "expert exchange")
 
 
@@ -135,7 +134,7 @@ def _attention_half(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runt
         "projections": projections.times(runtime["kernels"]),
         "attention": _attention(d, batch, context, kernels).times(runtime["kernels"]),
         "attention exchange": kernels.collective("all_reduce", ranks, batch.tokens * width * 2),
-        "layer": total((kernels.stream(ELEMENTWISE * 2 * own * width), _fixed(1e-6 * runtime["layer_us"]))),
+        "layer": total((kernels.stream(runtime["layer_passes"] * 2 * own * width), _fixed(1e-6 * runtime["layer_us"]))),
     }
 
 

@@ -11,10 +11,10 @@ import msgspec
 
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, fit_calibration, fit_machine
-from soloist.planner.deployments import end_to_end
+from soloist.planner.deployments import end_to_end, own_runs
 from soloist.planner.domains import Domain, domains, kernels
 from soloist.planner.fitting import Prior
-from soloist.planner.tables import TABLES, Row, read_measurements, read_table
+from soloist.planner.tables import PUBLISHED, TABLES, Row, read_measurements, read_table
 from soloist.specs.cluster import measured_cluster, preset_gpus
 
 OPEN = 0.7  # width of a prior for a machine's own constants
@@ -35,9 +35,14 @@ def refit(name: str, rows: Sequence[Row]) -> Calibration:
 
 # -- a machine's own --------------------------------------------------------------------------------------------------
 def load_calibration(path: str | Path | None) -> Calibration:
-    """The published constants, and over them those of a file: what `soloist calibrate` wrote, or a `Calibration`."""
+    """The published constants, and over them those of a file: what `soloist calibrate` wrote, or a `Calibration`.
+
+    A name without a suffix is a machine that comes with Soloist: `2xh100`.
+    """
     if path is None:
         return Calibration.published()
+    if (shipped := PUBLISHED / f"{path}.jsonl").is_file():
+        path = shipped
     own = _fitted_in(Path(path)) if Path(path).suffix == ".jsonl" else Calibration.load(path)
     return own.over(Calibration.published())
 
@@ -80,11 +85,10 @@ def calibrate_from(measurements: str | Path, name: str) -> Calibration:
     limit = PEAK if machine is None or machine.gpu.name in preset_gpus() else inf
     used = [_open(domain, limit) for name, found in known.items() if tables[name] for domain in found]
     fitted = fit_machine(name, used, rows, machine)
-    if not tables["end_to_end"]:
+    if not any(row.role == "fit" for row in tables["runs"]):
         return fitted
-    systems = fit_machine(name, (end_to_end(fitted.over(Calibration.published())),), rows, machine).fitted
-    own = {key: found for key, found in systems.items() if key.count("/") == 2}  # not what all systems have in common
-    return Calibration(name=name, fitted={**fitted.fitted, **own}, machine=machine)
+    systems = fit_machine(name, (own_runs(fitted.over(Calibration.published())),), rows, machine)
+    return Calibration(name=name, fitted={**fitted.fitted, **systems.fitted}, machine=machine)
 
 
 def _open(domain: Domain, most: float) -> Domain:

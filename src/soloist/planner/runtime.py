@@ -5,6 +5,8 @@ Fitted for each system to its published deployments; a system without any has th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from soloist.planner.calibration import UNMEASURED, Calibration
 from soloist.planner.fitting import Prior
 from soloist.specs.model import Spec
@@ -20,6 +22,19 @@ SYSTEM: dict[str, Prior] = {
     "waiting": Prior(1.2, 0.1),  # dispatch and combine in a running system over the unit test: ranks arrive apart
     "imbalance": Prior(1.1, 0.05),  # fullest over mean expert group after balancing
     "pipeline": Prior(0.85, 0.25, 1.0),  # share of time in which the stages of a pipeline full of prefill chunks work
+    "layer_passes": Prior(10, 0.001),  # over the residual stream in a layer: norms, residual sums, rotary, router
+}
+# Our own engine where its kernels were measured by themselves: they are what runs, in graphs, ahead of the host.
+OWN: dict[str, Prior] = {
+    **SYSTEM,
+    "kernels": Prior(1.0, 0.02),
+    "expert_flops": Prior(1.0, 0.02),
+    "waiting": Prior(1.1, 0.05),
+    "imbalance": Prior(1.0, 0.01),
+    "layer_us": Prior(100, 0.7),
+    "step_us": Prior(150, 0.4),
+    "layer_passes": Prior(15, 0.7),
+    "pipeline": Prior(0.95, 0.05, 1.0),
 }
 
 
@@ -40,13 +55,19 @@ class Runtime(Spec, frozen=True, kw_only=True):
 
         Pipeline losses are not carried over: they are a matter of how one engine schedules.
         """
+        if calibration.has(f"runs/{name}"):
+            own = calibration.find("runs", name).fitted
+            return cls(name=name, constants=own.constants, band=own.band, is_fitted=True)
+        if calibration.has(f"dispatch/ragged/{name}"):
+            return cls.assumed(name, OWN)
         if "end_to_end/serving" not in calibration.fitted:
             return cls.assumed(name)
         found = calibration.find("end_to_end", "serving", name)
         constants = found.constants if found.exact else {**found.constants, "pipeline": SYSTEM["pipeline"].guess}
+        constants = {"layer_passes": SYSTEM["layer_passes"].guess, **constants}
         return cls(name=name, constants=constants, band=found.fitted.band, is_fitted=found.exact)
 
     @classmethod
-    def assumed(cls, name: str) -> Runtime:
+    def assumed(cls, name: str, priors: Mapping[str, Prior] = SYSTEM) -> Runtime:
         """The priors."""
-        return cls(name=name, constants={key: prior.guess for key, prior in SYSTEM.items()})
+        return cls(name=name, constants={key: prior.guess for key, prior in priors.items()})

@@ -132,9 +132,24 @@ class DeploymentRow(Row, frozen=True, kw_only=True):
     unit: str
 
 
+class RunRow(Row, frozen=True, kw_only=True):
+    """Our own engine on the machine at hand (`soloist bench offline`): `sequences` in the whole deployment.
+
+    `tokens`: in prefill of each prompt, in decode the mean context. `seconds`: of all prompts, or of one step.
+    """
+
+    system: str = "soloist"
+    model: str
+    layout: str
+    phase: str
+    sequences: int
+    tokens: float
+    seconds: float
+
+
 TABLES: dict[str, type[Row]] = {
     "all_to_all": ExchangeRow, "collectives": CollectiveRow, "moe_gemm": ExpertRow, "matmul": MatmulRow,
-    "attention": AttentionRow, "stream": StreamRow, "end_to_end": DeploymentRow,
+    "attention": AttentionRow, "stream": StreamRow, "end_to_end": DeploymentRow, "runs": RunRow,
 }  # fmt: skip
 R = TypeVar("R", bound=Row)
 
@@ -163,12 +178,43 @@ def read_measurements(path: str | Path) -> dict[str, list[Row]]:
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
         try:
-            record = msgspec.json.decode(line, type=Measurement)
+            what = msgspec.json.decode(line, type=_Kind).what
+            if what in RUNS:
+                run = msgspec.json.decode(line, type=_Run)
+                tables["runs"].append(_row(RunRow, run.columns(), where))
+            elif what in TABLES:
+                record = msgspec.json.decode(line, type=Measurement)
+                tables[what].append(_row(TABLES[what], record.columns(), where))
         except msgspec.DecodeError as error:
             raise ConfigurationError(f"{where}: {error}; a record has what, shape and us") from error
-        if record.what in TABLES:
-            tables[record.what].append(_row(TABLES[record.what], record.columns(), where))
     return tables
+
+
+class _Kind(msgspec.Struct, frozen=True):
+    what: str
+
+
+RUNS = {"prefill": "prefill", "TPOT": "decode"}  # what `soloist bench offline` calls the phases
+
+
+class _Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A record of `soloist bench offline`. `shape` is `8x8000` for prefill, `256` sequences for decode."""
+
+    what: str
+    model: str
+    layout: str
+    shape: str
+    seconds: float
+    context: float = 192.0  # mean context of decode
+    role: str = "check"
+    source: str = "soloist bench offline"
+
+    def columns(self) -> dict[str, str | None]:
+        """As a table's columns."""
+        sequences, _, tokens = self.shape.partition("x")
+        fields = {"role": self.role, "source": self.source, "model": self.model, "layout": self.layout}
+        fields |= {"phase": RUNS[self.what], "sequences": sequences, "tokens": tokens or str(self.context)}
+        return {**fields, "seconds": str(self.seconds)}
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):

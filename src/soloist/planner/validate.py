@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 
 from soloist.errors import ConfigurationError
-from soloist.planner.calibration import Calibration, left_out, predict_row
-from soloist.planner.deployments import end_to_end
+from soloist.planner.calibration import Calibration, calibrated, left_out
+from soloist.planner.deployments import end_to_end, own_runs
 from soloist.planner.domains import Domain, domains
-from soloist.planner.tables import TABLES, Row, read_measurements, read_table
+from soloist.planner.tables import TABLES, Row, RunRow, read_measurements, read_table
 
 ROLES = ("fit", "check")
 BARS = {"all_to_all": 0.08, "collectives": 0.10, "moe_gemm": 0.08, "end_to_end": 0.15}
@@ -96,17 +96,18 @@ def domains_of(table: str, calibration: Calibration) -> tuple[Domain, ...]:
     """The domains that predict a table's columns."""
     if table == "end_to_end":
         return (end_to_end(calibration),)
+    if table == "runs":
+        return (own_runs(calibration),)
     return domains(calibration.machine)[table]
 
 
 def _predicted(
     table: str, domain: Domain, rows: Iterable[Row], calibration: Calibration, skipped: list[str]
 ) -> Iterator[RowReport]:
-    constants = {key: fitted.constants for key, fitted in calibration.fitted.items()}
     for row in rows:
         if domain.measured(row):
             try:
-                yield _report(table, domain, row, row.role, predict_row(domain, constants, row))
+                yield _report(table, domain, row, row.role, calibrated(domain, calibration, row))
             except ConfigurationError as error:
                 skipped.append(f"{table}: {label(row)}: {error}")
 
@@ -120,7 +121,7 @@ def _report(table: str, domain: Domain, row: Row, role: str, predicted: float) -
     measured = domain.measured(row)
     assert measured is not None
     metric = getattr(row, "metric", domain.name if domain.name in ("dispatch", "combine") else "time")
-    unit = getattr(row, "unit", "us")
+    unit = getattr(row, "unit", "s" if isinstance(row, RunRow) else "us")
     return RowReport(
         table=table, role=role, label=label(row), metric=f"{metric} [{unit}]", measured=measured, predicted=predicted
     )
@@ -148,6 +149,7 @@ def label(row: Row) -> str:
     """What tells a row from the others of its table."""
     fields = msgspec.to_builtins(row)
     shown = ("library", "system", "model", "gpu", "gpus", "fabric", "mode", "layout", "collective", "phase", "dtype")
-    sized = ("ep", "tokens", "group_tokens", "routing", "bytes", "batch", "batch_per_gpu", "input_tokens", "context")
+    sized = ("ep", "tokens", "group_tokens", "routing", "bytes", "batch", "sequences", "batch_per_gpu")
+    sized += ("input_tokens", "context")
     names = [str(fields[key]) for key in shown if fields.get(key) not in (None, "")]
     return " ".join(names + [f"{key}={fields[key]}" for key in sized if fields.get(key) is not None])
