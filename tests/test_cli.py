@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import soloist
 from soloist import cli
-from tests.mpirun import free_port
+from tests.mpirun import free_port, mpirun, needs_mpirun
 
 NOVELS = str(Path(__file__).parents[1] / "models" / "novels-moe-11m")
 PROMPT = "The old house upon the hill"
@@ -116,9 +116,15 @@ def test_one_prompt_of_several_may_fail(answer):
     assert "1 of 2 prompts were not answered" in result.stderr
 
 
-def start_rank(rank: int, size: int, port: int, layout: str, *more: str) -> subprocess.Popen:
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+
+
+def start_rank(
+    rank: int, size: int, port: int, layout: str, *more: str, names: tuple[str, ...] = TORCHRUN
+) -> subprocess.Popen:
     """As a launcher of ranks does: nothing but environment variables."""
-    environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    environment = dict(zip(names, (rank, size, rank, size), strict=True))
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-m", "soloist", "generate", NOVELS, PROMPT]
     command += ["--layout", layout, "--device", "cpu", "--max-tokens", "8", *more]
@@ -128,18 +134,26 @@ def start_rank(rank: int, size: int, port: int, layout: str, *more: str) -> subp
 
 def test_ranks_that_others_start_join_and_rank_0_prints(answer):
     port = free_port()
-    ranks = [start_rank(rank, 2, port, "tp2") for rank in range(2)]
+    ranks = [start_rank(rank, 2, port, "tp2", names=SRUN) for rank in range(2)]
     outputs = [process.communicate(timeout=90) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     assert outputs[0][0] == PROMPT + answer["outputs"][0]["text"] + "\n"
     assert outputs[1][0] == ""
 
 
+@needs_mpirun
+def test_mpirun_gives_the_same_text_over_mpi(answer):
+    settings = ("--layout", "ep2", "--transport", "mpi", "--device", "cpu", "--max-tokens", "8")
+    ranks = mpirun(2, "-m", "soloist", "generate", NOVELS, PROMPT, *settings)
+    assert ranks.returncode == 0, ranks.stderr
+    assert ranks.stdout == PROMPT + answer["outputs"][0]["text"] + "\n"
+
+
 def test_joining_with_other_options_names_who_has_which():
     port = free_port()
     ranks = [start_rank(rank, 2, port, "tp2", "--set", f"block_size={8 << rank}") for rank in range(2)]
     for rank, process in enumerate(ranks):
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == cli.FAILURE
         told = "option block_size = 16 on rank 1, 8 on the others: start every rank with the same command and plan"
         assert errors == f"rank {rank}: {told}\n"
