@@ -40,11 +40,14 @@ def engine_options(
 ) -> EngineOptions:
     """The options that commands running a model share, given ones before planned ones. Raises ConfigurationError."""
     from soloist.engine.options import EngineOptions
-    from soloist.engine.planned import planned_options
 
     wanted = {"device": device, "dtype": dtype, "transport": transport}
     wanted |= {"kv_tokens": kv_tokens, "random_weights": random_weights}
-    given: dict[str, Any] = planned_options(plan) if plan else {}
+    given: dict[str, Any] = {}
+    if plan:
+        from soloist.engine.planned import planned_options
+
+        given = planned_options(plan)
     given |= {key: value for key, value in wanted.items() if value is not None}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
@@ -56,24 +59,28 @@ def engine_options(
 
 def read_plan(file: Path | None, layout: str | None) -> Plan | None:
     """The plan of `--plan`, which takes the place of `--layout`."""
+    if file is None:
+        return None
+    if layout:
+        raise ConfigurationError.of("--layout", layout, f"{file} has a layout; give one of --layout and --plan")
+
     from soloist.planner.plan import Plan
 
-    if file and layout:
-        raise ConfigurationError.of("--layout", layout, f"{file} has a layout; give one of --layout and --plan")
-    return Plan.load_file(file) if file else None
+    return Plan.load_file(file)
 
 
 def deployment(
     model: str | None, layout: str | None, placement: Path | None, plan: Plan | None, options: EngineOptions
 ) -> tuple[str, str | Layout, Path | Placement | None]:
     """Model, layout and placement to run. A plan names them all; a model or a placement of its own may be given too."""
-    from soloist.engine.model import Model
-    from soloist.engine.planned import check_planned
-
     if plan is None:
         if model is None:
             raise ConfigurationError.of("MODEL", None, "name one, or give --plan")
         return model, layout or "ep1", placement
+
+    from soloist.engine.model import Model
+    from soloist.engine.planned import check_planned
+
     name = model or plan.model.name
     try:
         found = Model.find(name, options.random_weights is not None)

@@ -29,6 +29,7 @@ class SequenceState:
     leader: int
     fresh: int  # tokens of the prompt that its leader has to compute, as far as the front end knows
     expected: int  # tokens that it will probably get
+    booked: int = 0  # what its leader's load counts for it
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -46,10 +47,13 @@ class SequenceState:
             self.first_token_s = self.first_token_s if self.tokens else self.last_token_s
         self.tokens += delta.tokens
         self.text += delta.text
-        self.logprobs += delta.logprobs
-        self.prompt_logprobs += delta.prompt_logprobs
-        self.margin = min(self.margin, delta.margin)
-        self.cached = max(self.cached, delta.cached)
+        if delta.logprobs or delta.prompt_logprobs:
+            self.logprobs += delta.logprobs
+            self.prompt_logprobs += delta.prompt_logprobs
+        if delta.margin < self.margin:
+            self.margin = delta.margin
+        if delta.cached:
+            self.cached = delta.cached
         self.finish_reason, self.error = delta.finish_reason, delta.error
 
     @property
@@ -73,15 +77,11 @@ class Request:
     arrival_s: float = field(default_factory=time.monotonic)
     news: deque[tuple[int, Delta]] = field(default_factory=deque)
     on_done: Callable[[], None] | None = None
+    error: str | None = None  # why it could not be served; the first reason if there are several
 
     @property
     def done(self) -> bool:
         return all(sequence.finish_reason for sequence in self.sequences)
-
-    @property
-    def error(self) -> str | None:
-        """Why the request could not be served; the first reason if there are several."""
-        return next((sequence.error for sequence in self.sequences if sequence.error), None)
 
 
 Observer = Callable[[Request, SequenceState, Delta, float], None]  # the float: when the token before came, or NaN
@@ -112,7 +112,7 @@ class Requests:
             submit = Submit(self._next_sequence, request.prompt, share)
             self._next_sequence += 1
             state = self._place(submit)
-            self._load[state.leader] += state.cost
+            self._book(state)
             self._waiting[submit.sequence] = request, index
             request.sequences.append(state)
         return request
@@ -135,13 +135,14 @@ class Requests:
             return None
         request, index = self._waiting[delta.sequence]
         state = request.sequences[index]
-        before, last_token_s = state.cost, state.last_token_s
+        last_token_s = state.last_token_s
         state.apply(delta)
         if self.observe:
             self.observe(request, state, delta, last_token_s)
-        self._load[state.leader] += state.cost - before
+        self._book(state)
         request.news.append((index, delta))
         if delta.finish_reason:
+            request.error = request.error or delta.error
             del self._waiting[delta.sequence]
             if delta.finish_reason in ("stop", "length"):
                 self._learn(state)
@@ -164,6 +165,12 @@ class Requests:
     def waiting_for(self) -> set[int]:
         """Leaders that have work."""
         return {leader for leader, load in self._load.items() if load > 0}
+
+    def _book(self, state: SequenceState) -> None:
+        """Let a leader's load follow what is left to do for a sequence."""
+        cost = state.cost
+        self._load[state.leader] += cost - state.booked
+        state.booked = cost
 
     def _learn(self, state: SequenceState) -> None:
         """From a complete continuation: how long they are, and that its leader has its KV for a prompt that goes on."""

@@ -6,14 +6,16 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soloist.engine.chat import ChatTemplate
 from soloist.engine.llm import LLM
 from soloist.errors import RequestError
 from soloist.frontend.frontend import FrontEnd
-from soloist.planner.plan import Plan
 from soloist.server.slo import Slo
+
+if TYPE_CHECKING:
+    from soloist.planner.plan import Plan  # brings scipy, which serving does without
 
 LONG_TEXT = 4096  # characters from which a thread encodes it, lest streams wait
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from soloist.errors import ConfigurationError
-from soloist.planner.plan import Plan
 from soloist.specs.workload import Load
+
+if TYPE_CHECKING:
+    from soloist.planner.plan import Plan
 
 
 @dataclass(frozen=True)
