@@ -10,7 +10,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from soloist.engine.pulse import Pulse
 
-DEADLINE_S = 0.6
+DEADLINE_S = 1.0
 
 
 def store() -> PrefixStore:

@@ -337,7 +337,7 @@ def main(also: str = "") -> None:
     t.close()
     for failure in (one_stops, one_closes, one_never_sends) if also == "failures" else ():
         t = join(failure.__name__)
-        t.deadline_s = 0.7
+        t.deadline_s = 1.5
         if told := failure(t, place.size - 1):
             print(f"{failure.__name__}: {told[2]}", flush=True)
 
