@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import httpx
 import numpy as np
 import pytest
@@ -51,6 +55,20 @@ def deployment(layout: str, layers: int, experts: int, per_node: int = 8) -> tup
 def test_the_number_of_series_is_bounded():
     metrics, _, _ = deployment("ep128", 61, 256)
     assert len(samples(metrics.page())) == 1331
+
+
+def test_the_grafana_dashboard_asks_for_what_there_is():
+    metrics, _, _ = deployment("ep4", 5, 8)
+    known = {key[0] for key in samples(metrics.page())}
+    panels = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())["panels"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    names = {
+        name
+        for text in asked
+        for name in re.findall(r"[a-z_]*(?:_total|_bucket|blocks|used|mean|open|waiting)\b", text)
+    }
+    assert len(names) > 15
+    assert names <= known
 
 
 def test_ranks_and_layers():
