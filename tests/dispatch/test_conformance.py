@@ -37,5 +37,5 @@ def test_over_gloo_between_nodes_and_shared_memory_inside(ranks: RankPool) -> No
 @needs_mpirun
 def test_over_mpi() -> None:
     run = mpirun(4, "-m", "tests.dispatch.conformance", SOLOIST_TRANSPORT="mpi")
-    told = sorted(line for line in run.stdout.splitlines() if line.endswith("passed"))
-    assert told == sorted(f"mpi, rank {rank}: {name} passed" for rank in range(4) for name in ALL), run.stderr
+    told = [line for line in run.stdout.splitlines() if line.endswith("passed")]
+    assert told == [f"mpi, 4 ranks: {name} passed" for name in ALL], run.stderr
