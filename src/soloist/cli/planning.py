@@ -127,6 +127,21 @@ def validate(
     raise typer.Exit(run_validate(data, as_json, cross, plot, calibration))
 
 
+def export(
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    engine: Annotated[str, typer.Option("--for", help="soloist, vllm, sglang, tensorrt or eplb.")] = "soloist",
+    folder: Annotated[Path, typer.Option(help="Where the placement's file goes.")] = Path("."),
+) -> None:
+    """A plan for another engine: its command, the placement's file, the environment, and what cannot be said there."""
+    import os
+
+    from soloist.planner.export import export as lines_of
+    from soloist.planner.plan import Plan
+
+    for line in lines_of(Plan.load_file(plan), engine, folder, os.environ):
+        typer.echo(line)
+
+
 def calibrate(
     out: Annotated[Path, typer.Option(help="File of JSON lines to write.")] = Path("calibration.jsonl"),
     ranks: Annotated[int, typer.Option(help="Processes; 0: one for each GPU, or for each of up to four cores.")] = 0,

@@ -1,0 +1,58 @@
+"""A plan in other engines' words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from soloist.errors import ConfigurationError
+from soloist.planner.calibration import Calibration
+from soloist.planner.export import export
+from soloist.planner.kernels import Kernels
+from soloist.planner.layer import Deployment
+from soloist.planner.plan import Plan, plan_of
+from soloist.planner.precision import Precision
+from soloist.planner.runtime import Runtime
+from soloist.planner.score import Options, Scorer
+from soloist.specs.cluster import cluster
+from soloist.specs.layout import Layout
+from soloist.specs.presets import preset
+from soloist.specs.workload import Load
+
+
+def plan(layout: str) -> Plan:
+    spec, used, load = preset("qwen3-30b-a3b"), Calibration.published(), Load.parse("prompt=1000,output=200")
+    scorer = Scorer(Kernels(cluster("dgx-h100"), used), Runtime.named("soloist", used), load)
+    deployment = Deployment(model=spec, layout=Layout.parse(layout), precision=Precision.named("bf16"))
+    return plan_of(scorer.score(deployment, Options(), 8), cluster("dgx-h100"), load, used.name)
+
+
+def lines(layout: str, engine: str, folder: Path, **environment: str) -> list[str]:
+    return list(export(plan(layout), engine, folder, environment))
+
+
+def test_commands(tmp_path: Path) -> None:
+    assert lines("ep8", "vllm", tmp_path)[0].startswith("command: vllm serve qwen3-30b-a3b -tp 1 -dp 8 --enable-expert")
+    assert "--tp-size 8" in lines("ep8", "sglang", tmp_path)[0]
+    assert "--tp_size 8 --ep_size 8 --pp_size 1" in lines("ep8", "tensorrt", tmp_path)[0]
+    assert lines("ep8", "soloist", tmp_path)[0].startswith("command: soloist serve qwen3-30b-a3b --layout ep8")
+
+
+def test_what_cannot_be_said_is_said(tmp_path: Path) -> None:
+    assert any("vLLM 0.33 has no released form" in line for line in lines("ep8", "vllm", tmp_path))
+    assert lines("dp2ep4", "vllm", tmp_path)[0].startswith("2 replicas are so many servers")
+    assert any(line.startswith("no command: vllm has no flags for") for line in lines("ep4tp2", "vllm", tmp_path))
+
+
+def test_placement_and_environment(tmp_path: Path) -> None:
+    found = lines("ep8", "sglang", tmp_path, NCCL_TREE_THRESHOLD="0")
+    assert len(json.loads((tmp_path / "placement.json").read_text())["physical_to_logical_map"]) == 48
+    assert any(line.startswith("set now: NCCL_TREE_THRESHOLD: obsolete") for line in found)
+    assert any("NCCL_LL_THRESHOLD" in line for line in found)
+
+
+def test_an_unknown_engine(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="choose one of"):
+        lines("ep8", "nonsense", tmp_path)
