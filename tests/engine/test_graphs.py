@@ -1,0 +1,50 @@
+"""Steps of fixed shape, scheduled ahead, on the CPU: every answer is that of plain steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soloist.engine.llm import LLM
+from soloist.engine.options import EngineOptions
+from soloist.errors import ConfigurationError
+from soloist.scheduling.request import SamplingParams
+
+NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
+PROMPTS = ["It was a dark and stormy night, and", "The old house upon the hill", "My dear Watson,", "She", "He said"]
+WISHES = [
+    SamplingParams(max_tokens=12, temperature=0.0),
+    SamplingParams(max_tokens=9, temperature=0.8, seed=3),
+    SamplingParams(max_tokens=12, temperature=0.9, top_p=0.8, top_k=20, seed=4, logprobs=2),
+    SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.4, prompt_logprobs=1),
+    SamplingParams(max_tokens=24, temperature=0.0, stop=("the",)),
+]
+
+
+def answers(layout: str, **options: str) -> list[tuple]:
+    with LLM(NOVELS, layout=layout, device="cpu", show_progress=False, kv_tokens=2048, **options) as llm:
+        outputs = llm.generate(PROMPTS, WISHES)
+        stats = llm.stats()
+    assert not any(figures.blocks_used for figures in stats.values())
+    done = [output.outputs[0] for output in outputs]
+    assert [len(c.logprobs) for c in done] == [0, 0, 12, 0, 0]
+    assert len(outputs[3].prompt_logprobs) == len(outputs[3].prompt_tokens) - 1
+    return [(c.tokens, c.text, c.finish_reason) for c in done]
+
+
+@pytest.mark.parametrize("layout", ["ep1", "tp2"])
+def test_no_answer_changes(layout: str) -> None:
+    plain = answers(layout, cuda_graphs="off", ahead="off")
+    assert answers(layout, cuda_graphs="3,8", ahead="on") == plain
+
+
+def test_buckets() -> None:
+    assert EngineOptions().graph_buckets(is_gpu=False) == ()
+    assert EngineOptions(max_sequences=20).graph_buckets(is_gpu=True) == (1, 2, 4, 8, 16, 20)
+    assert EngineOptions(cuda_graphs="8,1,512").graph_buckets(is_gpu=True) == (1, 8)
+    for wrong in ("0,4", "some"):
+        with pytest.raises(ConfigurationError, match="cuda_graphs"):
+            EngineOptions(cuda_graphs=wrong)
+    with pytest.raises(ConfigurationError, match="ahead"):
+        EngineOptions(ahead="on").on("cuda", stages=2)
