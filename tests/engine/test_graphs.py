@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ WISHES = [
 ]
 
 
-def answers(layout: str, **options: str) -> list[tuple]:
+def answers(layout: str, **options: Any) -> list[tuple]:
     with LLM(NOVELS, layout=layout, device="cpu", show_progress=False, kv_tokens=2048, **options) as llm:
         outputs = llm.generate(PROMPTS, WISHES)
         stats = llm.stats()
