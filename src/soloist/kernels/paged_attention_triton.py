@@ -81,7 +81,7 @@ def tiling(widths: Widths, group: int, decode: bool) -> Tiling:
 
 def supports(dtype: torch.dtype, key: int, value: int) -> bool:
     """Whether the kernels serve a cache of this type and these widths on a GPU."""
-    return dtype in (torch.bfloat16, torch.float16) and value <= WIDEST and key <= WIDEST * 5 // 4
+    return dtype in (torch.bfloat16, torch.float16, torch.float32) and value <= WIDEST and key <= WIDEST * 5 // 4
 
 
 def fitted(cut: Tiling, widths: Widths, itemsize: int) -> Tiling:

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soloist.kernels.attention import attention_of
-from soloist.models.layers import rms_norm
+from soloist.kernels.language import AVAILABLE
+from soloist.kernels.norm import fused_heads
+from soloist.models.layers import add_norm, rms_norm
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput
 from soloist.models.weights import Span, WeightSource
@@ -117,6 +119,8 @@ class GroupedQueryAttention:
         self.o = source.read(Param("o", layer), columns=_scaled(heads.query, a.v_head_dim))
         is_first = heads.query[0] == 0 and heads.query[1] > 0
         self.o_bias = read("o_bias") if a.out_bias and is_first else None
+        self.fused = True
+        self.serves = AVAILABLE and a.qk_norm != "full" and a.clip is None and a.head_dim == a.v_head_dim
         kv_head_H = heads.kv_of_query(a.heads, a.kv_heads).to(self.qkv.device)
         self.attend = attention_of(
             kv_head_H, a.scale, spec.window(layer), self.sinks, self.qkv.dtype, a.head_dim, a.v_head_dim
@@ -124,8 +128,20 @@ class GroupedQueryAttention:
 
     def __call__(self, h_TD: Tensor, step: StepInput, cache: LayerCache) -> Tensor:
         """Partial sums [T, D] over this rank's heads; writes this step's keys and values into the cache."""
+        qkv_TN = F.linear(h_TD, self.qkv, self.bias)
+        if self.fused and self.serves and qkv_TN.is_cuda:
+            norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
+            turned = (step.cos, step.sin, self.rope.spec.interleaved)
+            q_THQ = fused_heads(qkv_TN, norms, self.eps, *turned, step.cache_slots_T, cache.keys, cache.values)
+        else:
+            q_THQ = self._plain_heads(qkv_TN, step, cache)
+        mixed_THV = self.attend(q_THQ, cache.keys, cache.values, step.paged)
+        return F.linear(mixed_THV.flatten(1), self.o, self.o_bias)
+
+    def _plain_heads(self, qkv_TN: Tensor, step: StepInput, cache: LayerCache) -> Tensor:
+        """The queries, normed and rotated; keys and values go into the cache."""
         a = self.spec
-        q, k, v = F.linear(h_TD, self.qkv, self.bias).split(self.widths, dim=-1)
+        q, k, v = qkv_TN.split(self.widths, dim=-1)
         if a.qk_norm == "full":
             q, k = self._norm_over_group(q, k)
         if a.clip is not None:
@@ -137,8 +153,7 @@ class GroupedQueryAttention:
             q_THQ, k_TCQ = rms_norm(q_THQ, self.q_norm, self.eps), rms_norm(k_TCQ, self.k_norm, self.eps)
         cache.keys[step.cache_slots_T] = self._rotate(k_TCQ, step)
         cache.values[step.cache_slots_T] = v_TCV
-        mixed_THV = self.attend(self._rotate(q_THQ, step), cache.keys, cache.values, step.paged)
-        return F.linear(mixed_THV.flatten(1), self.o, self.o_bias)
+        return self._rotate(q_THQ, step)
 
     def _rotate(self, x_THQ: Tensor, step: StepInput) -> Tensor:
         width = self.rope.spec.width
@@ -175,7 +190,7 @@ class LatentAttention:
         self, spec: ModelSpec, source: WeightSource, layer: int, heads: Heads, group: Transport | None, rope: Rope
     ) -> None:
         a = self.spec = spec.attention
-        self.eps, self.rope = a.latent_norm_eps, rope
+        self.eps, self.rope, self.fused = a.latent_norm_eps, rope, True
 
         def read(name: str, rows: Span | None = None) -> Tensor:
             return source.read(Param(name, layer), rows=rows)
@@ -202,11 +217,11 @@ class LatentAttention:
         a = self.spec
         latent_TL, key_TW = F.linear(h_TD, self.kv_a, self.kv_a_bias).split([a.kv_rank, a.rope_dim], dim=-1)
         key_T1W = self.rope.rotate(key_TW[:, None], step.cos, step.sin)
-        latent_T1L = rms_norm(latent_TL, self.kv_a_norm, self.eps)[:, None]
+        latent_T1L = self._norm(latent_TL, self.kv_a_norm)[:, None]
         cache.keys[step.cache_slots_T] = torch.cat([latent_T1L, key_T1W], dim=-1)
 
         if self.q_a is not None:
-            h_TD = rms_norm(F.linear(h_TD, self.q_a, self.q_a_bias), self.q_a_norm, self.eps)
+            h_TD = self._norm(F.linear(h_TD, self.q_a, self.q_a_bias), self.q_a_norm)
         q_THQ = F.linear(h_TD, self.q_b).unflatten(-1, (-1, a.head_dim))
         nope_THN, rope_THW = q_THQ.split([a.nope_dim, a.rope_dim], dim=-1)
         absorbed_THL = torch.einsum("thn,hnl->thl", nope_THN, self.k_up_HNL)
@@ -214,6 +229,9 @@ class LatentAttention:
         mixed_THL = self.attend(q_THX, cache.keys, cache.values, step.paged)
         mixed_THV = torch.einsum("thl,hvl->thv", mixed_THL, self.v_up_HVL)
         return F.linear(mixed_THV.flatten(1), self.o, self.o_bias)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return add_norm(x, None, weight, self.eps, self.fused)[1]
 
 
 ATTENTION = {"gqa": GroupedQueryAttention, "mla": LatentAttention}

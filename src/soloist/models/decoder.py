@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soloist.models.attention import ATTENTION, Heads, LayerCache
-from soloist.models.layers import FeedForward, TokenSplit, rms_norm
+from soloist.models.layers import FeedForward, TokenSplit, add_norm
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput
 from soloist.models.weights import WeightSource
@@ -61,16 +61,29 @@ class Block:
         self.dense = FeedForward(spec, source, layer, "dense", part) if moe is None else None
         has_shared = moe is not None and spec.shared_width > 0
         self.shared = FeedForward(spec, source, layer, "shared", part) if has_shared else None
+        self.fused = True
 
-    def __call__(self, x_tD: Tensor, step: StepInput, split: TokenSplit, cache: LayerCache) -> Tensor:
-        h_TD = split.gather(rms_norm(x_tD, self.attn_norm, self.eps), self.where)
+    def __call__(
+        self, x_tD: Tensor, added_tD: Tensor | None, step: StepInput, split: TokenSplit, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream behind the attention, and what the feed-forward adds to it.
+
+        `x_tD` and `added_tD` are those of the layer before: sums are made together with the norm that follows them.
+        """
+        x_tD, h_tD = add_norm(x_tD, added_tD, self.attn_norm, self.eps, self.fused)
+        h_TD = split.gather(h_tD, self.where)
         with self.watch("attention"):
             partial_TD = self.attention(h_TD, step, cache)
-        x_tD = x_tD + split.reduce(partial_TD, self.where)
-        h_tD = rms_norm(x_tD, self.mlp_norm, self.eps)
+        x_tD, h_tD = add_norm(x_tD, split.reduce(partial_TD, self.where), self.mlp_norm, self.eps, self.fused)
         if self.moe is None:
-            return x_tD + self._in_group(self.dense, h_tD, split)
-        return x_tD + (self._replicated(h_tD, split) if split.replicated else self._sharded(h_tD, split))
+            return x_tD, self._in_group(self.dense, h_tD, split)
+        return x_tD, self._replicated(h_tD, split) if split.replicated else self._sharded(h_tD, split)
+
+    def fuse(self, fused: bool) -> None:
+        """See `Decoder.fuse`."""
+        self.fused = self.attention.fused = fused
+        if self.moe is not None:
+            self.moe.fuse(fused)
 
     def _sharded(self, h_tD: Tensor, split: TokenSplit) -> Tensor:
         """Each rank dispatches its own tokens; the shared experts run while they travel."""
@@ -148,6 +161,11 @@ class Decoder:
                     bytes_of["router" if name == "scale" else part] += tensor.untyped_storage().nbytes()
         return bytes_of
 
+    def fuse(self, fused: bool) -> None:
+        """Use the fused kernels where there are some, or the plain forms, which define them."""
+        for block in self.blocks:
+            block.fuse(fused)
+
     def split(self, step: StepInput) -> TokenSplit:
         """How this step's tokens lie over the attention group."""
         replicated = step.replicated and self.group is not None
@@ -155,6 +173,8 @@ class Decoder:
 
     def embed(self, step: StepInput, split: TokenSplit) -> Tensor:
         """x_tD of the first stage: each rank looks up the ids of its share of the vocabulary."""
+        if self.group is None:
+            return F.embedding(step.ids_T, self.embedding)
         start, stop = self.vocab
         local_T = step.ids_T - start
         mine_T = (local_T >= 0) & (local_T < stop - start)
@@ -163,14 +183,16 @@ class Decoder:
 
     def forward(self, x_tD: Tensor, step: StepInput, split: TokenSplit, caches: list[LayerCache]) -> Tensor:
         """Through this stage's layers."""
+        added_tD = None
         for block, cache in zip(self.blocks, caches, strict=True):
-            x_tD = block(x_tD, step, split, cache)
-        return x_tD
+            x_tD, added_tD = block(x_tD, added_tD, step, split, cache)
+        return x_tD if added_tD is None else x_tD + added_tD
 
     def logits(self, x_tD: Tensor, step: StepInput, split: TokenSplit) -> Tensor:
         """logits_CV (fp32) of the tokens in `step.logits_rows`, on every rank of the last stage's attention group."""
         x_CD = split.gather(x_tD, f"{step.name}, output head")[step.logits_rows]
-        part_CV = F.linear(rms_norm(x_CD, self.final_norm, self.spec.norm_eps), self.head)
+        _, h_CD = add_norm(x_CD, None, self.final_norm, self.spec.norm_eps)
+        part_CV = F.linear(h_CD, self.head)
         if self.group is None:
             return part_CV.float()
         shares = [share(self.spec.vocab, self.group.size, index) for index in range(self.group.size)]

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soloist.kernels.language import AVAILABLE
+from soloist.kernels.norm import fused_norm
 from soloist.kernels.reference import ACTIVATIONS
 from soloist.models.weights import WeightSource
 from soloist.specs.layout import share
@@ -25,6 +27,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight over the last dimension; computed in fp32, rounded to x's dtype before the weight."""
     x32 = x.float()
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_norm(
+    x_TD: Tensor, added_TD: Tensor | None, weight_D: Tensor, eps: float, fused: bool = True
+) -> tuple[Tensor, Tensor]:
+    """x + added (x where there is nothing to add), and its `rms_norm`; `fused`: in one kernel, where there is one."""
+    if fused and AVAILABLE and x_TD.is_cuda:
+        return fused_norm(x_TD, added_TD, weight_D, eps)
+    sum_TD = x_TD if added_TD is None else x_TD + added_TD
+    return sum_TD, rms_norm(sum_TD, weight_D, eps)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Experts:
         self.gate_up, self.down = gate_up, down
         self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
         self.grouped_linear = choose_grouped_linear(gate_up, down)
+        self.fused = True  # where the kernels serve these experts
 
     @classmethod
     def load(
@@ -106,8 +107,9 @@ class Experts:
 
         They serve SwiGLU without biases in bf16 and fp16 on a GPU.
         """
-        plain = self.spec.kind != "swiglu" or self.spec.activation != "silu" or self.spec.bias
-        if plain or not AVAILABLE or not self.down.is_cuda or self.down.dtype == torch.float32 or not len(self.down):
+        is_swiglu = self.spec.kind == "swiglu" and self.spec.activation == "silu" and not self.spec.bias
+        on_gpu = AVAILABLE and self.down.is_cuda and self.down.dtype != torch.float32
+        if not (self.fused and is_swiglu and on_gpu and len(self.down)):
             return None
         tiles = choose_tiles(rows_per_slot, self.down.shape[2])
         return tiles if fits(tiles, *self.down.shape[1:]) else None

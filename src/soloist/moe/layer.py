@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from soloist.dispatch.base import Dispatcher, ExpandedDispatcher, ExpertBatch, PendingBatch, PendingRows, PendingTokens
+from soloist.moe.choice import Chooser
 from soloist.moe.experts import Experts
 from soloist.moe.router import Router, SlotTable
 from soloist.moe.stats import LoadStats
@@ -36,6 +37,14 @@ class MoELayer:
     stats: LoadStats = field(default_factory=lambda: LoadStats(0))
     watch: Stopwatch = field(default_factory=Stopwatch)
 
+    def __post_init__(self) -> None:
+        self.choose = Chooser(self.router, self.table)
+
+    def fuse(self, fused: bool) -> None:
+        """Use the fused kernels where there are some, or the plain forms, which define them."""
+        self.choose.fused = fused and self.choose.serves
+        self.experts.fused = fused
+
     def __call__(
         self,
         x_TD: Tensor,
@@ -58,8 +67,7 @@ class MoELayer:
         where = f"layer {self.layer}"
         # 1. Choose experts, and a slot for each of them.
         with self.watch("router"):
-            routing = self.router.route(x_TD)
-            choice = self.table.choose(routing, live_T)
+            routing, choice = self.choose(x_TD, live_T)
         # 2. Send the tokens off, do the other work, take in what has arrived from everybody.
         with self.watch("exchange"):
             arriving = dispatcher.start_dispatch(x_TD, choice, where)

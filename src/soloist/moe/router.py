@@ -59,7 +59,7 @@ class Router:
 
     def route(self, x_TD: Tensor) -> Routing:
         """Score, choose, weigh, renormalise, scale."""
-        logits_TE = self._logits(x_TD)
+        logits_TE = self.logits(x_TD)
         if self.spec.scoring == "softmax_of_chosen":
             chosen_TK, expert_ids_TK = logits_TE.topk(self.spec.top_k, dim=-1)
             return Routing(expert_ids_TK, chosen_TK.softmax(-1) * self.spec.scaling)
@@ -70,7 +70,8 @@ class Router:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return Routing(expert_ids_TK, weights_TK * self.spec.scaling)
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """logits_TE, fp32, the bias in them."""
         if _is_cuda_half(x_TD):
             logits_TE = torch.mm(x_TD, self.weight_ED.T, out_dtype=torch.float32)
             return logits_TE if self.bias_E is None else logits_TE + self.bias_E
