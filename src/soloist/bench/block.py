@@ -71,7 +71,8 @@ class BlockRun:
     def runner(self) -> Runner:
         placement = Placement.linear(self.spec, self.layout.ep)
         source = RandomWeights(self.spec, 5, torch.bfloat16, self.bench.device)
-        return Runner(self.spec, self.layout, placement, world_of(self.bench, self.layout), source, self.options)
+        with torch.inference_mode(False):  # threads that load do not know of it
+            return Runner(self.spec, self.layout, placement, world_of(self.bench, self.layout), source, self.options)
 
     @property
     def tokens(self) -> int:

@@ -1,7 +1,7 @@
 """The router in one kernel: logits, scores, the best experts, their weights and slots.
 
-Shape legend: T tokens, D model width, E experts, K top-k, G router groups, M most replicas of an expert, S splits of D,
-BT and BE tokens and experts of a tile. `EP` and `KP` are powers of two that cover E and K.
+Shape legend: T tokens, D model width, E experts, K top-k, G router groups, N turns among an expert's
+replicas, S splits of D, BT and BE tokens and experts of a tile. `EP` and `KP` are powers of two that cover E and K.
 
     x_TD · weight_ED ─► partial logits by tile and split ─► the last program of a tile of tokens: sum, score, choose,
                                                             weigh, renormalise, scale; slot and group of each choice
@@ -28,7 +28,7 @@ def route(
     weight_ED: Tensor,
     bias_E: Tensor | None,
     correction_E: Tensor | None,
-    replicas: tuple[Tensor, Tensor, Tensor, Tensor],
+    turns: tuple[Tensor, Tensor],
     own_group: int,
     live_T: Tensor | None,
     arrived: Tensor,
@@ -44,8 +44,8 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """expert_ids_TK, weights_TK (fp32), group_TK, slot_TK (int64, −1 for tokens that are not live).
 
-    replicas: group_EM, slot_EM, count_E, own_E (moe/router.py, SlotTable). arrived: int32 zeros, one for BT tokens of
-    FEW_TOKENS, left as zeros. logits_TE (fp32, the bias in them): those of more tokens, made by a GEMM. `sums_two`:
+    turns: group_EN, slot_EN (moe/router.py, SlotTable). arrived: int32 zeros, one for BT tokens of FEW_TOKENS, left as
+    zeros. logits_TE (fp32, the bias in them): those of more tokens, made by a GEMM. `sums_two`:
     a group's score is the sum of its two best instead of the best.
     """
     (tokens, d), experts = x_TD.shape, len(weight_ED)
@@ -59,11 +59,11 @@ def route(
         assert tokens <= FEW_TOKENS
         logits_STE = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x_TD.device)
     if tokens:
-        group_EM, slot_EM, count_E, own_E = replicas
+        group_EN, slot_EN = turns
         route_kernel[(-(-tokens // BT), padded // be * splits)](
-            x_TD, weight_ED, bias_E, correction_E, logits_STE, arrived, group_EM, slot_EM, count_E, own_E, live_T,
+            x_TD, weight_ED, bias_E, correction_E, logits_STE, arrived, group_EN, slot_EN, live_T,
             ids_TK, weights_TK, group_TK, slot_TK, tokens, own_group, scaling,
-            D=d, E=experts, EP=padded, K=top_k, KP=1 << (top_k - 1).bit_length(), M=group_EM.shape[1], BT=BT, BE=be,
+            D=d, E=experts, EP=padded, K=top_k, KP=1 << (top_k - 1).bit_length(), TURNS=group_EN.shape[1], BT=BT, BE=be,
             BD=BD, SPLITS=splits, SPLIT=SPLIT, GROUPS=groups, KEPT=kept_groups, TWO=sums_two, SCORING=scoring,
             RENORMALISE=renormalise, BIAS=bias_E is not None and not made, CORRECTED=correction_E is not None,
             LIVE=live_T is not None, MADE=made, num_warps=4,
@@ -115,9 +115,9 @@ def _kept(score_TE, BT: tl.constexpr, EP: tl.constexpr, GROUPS: tl.constexpr, KE
 
 @triton.jit
 def route_kernel(
-    x_TD, weight_ED, bias_E, correction_E, logits_STE, arrived, group_EM, slot_EM, count_E, own_E, live_T,
+    x_TD, weight_ED, bias_E, correction_E, logits_STE, arrived, group_EN, slot_EN, live_T,
     ids_TK, weights_TK, group_TK, slot_TK, tokens, own_group, scaling,
-    D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TURNS: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, TWO: tl.constexpr, SCORING: tl.constexpr, RENORMALISE: tl.constexpr,
     BIAS: tl.constexpr, CORRECTED: tl.constexpr, LIVE: tl.constexpr, MADE: tl.constexpr,
@@ -174,13 +174,9 @@ def route_kernel(
 
         to = token_B.to(tl.int64)[:, None] * K + k
         written = here_B[:, None] & (k < K)
-        replica_TK = tl.zeros((BT, KP), tl.int32)
-        if M > 1:
-            own_TK = tl.load(own_E + id_TK, mask=written, other=0).to(tl.int32)
-            count_TK = tl.load(count_E + id_TK, mask=written, other=1).to(tl.int32)
-            replica_TK = tl.where(own_TK >= 0, own_TK, (own_group + token_B)[:, None] % count_TK)
-        group = tl.load(group_EM + id_TK * M + replica_TK, mask=written, other=-1).to(tl.int64)
-        slot = tl.load(slot_EM + id_TK * M + replica_TK, mask=written, other=-1).to(tl.int64)
+        turn_TK = id_TK * TURNS + ((own_group + token_B) % TURNS)[:, None]
+        group = tl.load(group_EN + turn_TK, mask=written, other=-1).to(tl.int64)
+        slot = tl.load(slot_EN + turn_TK, mask=written, other=-1).to(tl.int64)
         if LIVE:
             live_B = tl.load(live_T + token_B, mask=here_B, other=0) != 0
             group, slot = tl.where(live_B[:, None], group, -1), tl.where(live_B[:, None], slot, -1)

@@ -21,7 +21,7 @@ class Chooser:
         self.router, self.table = router, table
         self.serves = AVAILABLE and router.weight_ED.is_cuda and serves(router)
         self.fused = self.serves
-        self._replicas = tuple(x.contiguous() for x in (table.group_EM, table.slot_EM, table.count_E, table.own_E))
+        self._turns = (table.group_EN.contiguous(), table.slot_EN.contiguous())
         self._arrived = torch.zeros(FEW_TOKENS // BT, dtype=torch.int32, device=router.weight_ED.device)
 
     def __call__(self, x_TD: Tensor, live_T: Tensor | None = None) -> tuple[Routing, SlotChoice]:
@@ -37,7 +37,7 @@ class Chooser:
         logits_TE = router.logits(x_TD) if len(x_TD) > FEW_TOKENS else None
         ids_TK, weights_TK, group_TK, slot_TK = route(
             x_TD.contiguous(), router.weight_ED, router.bias_E, router.correction_E,
-            self._replicas, table.group, live_T, self._arrived, logits_TE,
+            self._turns, table.group, live_T, self._arrived, logits_TE,
             top_k=spec.top_k, scoring=spec.scoring, renormalise=spec.renormalise, scaling=spec.scaling,
             groups=spec.groups, kept_groups=spec.kept_groups, sums_two=spec.group_score == "top2",
         )  # fmt: skip
