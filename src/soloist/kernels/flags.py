@@ -60,7 +60,7 @@ def remote(bases, peer, at, dtype: tl.constexpr):
 
 
 @triton.jit
-def count(calls, PHASE: tl.constexpr, PIECES: tl.constexpr = 1):
+def count(calls, PHASE: tl.constexpr, PIECES: tl.constexpr):
     """One more call with this phase, published in PIECES. `calls` has a line for each phase: the count, then the
     programs counted in."""
     tl.store(calls + PHASE * LINE, tl.load(calls + PHASE * LINE) + PIECES)

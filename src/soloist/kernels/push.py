@@ -51,8 +51,8 @@ def push_kernel(
     program = tl.program_id(0)
     if CHOICES:
         if program == 0:
-            count(calls, PHASE_CHOICES)
-            count(calls, PHASE_HOME)
+            count(calls, PHASE_CHOICES, 1)
+            count(calls, PHASE_HOME, 1)
             if ROWS == "none":
                 count(calls, PHASE_ROWS, PIECES)
         # The row of a token says where its choices lie.
