@@ -65,7 +65,7 @@ def serve(
     def report(bytes_read: int) -> None:
         inbox.send(Loading(bytes_read))
 
-    job = replace(job, options=job.options.on(device.type, job.layout.pp))
+    job = replace(job, options=job.options.on(device.type, job.layout.pp, job.layout.attention_ranks))
     if not world.seat.is_leader:
         follow(make_executor(job, world, device, report), world.seat, meeting, inbox.send)
         return
@@ -120,7 +120,7 @@ def build_world(job: Job, meeting: Meeting, device: torch.device) -> World:
     control = leaders_only(job, meeting) if device.type == "cuda" else None
     windows = partial(symmetric_group, meeting, device) if options.transport == "auto" and nvlink(meeting) else None
     inside, rails = node_ranks(job, meeting, device), may_go_by_node(job) and kind != SHARED
-    return World.build(root, job.layout, options.gpus_per_node, control, windows, inside, rails)
+    return World.build(root, job.layout, options.gpus_per_node, control, windows, inside, rails, options.nvlink_sums)
 
 
 def nvlink(meeting: Meeting) -> bool:

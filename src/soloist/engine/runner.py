@@ -56,7 +56,7 @@ class Runner:
     ) -> None:
         """Reads this rank's weights. Collective only in that peers must not wait longer than the start deadline."""
         placement.check(spec, layout)
-        options = options.on(source.device.type, layout.pp)
+        options = options.on(source.device.type, layout.pp, layout.attention_ranks)
         self.spec, self.world, self.options = spec, world, options
         self.device, self.dtype = source.device, source.dtype
         self.watch, self.recorder = Stopwatch(self.device, options.measure), self._recorder(layout)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from soloist.dispatch.base import Topology
 from soloist.dispatch.hierarchical import Rails
+from soloist.kernels.language import AVAILABLE
 from soloist.specs.layout import Layout, Seat
 from soloist.transport.base import Transport
 from soloist.transport.local import LocalGroup, LocalTransport
+from soloist.transport.nvlink import Channels, NvlinkTransport
 from soloist.transport.symmetric import SymmetricGroup, Watch
 
 Windows = Callable[[Sequence[int]], SymmetricGroup]
@@ -49,12 +51,14 @@ class World:
         windows: Windows | None = None,
         inside: Transport | None = None,
         by_node: bool = False,
+        collectives: bool = False,
     ) -> World:
         """Called by all ranks of `root`, which are all ranks of the layout. `control` overrides the CPU group.
 
         windows: makes the group of some ranks whose GPUs reach each other over NVLink; none where they do not.
         inside: all ranks of the own declared node, where they have a faster transport than `root`; groups that lie on
         one node are made of it. by_node: prepare for hierarchical exchange, which a single node has no use for.
+        collectives: small sums of attention groups by kernels over NVLink, where `windows` serve them.
 
         Every rank builds the kinds in the same order, and the groups of a kind are disjoint, so that whoever waits
         for a member waits for one that is still busy with an earlier kind: there is no circle to wait in.
@@ -64,7 +68,7 @@ class World:
         topology = Topology.of(layout.ep, layout.tp, gpus_per_node, seat.stage_start)
         rails = Rails(topology, seat.group) if by_node and len(set(topology.node_of_group)) > 1 else None
         peers = seat.expert_peers
-        return cls(
+        world = cls(
             seat=seat,
             topology=topology,
             root=root,
@@ -80,6 +84,17 @@ class World:
             windows=windows,
             gpus_per_node=gpus_per_node,
         )
+        if collectives and world.attention is not None:
+            world.attention = world._over_nvlink(world.attention)
+        return world
+
+    def _over_nvlink(self, beneath: Transport) -> Transport:
+        """With kernels for what is small, where the members reach each other's memory. Called by all of them."""
+        group = self.nvlink(beneath.ranks) if AVAILABLE else None
+        if group is None:
+            return beneath
+        channels = Channels(group.window(Channels.size(beneath.size)))
+        return NvlinkTransport(beneath, channels, self.watch(beneath.ranks))
 
     def nvlink(self, ranks: Sequence[int]) -> SymmetricGroup | None:
         """Memory that these ranks share, where they are on one node whose GPUs reach each other. Collective."""

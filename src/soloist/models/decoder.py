@@ -197,4 +197,4 @@ class Decoder:
             return part_CV.float()
         shares = [share(self.spec.vocab, self.group.size, index) for index in range(self.group.size)]
         counts = [stop - start for start, stop in shares]
-        return self.group.all_gather_rows(part_CV.T.contiguous(), counts, f"{step.name}, output head").T.float()
+        return self.group.gather_columns(part_CV, counts, f"{step.name}, output head")
