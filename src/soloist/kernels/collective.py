@@ -107,7 +107,8 @@ def gather_kernel(
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     call = tl.load(calls + program * LINE)
-    column, dtype = tl.arange(0, BLOCK), part_Cv.dtype.element_ty
+    column = tl.arange(0, BLOCK)
+    dtype = part_Cv.dtype.element_ty  # on a line of its own: Triton takes no type out of a tuple
     first = tl.load(firsts + me)
     width = tl.load(firsts + me + 1) - first
     if SEND:
