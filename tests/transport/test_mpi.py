@@ -22,9 +22,8 @@ OPEN_MPI = "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, ide
 def test_conformance_and_lost_peers():
     options = '{"message_bytes": 65536}'  # large rows then go in many messages
     run = mpirun(3, "-m", "tests.transport.conformance", "failures", SOLOIST_TRANSPORT="mpi", SOLOIST_MPI=options)
-    told = run.stdout.splitlines()
-    passed = [line for line in told if line.startswith("mpi, 3 ranks:") and line.endswith("passed")]
-    assert len(passed) == len(CHECKS) + 1, run.stderr  # and the reductions
+    told = run.stdout  # in which mpirun joins the ranks' lines as they come, sometimes without the end of one between
+    assert told.count(" passed") == len(CHECKS) + 1, run.stderr  # and the reductions
     for rank in (0, 1):
         assert f"one_stops: rank {rank}: rank 2: no answer within 1.5 s (in layer 3, dispatch)" in told
         assert f"one_closes: rank {rank}: rank 2: has closed (in layer 1, attention)" in told
