@@ -18,7 +18,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -67,7 +66,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.agent is not None:
         return agent(arguments.agent)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go, too
     try:
         rows = [row for shape in arguments.shapes for row in compare(shape, arguments.mbit, arguments.delay_ms)]
     except SoloistError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,10 @@ def test_payload_is_counted_at_the_rate_of_the_link(network: Network) -> None:
     assert seconds > 0.8 * size / 10e6  # 80 Mbit/s are 10 MB/s
 
 
+def left() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
 @needs_root
 def test_nothing_is_left_behind() -> None:
     try:
@@ -60,8 +65,31 @@ def test_nothing_is_left_behind() -> None:
     except ConfigurationError as error:
         pytest.skip(f"this machine cannot make namespaces: {error}")
     assert sleeper.wait(5) != 0
-    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    assert not [node for node in network.nodes if node.name in left]
+    assert not [node for node in network.nodes if node.name in left()]
+
+
+HOLD = """
+import time
+from soloist.bench.namespaces import Network
+with Network(2) as network:
+    print(network.prefix, flush=True)
+    time.sleep(60)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_leaves_nothing_behind(network: Network, number: signal.Signals, code: int) -> None:
+    """`network` stands for: this machine can make namespaces."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        prefix = holder.stdout.readline().strip()
+        assert f"{prefix}-switch" in left()
+        holder.send_signal(number)
+        assert holder.wait(10) == code
+    assert prefix not in left()
 
 
 def test_without_root_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from soloist.errors import ConfigurationError
 
@@ -56,6 +60,8 @@ class Node:
 class Network:
     """`count` nodes on one switch, as a context: leaving it ends what still runs in them and removes them.
 
+    SIGTERM and SIGHUP leave the context by SystemExit, as Ctrl-C does by KeyboardInterrupt.
+
     prefix: of the namespaces' names, for a process that joins the network of another one.
     mbit: rate of each node's link, each way; None: as fast as the machine copies. delay_ms: added to each packet.
     Raises ConfigurationError without root, without iproute2, or where the kernel lacks what is asked for.
@@ -71,28 +77,28 @@ class Network:
         self.nodes = [Node(f"{self.prefix}-{i}", f"10.0.0.{i + 1}") for i in range(count)]
 
     def __enter__(self) -> Network:
-        try:
+        with ExitStack() as leaving:
+            leaving.enter_context(_heard(_leave, signal.SIGTERM, signal.SIGHUP))
+            leaving.callback(self.close)
             self._add_namespace(self.switch)
             _run("ip", "-n", self.switch, "link", "add", "bridge", "type", "bridge")
             _run("ip", "-n", self.switch, "link", "set", "bridge", "up")
             for index, node in enumerate(self.nodes):
                 self._add_node(index, node)
-        except BaseException:
-            self.close()
-            raise
+            self._leaving = leaving.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._leaving.close()
 
     def close(self) -> None:
-        """End the processes inside and remove the namespaces. Idempotent."""
-        found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
-        existing = {line.split()[0] for line in found.splitlines() if line.strip()}
-        for name in [*(node.name for node in self.nodes), self.switch]:
-            if name in existing:
+        """End the processes inside and remove the namespaces; no signal interrupts that. Idempotent."""
+        with _heard(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            found = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
+            existing = {line.split()[0] for line in found.splitlines() if line.strip()}
+            for name in existing & {self.switch, *(node.name for node in self.nodes)}:
                 inside = _run("ip", "netns", "pids", name).split()
                 subprocess.run(["kill", "-9", *inside], capture_output=True, check=False) if inside else None
                 _run("ip", "netns", "del", name)
@@ -133,6 +139,24 @@ class Network:
 
 def _port(index: int) -> str:
     return f"port{index}"
+
+
+@contextmanager
+def _heard(listener: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """These signals go to `listener` within; in a thread other than the main one they stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, listener) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, listened in before.items():
+            signal.signal(number, listened)
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _run(*words: str) -> str:
