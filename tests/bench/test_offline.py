@@ -40,8 +40,14 @@ def test_every_point_of_every_layout_is_written(tmp_path) -> None:
     done = CliRunner().invoke(app, [*small, *options, "--device", "cpu"])
     assert done.exit_code == 0, done.output
     records = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [record["what"] for record in records] == ["prefill", "TPOT", "memory", "start", "routing"]
+    single = ["start, one start", "prefill, one start", "TPOT, one start"]
+    assert [record["what"] for record in records] == [*single, "prefill", "TPOT", "memory", "start", "routing"]
+    assert "start:" in done.stderr
+    assert "ep1, TPOT, one start, 3:" in done.stderr
     by_name = {record["what"]: record for record in records}
+    (phases,) = by_name["start"]["phases_s"]
+    assert list(phases) == ["connecting", "weights", "KV cache and graphs", "ready"]
+    assert sorted(phases.values()) == list(phases.values())
     assert all(by_name[name]["seconds"] > 0 for name in ("prefill", "TPOT", "start"))
     assert by_name["memory"]["bytes"]["0"]["experts"] > 0
     assert 0 < by_name["routing"]["experts_touched_3"] <= 12

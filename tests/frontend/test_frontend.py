@@ -14,6 +14,7 @@ from soloist.frontend.wire import (
     RankError,
     Ready,
     Shutdown,
+    Starting,
     Submit,
     ToFrontEnd,
     Tokens,
@@ -68,8 +69,11 @@ def test_ready_means_every_rank(world):
     ep2 = world("ep2")
     seen = []
     ep2.ranks[0].send(Loading(1000))
+    ep2.ranks[1].send(Starting("weights"))
     ep2.ranks[0].send(Ready(SIZES))
-    with pytest.raises(ClusterError, match=r"ranks \[1\] were not ready after start_deadline_s = 0.3"):
+    with pytest.raises(
+        ClusterError, match=r"ranks \[1\] were not ready after start_deadline_s = 0.3; rank 1 had come to: weights"
+    ):
         ep2.front.wait_ready(0.3, lambda ranks: seen.append(ranks[0].bytes_read))
     assert seen[-1] == 1000
 

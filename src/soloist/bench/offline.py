@@ -14,7 +14,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -34,6 +34,8 @@ from soloist.planner.weights import kv_elements, rank_weights
 from soloist.scheduling.request import SamplingParams
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
+
+H100 = Ceilings()
 
 
 @dataclass(frozen=True)
@@ -89,26 +91,36 @@ class Start:
     start_s: float
     first_token_s: float
     points: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    phases_s: dict[str, float] = field(default_factory=dict)  # of the start: when all ranks had come to each
     memory: dict[int, dict[str, int]] = field(default_factory=dict)  # bytes by part, of each rank
 
-    def __str__(self) -> str:
-        found = [f"{what} {shape}: {median(times) * 1e3:,.2f} ms" for (what, shape), times in self.points.items()]
-        return ", ".join([f"{self.layout}: first token after {self.first_token_s:.1f} s", *found])
+
+Told = Callable[[dict[str, Any]], None]  # of each point of each start, as soon as it is measured
 
 
-def measure(model: str, layout: Layout, load: Load, options: EngineOptions, seed: int = 0) -> Start:
+def measure(
+    model: str, layout: Layout, load: Load, options: EngineOptions, seed: int = 0, told: Told = lambda point: None
+) -> Start:
     """Start a layout and put it through the load. Raises RequestError where a request is not answered."""
     begin = time.perf_counter()
-    with LLM(model, layout=layout, options=load.options(options, layout), show_progress=False) as llm:
+
+    def tell(what: str, shape: str, times_s: Sequence[float]) -> None:
+        at_s = round(time.perf_counter() - begin, 1)
+        named = {"what": f"{what}, one start", "model": model, "layout": str(layout), "shape": shape}
+        told({**named, "times_s": [round(each, 6) for each in times_s], "at_s": at_s})
+
+    with LLM(model, layout=layout, options=load.options(options, layout), show_progress="lines") as llm:
         ready = time.perf_counter()
         draw = _Prompts(llm.spec.vocab, seed)
         _generate(llm, draw(1, 4), 1)
-        start = Start(layout, ready - begin, time.perf_counter() - begin)
+        start = Start(layout, ready - begin, time.perf_counter() - begin, phases_s=llm.start_s)
+        tell("start", "first token", [start.first_token_s])
         for prefill in load.prefills:
             prompts = draw(prefill.count, prefill.tokens)
             _generate(llm, prompts, 1)  # kernels of this size are compiled, communicators made
             times = [_generate(llm, prompts, 1) for _ in range(load.repeats)]
             start.points["prefill", str(prefill)] = times
+            tell("prefill", str(prefill), times)
         for count in load.decodes:
             prompts = draw(count, load.context)
             _generate(llm, prompts, 4)
@@ -116,17 +128,24 @@ def measure(model: str, layout: Layout, load: Load, options: EngineOptions, seed
                 (_generate(llm, prompts, 1 + load.tokens), _generate(llm, prompts, 1)) for _ in range(load.repeats)
             ]
             start.points["TPOT", str(count)] = [(long - short) / load.tokens for long, short in pairs]
+            tell("TPOT", str(count), start.points["TPOT", str(count)])
         start.memory = {rank: figures.memory for rank, figures in llm.figures().items()}
     return start
 
 
 def compare(
-    model: str, layouts: Sequence[Layout], load: Load, options: EngineOptions, runs: int, seed: int = 0
+    model: str,
+    layouts: Sequence[Layout],
+    load: Load,
+    options: EngineOptions,
+    runs: int,
+    seed: int = 0,
+    told: Told = lambda point: None,
 ) -> Iterator[Start]:
     """Every layout `runs` times: A B C, C B A, …"""
     for run in range(runs):
         for layout in layouts if run % 2 == 0 else reversed(layouts):
-            yield measure(model, layout, load, options, seed)
+            yield measure(model, layout, load, options, seed, told)
 
 
 def routing(model: str, layout: Layout, load: Load, options: EngineOptions, seed: int = 0) -> dict[str, Any]:
@@ -164,32 +183,34 @@ def _even(chosen_E: torch.Tensor, slots: Sequence[Sequence[int]], groups: int) -
     return imbalance(torch.stack([chosen_E[list(slots[group])].sum() for group in range(groups)]))
 
 
-def records(spec: ModelSpec, load: Load, starts: Sequence[Start]) -> list[dict[str, Any]]:
-    """One flat record for each layout and point: medians, and the ceiling beside them."""
+def records(spec: ModelSpec, load: Load, starts: Sequence[Start], machine: str = "") -> list[dict[str, Any]]:
+    """One flat record for each layout and point: medians, and the ceiling beside them. `machine`: the GPU's name."""
     found: list[dict[str, Any]] = []
+    ceilings, common = Ceilings.of(machine), {"commit": commit(), "machine": machine}
     for layout in dict.fromkeys(start.layout for start in starts):
         own = [start for start in starts if start.layout == layout]
         for what, shape in own[0].points:
             seconds = median(value for start in own for value in start.points[what, shape])
-            ceiling = _prefill_s(spec, layout, Prefill.parse(shape)) if what == "prefill" else decode_s(
-                spec, layout, int(shape), load.context + load.tokens / 2
+            ceiling = _prefill_s(spec, layout, Prefill.parse(shape), ceilings) if what == "prefill" else decode_s(
+                spec, layout, int(shape), load.context + load.tokens / 2, ceilings
             )  # fmt: skip
             tokens = Prefill.parse(shape).count * Prefill.parse(shape).tokens if what == "prefill" else int(shape)
             found.append({
                 "what": what, "model": spec.name, "layout": str(layout), "shape": shape, "seconds": seconds,
                 "tokens_per_s": tokens / seconds, "ceiling_s": ceiling, "fraction": round(ceiling / seconds, 4),
-                "bound_by": "arithmetic" if what == "prefill" else "bytes", "starts": len(own), "commit": commit(),
+                "bound_by": "arithmetic" if what == "prefill" else "bytes", "starts": len(own), **common,
                 "context": load.context + load.tokens / 2,
             })  # fmt: skip
         held = load.options(EngineOptions(), layout)
         found.append({
             "what": "memory", "model": spec.name, "layout": str(layout), "bytes": own[0].memory,
-            "kv_tokens": held.kv_tokens, "sequences": held.max_sequences, "commit": commit(),
+            "kv_tokens": held.kv_tokens, "sequences": held.max_sequences, **common,
         })  # fmt: skip
         found.append({
             "what": "start", "model": spec.name, "layout": str(layout), "shape": "first token",
             "seconds": median(start.first_token_s for start in own),
-            "ready_s": [round(start.start_s, 2) for start in own], "starts": len(own), "commit": commit(),
+            "ready_s": [round(start.start_s, 2) for start in own], "starts": len(own), **common,
+            "phases_s": [start.phases_s for start in own],
         })  # fmt: skip
     return found
 
@@ -204,14 +225,19 @@ def write(found: Sequence[dict[str, Any]], path: Path | None) -> None:
         file.write(text)
 
 
+def gpu() -> str:
+    """The name of this host's first GPU; nothing where there is none."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+
+
 # -- what the machine allows ------------------------------------------------------------------------------------------
-def _prefill_s(spec: ModelSpec, layout: Layout, prefill: Prefill) -> float:
+def _prefill_s(spec: ModelSpec, layout: Layout, prefill: Prefill, ceilings: Ceilings) -> float:
     """All arithmetic, attention over half of the prompt on average, evenly over all GPUs."""
     flops = prefill.count * prefill.tokens * flops_per_token(spec, prefill.tokens / 2)
-    return flops / layout.size / Ceilings().flops
+    return flops / layout.size / ceilings.flops
 
 
-def decode_s(spec: ModelSpec, layout: Layout, sequences: int, context: float) -> float:
+def decode_s(spec: ModelSpec, layout: Layout, sequences: int, context: float, ceilings: Ceilings = H100) -> float:
     """Bytes that a step reads at least, by the rank that reads most: its weights, of experts those that uniform
     routing touches, and the keys and values of its sequences; in a pipeline once for each micro-batch, in turn."""
     batches = min(layout.pp, sequences)
@@ -226,7 +252,7 @@ def decode_s(spec: ModelSpec, layout: Layout, sequences: int, context: float) ->
             moved -= weights["embedding and head"] / 2  # of the embedding some rows
         layers = len(layout.stage_layers(stage, spec.layers))
         kv = 2 * kv_elements(spec, layout.attention_ranks) * context * _share(each, layout.attention_groups) * layers
-        stage_s.append((moved + kv) / Ceilings().memory)
+        stage_s.append((moved + kv) / ceilings.memory)
     return sum(stage_s) if batches == 1 else max(stage_s) * batches
 
 

@@ -17,11 +17,16 @@ from soloist.probes.records import commit as commit
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine can do at best; measured on H100 (docs/benchmarks.md)."""
+    """What a GPU can do at best, as measured by copies and large products: an H100 (docs/benchmarks.md)."""
 
     flops: float = 770e12
     memory: float = 3.0e12  # bytes/s, read + write
     link: float = 390e9  # bytes/s, one direction of NVLink
+
+    @classmethod
+    def of(cls, gpu: str) -> Ceilings:
+        """By its name. An H200 is an H100 with faster memory; any other is taken for an H100."""
+        return cls(memory=4.3e12) if "H200" in gpu else cls()
 
 
 @dataclass(frozen=True)

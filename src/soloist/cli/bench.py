@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -189,11 +189,16 @@ def offline(
     wanted = [bench.Prefill.parse(text) for text in prefills or []]
     load = bench.Load(wanted, decodes or ([] if wanted else [1]), context, tokens, repeats)
     chosen = [Layout.parse(text) for text in layouts]
-    starts: list[bench.Start] = []
-    for start in bench.compare(model, chosen, load, options, runs, seed):
-        starts.append(start)
-        Console(stderr=True).print(str(start), style="dim", highlight=False)
-    written = bench.records(Found.find(model, random_weights is not None).spec, load, starts)
+
+    def told(point: dict[str, Any]) -> None:
+        shown = ", ".join(f"{1e3 * each:,.2f} ms" for each in point["times_s"])
+        typer.echo(f"{point['at_s']:6.1f} s  {point['layout']}, {point['what']}, {point['shape']}: {shown}", err=True)
+        if lines:
+            bench.write([point], lines)
+
+    starts = list(bench.compare(model, chosen, load, options, runs, seed, told))
+    machine = bench.gpu() if options.device != "cpu" else ""
+    written = bench.records(Found.find(model, random_weights is not None).spec, load, starts, machine)
     if routing:
         written.append(bench.routing(model, chosen[0], load, options, seed))
     Console(width=160).print(table(written))

@@ -11,11 +11,24 @@ from soloist.engine.answers import Answer
 from soloist.engine.meeting import Meeting
 from soloist.errors import CommunicationError
 from soloist.frontend.sockets import Hub, Spoke
-from soloist.frontend.wire import Allocate, Figures, FromPeer, Hello, Ready, Result, Shutdown, Step, Tell, ToPeer
+from soloist.frontend.wire import (
+    Allocate,
+    Figures,
+    FromPeer,
+    Hello,
+    Ready,
+    Result,
+    Shutdown,
+    Starting,
+    Step,
+    Tell,
+    ToPeer,
+)
 from soloist.scheduling.request import Sampled, StepBatch
 from soloist.specs.layout import Seat
 
 _POLL_S = 50e-6
+CACHE = "KV cache and graphs"  # the last part of a start
 
 
 class Executor(Protocol):
@@ -85,7 +98,7 @@ class Crew:
         return received
 
 
-def follow(runner: Executor, seat: Seat, meeting: Meeting, say: Callable[[Ready | Figures], None]) -> None:
+def follow(runner: Executor, seat: Seat, meeting: Meeting, say: Callable[[Starting | Ready | Figures], None]) -> None:
     """The peers' side: run each step that the leader sends, until it sends none any more. `say` reaches the front end.
 
     Waiting for the next step is not bounded: the leader may be asleep. Whoever started this process ends it when the
@@ -101,6 +114,7 @@ def follow(runner: Executor, seat: Seat, meeting: Meeting, say: Callable[[Ready 
                     if answer := runner.run(batch):
                         answers.append((batch.step, answer))
                 case Allocate(blocks):
+                    say(Starting(CACHE))
                     runner.allocate(blocks)
                     say(Ready())
                 case Tell():

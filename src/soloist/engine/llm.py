@@ -14,7 +14,7 @@ from soloist.engine.meeting import Job
 from soloist.engine.model import Model
 from soloist.engine.options import EngineOptions
 from soloist.engine.outputs import RequestOutput, StreamPart
-from soloist.engine.progress import LoadingBar
+from soloist.engine.progress import Show, StartUp
 from soloist.errors import ConfigurationError, RequestError
 from soloist.frontend.frontend import FrontEnd
 from soloist.frontend.requests import Request
@@ -39,6 +39,8 @@ class LLM:
     model: a checkpoint's folder, a hub id, or the name of a preset together with `random_weights`, a seed.
     placement: a Placement or its file; by default neighbouring experts lie together.
     options: an `EngineOptions`, or its fields as keywords.
+    show_progress: a bar on a terminal; "lines": one on stderr for each part of the start. `start_s` keeps when each
+    was reached by all ranks, in seconds from the beginning.
     chat_template: a Jinja file that replaces the checkpoint's own.
 
     A prompt is a text or a list of token ids. Among several prompts, one that cannot be served has an `error` in its
@@ -57,7 +59,7 @@ class LLM:
         options: EngineOptions | None = None,
         *,
         chat_template: Path | None = None,
-        show_progress: bool = True,
+        show_progress: Show = True,
         make_executor: Callable[..., Any] | None = None,
         **fields: Any,
     ) -> None:
@@ -76,8 +78,10 @@ class LLM:
         self._ranks = launch(job, make_executor)
         self.front = FrontEnd(self.layout, self.spec.vocab, self._ranks.hub, self.options.deadline_s, self._ranks.ended)
         try:
-            with LoadingBar(self.layout.size, show_progress) as bar:
-                self.front.wait_ready(self.options.start_deadline_s, bar.update)
+            with StartUp(self.layout.size, show_progress) as start:
+                self.front.wait_ready(self.options.start_deadline_s, start.update)
+                start.update(self.front.ranks)
+            self.start_s = start.reached_s
         except BaseException:
             self.close()
             raise

@@ -15,13 +15,13 @@ import torch
 from tokenizers import Tokenizer
 from torch.distributed import PrefixStore
 
-from soloist.engine.crew import Crew, Executor, follow
+from soloist.engine.crew import CACHE, Crew, Executor, follow
 from soloist.engine.leader import Leader
 from soloist.engine.meeting import FRONT_END, Job, Meeting
 from soloist.engine.world import World
 from soloist.errors import ConfigurationError
 from soloist.frontend.sockets import Spoke
-from soloist.frontend.wire import Loading, RankError, Ready, ToLeader
+from soloist.frontend.wire import Loading, RankError, Ready, Starting, ToLeader
 from soloist.models.weights import WeightSource
 from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.scheduler import Scheduler
@@ -46,6 +46,7 @@ def run_rank(
     try:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // meeting.place.local_size))
         device = device_of(job, meeting)
+        inbox.send(Starting("connecting"))
         with closing((make_world or build_world)(job, meeting, device)) as world:
             serve(job, world, meeting, inbox, device, make_executor or load_runner)
     except Exception as error:
@@ -66,12 +67,14 @@ def serve(
         inbox.send(Loading(bytes_read))
 
     job = replace(job, options=job.options.on(device.type, job.layout.pp, job.layout.attention_ranks))
+    inbox.send(Starting("weights"))
     if not world.seat.is_leader:
         follow(make_executor(job, world, device, report), world.seat, meeting, inbox.send)
         return
     with closing(Crew(world.seat, meeting, job.options.deadline_s)) as crew:
         runner = make_executor(job, world, device, report)
         blocks = crew.agree_on_blocks(runner.kv_blocks, job.options.start_deadline_s)
+        inbox.send(Starting(CACHE))
         runner.allocate(blocks)
         sizes = scheduler_sizes(job, blocks)
         tokenizer = Tokenizer.from_file(str(job.tokenizer)) if job.tokenizer else None

@@ -19,6 +19,7 @@ from soloist.frontend.wire import (
     RankError,
     Ready,
     Shutdown,
+    Starting,
     Tell,
     ToFrontEnd,
     Tokens,
@@ -38,12 +39,18 @@ GRACE_S = 0.5  # for the rank that caused an error to say so, after others have 
 class RankReport:
     """What a rank has told about itself."""
 
+    phases: dict[str, float] = field(default_factory=dict)  # of its start: when each of them began
     bytes_read: int = 0
     ready: bool = False
     sizes: SchedulerConfig | None = None  # of leaders
     stats: SchedulerStats | None = None  # of leaders, after their last step
     figures: Figures | None = None  # those that it was asked for last
     heard_s: float = field(default_factory=time.monotonic)  # when; or when it was last given work after a rest
+
+    @property
+    def phase(self) -> str:
+        """The part of its start that it has come to."""
+        return next(reversed(self.phases), "its process")
 
 
 class FrontEnd:
@@ -79,7 +86,8 @@ class FrontEnd:
             self.pump(POLL_S)
             self.raise_failure()
             if time.monotonic() > end:
-                raise ClusterError(f"ranks {missing} were not ready after start_deadline_s = {deadline_s:g}")
+                reached = f"rank {missing[0]} had come to: {self.ranks[missing[0]].phase}"
+                raise ClusterError(f"ranks {missing} were not ready after start_deadline_s = {deadline_s:g}; {reached}")
             progress(self.ranks)
         sizes = [report.sizes for report in self.ranks.values() if report.sizes]
         if sizes[0].prefix_caching and len(sizes) > 1:
@@ -172,6 +180,8 @@ class FrontEnd:
                 return [request for delta in message.deltas if (request := self.requests.apply(delta))]
             case WakeMe():
                 self._wake(rank, message.generation)
+            case Starting(phase):
+                report.phases[phase] = report.heard_s
             case Loading():
                 report.bytes_read = message.bytes_read
             case Ready():

@@ -2,7 +2,7 @@
 
 front end ──Submit, Abort, Wake, Tell, Shutdown──► leader ──Allocate, Step, Tell, Shutdown──► peers
 front end ◄──Tokens, WakeMe── leader ◄──Hello, Result── peers
-front end ◄──Loading, Ready, Figures, RankError── every rank
+front end ◄──Starting, Loading, Ready, Figures, RankError── every rank
 """
 
 from __future__ import annotations
@@ -49,6 +49,12 @@ class Shutdown(Message, frozen=True):
 
 
 # -- rank → front end -----------------------------------------------------------------------------------------------
+class Starting(Message, frozen=True):
+    """The rank has come to this part of its start."""
+
+    phase: str
+
+
 class Loading(Message, frozen=True):
     """Bytes of weights that this rank has read so far."""
 
@@ -144,6 +150,6 @@ class Result(Message, frozen=True):
 
 
 ToLeader = Submit | Abort | Wake | Tell | Shutdown
-ToFrontEnd = Loading | Ready | Tokens | Figures | WakeMe | RankError
+ToFrontEnd = Starting | Loading | Ready | Tokens | Figures | WakeMe | RankError
 ToPeer = Allocate | Step | Tell | Shutdown
 FromPeer = Hello | Result

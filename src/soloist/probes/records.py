@@ -29,11 +29,17 @@ class Record:
         return json.dumps(fields, separators=(",", ":"))
 
 
-def commit() -> str:
-    """The commit of the checkout that this file lies in, or nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def commit(file: Path = Path(__file__)) -> str:
+    """The commit of the checkout that `file` belongs to, "-dirty" behind it where something was changed since.
+
+    "unknown" where no checkout knows the file: a copy, though it may lie in the folder of some repository.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(file.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("ls-files", file.name) and git("describe", "--always", "--dirty", "--exclude=*")) or "unknown"
 
 
 def device_name(device: torch.device) -> str:
