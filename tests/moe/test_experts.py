@@ -89,7 +89,10 @@ def test_the_form_follows_the_strides() -> None:
         (16, torch.bfloat16, grouped_linear),
     ):
         spec = make_spec(ExpertSpec(width=width), RouterSpec(top_k=3))
-        assert Experts.load(spec, RandomSource(spec, dtype), 0, HELD).grouped_linear is form
+        for held in (HELD, ()):  # a rank without slots decides as the others do
+            experts = Experts.load(spec, RandomSource(spec, dtype), 0, held)
+            assert experts.grouped_linear is form
+            assert experts.capturable == (form is grouped_linear)
 
 
 def test_no_slots_and_no_rows() -> None:

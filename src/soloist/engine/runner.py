@@ -125,9 +125,11 @@ class Runner:
 
     @property
     def _is_capturable(self) -> bool:
-        """No part of a step asks the host for anything: neither attention nor the exchange. Equal on all ranks."""
-        kernels = all(isinstance(block.attention.attend, TritonPagedAttention) for block in self.decoder.blocks)
-        return kernels and self.dispatchers.capturable
+        """No part of a step asks the host for anything: attention, experts, exchange. Equal on all ranks."""
+        blocks = self.decoder.blocks
+        attention = all(isinstance(block.attention.attend, TritonPagedAttention) for block in blocks)
+        experts = all(block.moe.experts.capturable for block in blocks if block.moe)
+        return attention and experts and self.dispatchers.capturable
 
     def _static_step(self, rows: int, shape: Shape) -> StaticStep:
         seat, replicated = self.world.seat, rows < self.options.replicate_below

@@ -36,14 +36,17 @@ MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), gath
 # Where the inner dimension of down is short, storing results beside the next product pays.
 MANY_ROWS_NARROW = ExpertTiles(MANY_ROWS.gate_up, Tile(128, 256, 64, 8, 3, hopper=True), gather=False)
 NARROW = 1024
+FP32_ROWS = ExpertTiles(Tile(32, 32, 32, 4, 3, 2), Tile(32, 64, 32, 4, 3, 2), gather=True)  # not measured: for tests
 FP8_ROWS = ExpertTiles(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), gather=False)
 FP8_BLOCKS = ExpertTiles(
     Tile(128, 64, BLOCK, stages=4, hopper=True), Tile(128, 128, BLOCK, stages=4, hopper=True), gather=False
 )
 
 
-def choose_tiles(rows_per_slot: float, width: int) -> ExpertTiles:
-    """For bf16 and fp16, by the expected number of expanded rows of a slot and the width of the experts."""
+def choose_tiles(rows_per_slot: float, width: int, dtype: torch.dtype = torch.bfloat16) -> ExpertTiles:
+    """By the expected number of expanded rows of a slot, the width of the experts, and their dtype of 16 or 32 bits."""
+    if dtype == torch.float32:
+        return FP32_ROWS
     if rows_per_slot <= 24:
         return FEW_ROWS
     if rows_per_slot <= 96:

@@ -185,7 +185,7 @@ def grouped_gemm_kernel(
             acc += part * (scale_M[:, None, None] * scale_2[None, :, None])
             scale_M, scale_low, scale_high = next_M, next_low, next_high
         else:
-            acc = tl.dot(a, w.T, acc)
+            acc = tl.dot(a, w.T, acc, input_precision="ieee")  # of fp32, where tf32 would be the default
         if ki == D // BK - 1:
             at_M = first + tl.arange(0, BM)
             column_N = n * BN + tl.arange(0, BN)

@@ -15,7 +15,7 @@ from soloist.dispatch.base import ExpertBatch
 from soloist.errors import ConfigurationError
 from soloist.kernels.experts import ExpertTiles, choose_tiles, fits, swiglu_experts
 from soloist.kernels.language import AVAILABLE
-from soloist.kernels.reference import activate, choose_grouped_linear, expand, weighted_sum
+from soloist.kernels.reference import activate, choose_grouped_linear, expand, grouped_linear, weighted_sum
 from soloist.moe.reader import Reader, Span
 from soloist.specs.layout import share
 from soloist.specs.model import ExpertSpec, ModelSpec
@@ -105,17 +105,25 @@ class Experts:
     def tiles(self, rows_per_slot: float) -> ExpertTiles | None:
         """How the fused kernels cut a batch; None where `forward` is to be used.
 
-        They serve SwiGLU without biases in bf16 and fp16 on a GPU.
+        They serve SwiGLU without biases on a GPU.
         """
+        return self._tiles(rows_per_slot) if len(self.down) else None
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold these experts: no form that they take asks the host for the offsets.
+
+        Equal on all ranks, those without slots included.
+        """
+        return self.grouped_linear is grouped_linear or all(self._tiles(rows) for rows in (1, 64, 1024))
+
+    def _tiles(self, rows_per_slot: float) -> ExpertTiles | None:
         is_swiglu = self.spec.kind == "swiglu" and self.spec.activation == "silu" and not self.spec.bias
-        on_gpu = AVAILABLE and self.down.is_cuda and self.down.dtype != torch.float32
-        if not (self.fused and is_swiglu and on_gpu and len(self.down)):
+        if not (self.fused and is_swiglu and AVAILABLE and self.down.is_cuda):
             return None
-        tiles = choose_tiles(rows_per_slot, self.down.shape[2])
+        tiles = choose_tiles(rows_per_slot, self.down.shape[2], self.down.dtype)
         return tiles if fits(tiles, *self.down.shape[1:]) else None
 
     def expanded(self, batch: ExpertBatch, tiles: ExpertTiles, x_XD: Tensor | None = None) -> Tensor:
         """y_XD: what each expanded row's expert makes of it. `x_XD`: the expanded rows, where they are made already."""
-        return swiglu_experts(
-            batch.rows_RD, batch.row_X, batch.offsets_S, self.gate_up, self.down, tiles, x_XD
-        )  # fmt: skip
+        return swiglu_experts(batch.rows_RD, batch.row_X, batch.offsets_S, self.gate_up, self.down, tiles, x_XD)
