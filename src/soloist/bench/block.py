@@ -2,6 +2,9 @@
 
     python -m soloist.bench.block --model qwen3-30b-a3b --layout tp2 --sequences 1
 
+The layers are first compared with their plain forms. Where rounding gave a token another expert there, its rows differ
+by that expert: such tokens are counted and left out of the error.
+
 Shape legend: T tokens of an attention group, D model width, S slots.
 """
 
@@ -13,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,7 @@ from torch.distributed import PrefixStore
 from torch.profiler import ProfilerActivity, profile
 
 from soloist.bench.report import Ceilings, Point, commit, print_table
+from soloist.dispatch.base import SlotChoice
 from soloist.dispatch.ragged import RaggedDispatcher
 from soloist.engine.meeting import Meeting, Place
 from soloist.engine.options import EngineOptions
@@ -31,10 +35,12 @@ from soloist.engine.runner import Runner
 from soloist.engine.world import World
 from soloist.models.random_weights import RandomWeights
 from soloist.models.step import StepInput
+from soloist.moe.choice import Chooser
+from soloist.moe.router import Routing
 from soloist.placement.placement import Placement
 from soloist.probes.gpus import Bench, captured, in_ranks
 from soloist.scheduling.request import Chunk, StepBatch
-from soloist.specs.layout import Layout
+from soloist.specs.layout import Layout, share
 from soloist.specs.model import ModelSpec
 from soloist.specs.presets import preset
 from soloist.transport.connect import connect, local_world
@@ -43,7 +49,7 @@ CONTEXT = 192  # tokens of each sequence, the step's included
 REPLAYS = 20  # while the profiler looks
 
 
-def world_of(bench: Bench, layout: Layout, deadline_s: float = 20.0) -> World:
+def world_of(bench: Bench, layout: Layout, nvlink_sums: bool, deadline_s: float = 20.0) -> World:
     """This rank's transports in a layout of all GPUs; a layout of one GPU runs on each of them by itself."""
     if layout.size == 1:
         return World.build(local_world(1)[0], layout, 1)
@@ -54,7 +60,8 @@ def world_of(bench: Bench, layout: Layout, deadline_s: float = 20.0) -> World:
     def windows(ranks):
         return symmetric_group(meeting, bench.device, ranks)
 
-    return World.build(root, layout, bench.size, control=root, windows=windows if nvlink(meeting) else None)
+    reach = windows if nvlink(meeting) else None
+    return World.build(root, layout, bench.size, control=root, windows=reach, collectives=nvlink_sums)
 
 
 @dataclass
@@ -72,7 +79,8 @@ class BlockRun:
         placement = Placement.linear(self.spec, self.layout.ep)
         source = RandomWeights(self.spec, 5, torch.bfloat16, self.bench.device)
         with torch.inference_mode(False):  # threads that load do not know of it
-            return Runner(self.spec, self.layout, placement, world_of(self.bench, self.layout), source, self.options)
+            world = world_of(self.bench, self.layout, self.options.nvlink_sums)
+            return Runner(self.spec, self.layout, placement, world, source, self.options)
 
     @property
     def tokens(self) -> int:
@@ -88,7 +96,7 @@ class BlockRun:
             for i, token in enumerate(ids)
         )
         batch = StepBatch(0, chunks, self.tokens)
-        replicated = self.tokens < self.options.replicate_below
+        replicated = self.tokens < runner.options.replicate_below
         made = StepInput.of(batch, self.options.block_size, runner.rope, replicated, self.bench.device, torch.bfloat16)
         return replace(made, static=True)
 
@@ -109,10 +117,11 @@ class BlockRun:
             lambda: decoder.logits(decoder.embed(step, split), step, split),
         )
 
-    def error(self) -> float:
-        """Relative difference of the layers' result from that of the plain forms over NCCL."""
+    def error(self) -> tuple[float, float, int]:
+        """Relative difference of the layers' result from that of the plain forms over NCCL, for tokens that chose the
+        same experts in both; for all; and how many did not."""
         layers, _ = self.parts()
-        fused = layers().float()
+        fused, chosen = self._choices(layers)
         decoder, world = self.runner.decoder, self.runner.world
         kept = [block.moe for block in decoder.blocks]
         for block, moe in zip(decoder.blocks, kept, strict=True):
@@ -121,12 +130,47 @@ class BlockRun:
             plain = [RaggedDispatcher(world.experts, world.topology, slots, tp) for tp in (world.tp, None)]
             block.moe = replace(moe, dispatcher=plain[0], replicated=plain[1])
         decoder.fuse(False)
-        want = layers().float()
+        want, chosen_plain = self._choices(layers)
         for block, moe in zip(decoder.blocks, kept, strict=True):
             block.moe = moe
         decoder.fuse(True)
         world.check()
-        return float((fused - want).norm() / want.norm())
+        same_t = torch.stack([(a == b).all(1) for a, b in zip(chosen, chosen_plain, strict=True)]).all(0)
+        if len(same_t) < len(want):  # replicated tokens, of which this rank dispatches a slice
+            same_t = self._of_all(same_t)
+        errors = [float((fused[rows] - want[rows]).norm() / want[rows].norm()) for rows in (same_t, slice(None))]
+        return errors[0], errors[1], int((~same_t).sum())
+
+    def _choices(self, layers: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What the layers make of the step, in fp32; and in each of them the experts of the tokens dispatched here."""
+        chosen: list[Tensor] = []
+
+        def watched(choose: Chooser) -> Any:
+            def call(x_TD: Tensor, live_T: Tensor | None = None) -> tuple[Routing, SlotChoice]:
+                routing, choice = choose(x_TD, live_T)
+                chosen.append(routing.expert_ids_TK.sort(1).values)
+                return routing, choice
+
+            return call
+
+        with_experts = [block.moe for block in self.runner.decoder.blocks if block.moe]
+        kept = [moe.choose for moe in with_experts]
+        for moe in with_experts:
+            moe.choose = watched(moe.choose)
+        out = layers().float()
+        for moe, choose in zip(with_experts, kept, strict=True):
+            moe.choose = choose
+        return out, chosen
+
+    def _of_all(self, same_t: Tensor) -> Tensor:
+        """All tokens of the attention group, from what each of its ranks knows of its slice."""
+        group, seat = self.runner.world.attention, self.runner.world.seat
+        assert group is not None
+        slices = group.size // seat.layout.tp
+        counts = [stop - start for start, stop in (share(self.tokens, slices, index) for index in range(slices))]
+        each = [counts[index // seat.layout.tp] for index in range(group.size)]
+        rows = group.all_gather_rows(same_t[:, None].int(), each)[:, 0]
+        return torch.cat(list(rows.split(each))[:: seat.layout.tp]).bool()
 
     def floor(self) -> tuple[float, str]:
         """Seconds of a layer of this rank: the bytes that it has to read. Experts as uniform routing touches them."""
@@ -141,7 +185,7 @@ class BlockRun:
         cache = runner.caches[0].nbytes
         parts = {"attention": dense, "experts": weights, "KV": cache}
         bound = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items())
-        return sum(parts.values()) / Ceilings().memory, bound
+        return sum(parts.values()) / Ceilings.of(torch.cuda.get_device_name()).memory, bound
 
 
 def profiled(work: Callable[[], None], layers: int) -> list[tuple[str, float, float]]:
@@ -155,6 +199,14 @@ def profiled(work: Callable[[], None], layers: int) -> list[tuple[str, float, fl
     return [(_short(e.key), e.count / REPLAYS / layers, e.self_device_time_total / e.count) for e in found]
 
 
+def _of_ranks(bench: Bench, listed: list[tuple[str, float, float]]) -> list[tuple[str, float, list[float]]]:
+    """This rank's kernels, with the µs of each on all ranks: who waits for whom shows there."""
+    everybody: list[list[tuple[str, float, float]]] = [[] for _ in range(bench.size)]
+    dist.all_gather_object(everybody, listed)
+    micros = [{name: each for name, _, each in one} for one in everybody]
+    return [(name, number, [one.get(name, 0.0) for one in micros]) for name, number, _ in listed]
+
+
 def _short(name: str) -> str:
     return re.sub(r"<.*|\(.*", "", name.replace("void ", "").replace("at::native::", ""))[:60] or name[:60]
 
@@ -165,15 +217,17 @@ def main(
     sequences: Annotated[list[int], typer.Option(help="of all attention groups together")] = [1, 32, 256],  # noqa: B006
     layers: Annotated[int, typer.Option(help="of the model that are run")] = 2,
     kernels: Annotated[bool, typer.Option(help="list the kernels")] = True,
-    replicate_below: Annotated[int, typer.Option(help="tokens; see the engine's option of this name")] = 64,
+    replicate_below: Annotated[int, typer.Option(help="tokens; see the engine's option of this name")] = -1,
+    nvlink_sums: Annotated[bool, typer.Option(help="see the engine's option of this name")] = False,
 ) -> None:
     """Time decoder blocks on the GPUs of this host, each checked against the plain forms first."""
     if "RANK" not in os.environ:
-        raise typer.Exit(in_ranks("soloist.bench.block", sys.argv[1:]))
+        raise typer.Exit(in_ranks("soloist.bench.block", sys.argv[1:], least=1))
     bench, points = Bench.join(), []
     options = EngineOptions(
-        replicate_below=replicate_below, max_batch_tokens=1024, max_sequences=256, kv_tokens=1024, block_size=64
-    )
+        replicate_below=replicate_below, nvlink_sums=nvlink_sums, max_batch_tokens=1024, max_sequences=256,
+        kv_tokens=1024, block_size=64,
+    )  # fmt: skip
     with torch.inference_mode():
         for name in model:
             for text in layout:
@@ -195,21 +249,25 @@ def _measured(run: BlockRun, name: str, layers: int, kernels: bool) -> list[Poin
     bench = run.bench
     run.runner  # noqa: B018  # weights first
     run.prepare()
-    error = run.error()
+    error, whole, moved = run.error()
     parts = run.parts()  # hold the tensors that the graphs read
     works = [captured(part) for part in parts]
     each, ends = bench.seconds(*works)
     run.runner.world.check()
     floor, bound = run.floor()
-    machine = f"{bench.size} x {torch.cuda.get_device_name(bench.device)}"
     shape = {"sequences": run.sequences, "T": run.tokens, "error": f"{error:.4f}", "ends_us": f"{ends * 1e6:.0f}"}
-    listed = profiled(works[0], layers) if kernels else []
+    machine = f"{bench.size} x {torch.cuda.get_device_name(bench.device)}"
+    point = Point(f"{name}, a layer", str(run.layout), shape, each / layers, floor, bound, machine, commit())
+    listed = _of_ranks(bench, profiled(works[0], layers)) if kernels else []
     if bench.rank == 0:
-        print(f"--- {name} {run.layout} {run.sequences} sequences: {each / layers * 1e6:.1f} µs a layer, floor "
-              f"{floor * 1e6:.1f}, ends {ends * 1e6:.1f}, error {error:.4f}", flush=True)  # fmt: skip
-        for kernel, number, micros in listed:
-            print(f"    {number:5.1f} x {micros:7.1f} = {number * micros:7.1f} µs  {kernel}", flush=True)
-    return [Point(f"{name}, a layer", str(run.layout), shape, each / layers, floor, bound, machine, commit())]
+        us, floor_us = point.seconds * 1e6, floor * 1e6
+        print(f"--- {name} {run.layout} {run.sequences} sequences: {us:.1f} µs a layer, floor {floor_us:.1f}; ends "
+              f"{ends * 1e6:.1f} µs", flush=True)  # fmt: skip
+        print(f"    error {error:.4f}; {moved} tokens chose other experts, with them {whole:.4f}", flush=True)
+        for kernel, number, (own, *others) in listed:
+            beside = f"  (other ranks: {', '.join(f'{one:.1f}' for one in others)})" if others else ""
+            print(f"    {number:5.1f} x {own:7.1f} = {number * own:7.1f} µs  {kernel}{beside}", flush=True)
+    return [point]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore
 from soloist.errors import ClusterError
 from soloist.kernels.flags import LINE_BYTES, await_kernel, signal_kernel
 from soloist.timing import median_of_slowest
-from soloist.transport.symmetric import SymmetricGroup, Watch, Window
+from soloist.transport.symmetric import SymmetricGroup, Watch, Window, windows_in_process
 
 _FLAGS_BYTES = 1 << 16
 _HEAD_START = 3_000_000  # clocks that the GPU sleeps while the host queues what is timed
@@ -45,7 +45,7 @@ class Bench:
         dist.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=device)
         store = PrefixStore("symmetric", dist.distributed_c10d._get_default_store())
         group = SymmetricGroup(store, rank, size, device)
-        window = group.window(_FLAGS_BYTES)
+        window = group.window(_FLAGS_BYTES) if size > 1 else windows_in_process(1, _FLAGS_BYTES, device)[0]
         calls = torch.zeros(LINE_BYTES // 8, dtype=torch.int64, device=device)
         return cls(rank, size, group, window, Watch(rank, tuple(range(size)), device, deadline_s), calls)
 
@@ -97,13 +97,13 @@ class Bench:
         return start, stop
 
 
-def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0) -> int:
+def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0, least: int = 2) -> int:
     """Run `python -m module arguments` once for each GPU of this host; the worst exit code.
 
-    Raises ClusterError where there are fewer than two.
+    Raises ClusterError where there are fewer than `least`.
     """
-    if (size := torch.cuda.device_count()) < 2:
-        raise ClusterError(f"this benchmark is of the exchange between GPUs and needs two or more; found {size}")
+    if (size := torch.cuda.device_count()) < least:
+        raise ClusterError(f"{module} needs {least} GPUs or more on this host; found {size}")
     return start_ranks(module, arguments, size, limit_s)
 
 
