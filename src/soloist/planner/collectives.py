@@ -27,6 +27,7 @@ NCCL: dict[str, Prior] = {
 DIRECT: dict[str, Prior] = {
     "one_shot_us": Prior(4.5, 0.3), "two_shot_us": Prior(9, 0.3), "direct": Prior(0.8, 0.08, 1.0),
 }  # fmt: skip
+OWN_SUM_BYTES = 4 << 20  # that a member sends, up to which our own kernel sums (transport/nvlink.py)
 ONE_SHOT_BYTES = {2: 1 << 23, 4: 1 << 19, 8: 1 << 18}  # below it vLLM's custom all-reduce reads all peers at once
 
 

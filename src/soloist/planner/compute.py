@@ -25,6 +25,7 @@ SPELLINGS = {
     "nvfp4": "fp4", "mxfp4": "fp4",
 }  # fmt: skip
 PADDED_TOKENS = 512  # tokens of a rank up to which engines pad to experts instead of gathering
+SMALL_PASSES = 9  # twice a sum and its norm: read two, write two; and the router reads
 TILE = 64  # rows of a GEMM tile: fewer cost as much
 
 GEMM: dict[str, Prior] = {
@@ -33,6 +34,7 @@ GEMM: dict[str, Prior] = {
     "passes": Prior(0.6, 0.3, 1.0), "knee": Prior(2.2, 0.15),
 }  # fmt: skip
 DENSE = ("gemm_us", "memory", "fp8", "bf16", "knee")  # those of a single matrix multiplication
+SMALL: dict[str, Prior] = {"kernels_us": Prior(15, 0.7), "memory": Prior(0.6, 0.2, 0.95)}
 STREAM: dict[str, Prior] = {"copy_us": Prior(3, 0.7), "memory": Prior(0.85, 0.1, 0.95)}
 ATTENTION: dict[str, dict[str, Prior]] = {
     "decode": {
@@ -59,6 +61,8 @@ class ExpertWork(msgspec.Struct, frozen=True, kw_only=True):
 
     `gathered`: rows arrive as tokens of other ranks and have to be scattered to experts and gathered again. The padded
     buffers of low-latency exchanges hold them by expert already, and without exchange the GEMM reads through an index.
+    `fused`: the activation belongs to the first GEMM, and what stands around the two is counted with the exchange, as
+    our own kernels have it.
     """
 
     pairs: float
@@ -68,6 +72,7 @@ class ExpertWork(msgspec.Struct, frozen=True, kw_only=True):
     matrices: int = 3
     dtype: str = "bf16"
     gathered: bool = False
+    fused: bool = False
     slowdown: float = 1.0  # of the arithmetic, against the calibrated kernels
 
 
@@ -94,7 +99,8 @@ def experts_seconds(work: ExpertWork, gpu: GpuSpec, constants: Constants) -> flo
     w, h, f = BYTES[work.dtype], work.hidden, work.width
     per_expert = work.matrices * h * f
     flops = 2 * per_expert * max(work.pairs, work.active * TILE / 4) * work.slowdown
-    rows = (work.matrices - 1) * f * 2 + f * w + h * w + h * 2  # written and read by the two GEMMs
+    hidden = 1 if work.fused else work.matrices - 1
+    rows = hidden * f * 2 + f * w + h * w + h * 2  # written and read by the two GEMMs
     moved = w * per_expert * work.active + work.pairs * rows
     return (
         1e-6 * constants["experts_us"] + _roof(flops, moved, work.dtype, gpu, constants)
@@ -130,6 +136,14 @@ def stream_seconds(moved: float, gpu: GpuSpec, constants: Constants) -> float:
     return moved / _memory(gpu, constants["memory"])
 
 
+def small_seconds(
+    tokens: float, hidden: float, columns: float, experts: float, gpu: GpuSpec, constants: Constants
+) -> float:
+    """A layer's small kernels: four launches, and what they read and write of the residual stream and the heads."""
+    moved = 2.0 * tokens * (SMALL_PASSES * hidden + 2 * columns + 2 * experts)
+    return 1e-6 * constants["kernels_us"] + moved / _memory(gpu, constants["memory"])
+
+
 def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float:
     """Seconds for a row of the `moe_gemm` table. Rows measured with ep = 1 time one grouped matrix multiplication."""
     pairs = row.group_tokens * row.top_k / row.ep
@@ -141,7 +155,7 @@ def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float
     fullest = pairs * imbalance(alpha, row.experts, row.ep, row.group_tokens, top_k=row.top_k)
     work = ExpertWork(
         pairs=fullest, active=activated(slots, row.experts, row.top_k, row.group_tokens), hidden=row.hidden,
-        width=row.ffn, dtype=dtype, gathered=row.group_tokens / row.ep > PADDED_TOKENS,
+        width=row.ffn, dtype=dtype, gathered=row.group_tokens / row.ep > PADDED_TOKENS, fused=row.library == "soloist",
     )  # fmt: skip
     return experts_seconds(work, gpu, constants)
 
@@ -173,6 +187,8 @@ def _blend(a: float, b: float, p: float) -> float:
 
 def _passes(work: ExpertWork, gpu: GpuSpec, constants: Constants) -> float:
     """Activation with quantisation and weighted sum, scatter and gather: what of it spills out of the L2 cache."""
+    if work.fused:
+        return 0.0
     w = BYTES[work.dtype]
     moved = work.width * (2 * (work.matrices - 1) + w) + 2 * work.hidden
     if work.gathered:

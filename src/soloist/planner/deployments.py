@@ -15,7 +15,7 @@ from soloist.planner.fitting import Constants
 from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
-from soloist.planner.runtime import OWN, SYSTEM, Runtime
+from soloist.planner.runtime import SYSTEM, Runtime, own_priors
 from soloist.planner.step import StepModel
 from soloist.planner.tables import DeploymentRow, RunRow
 from soloist.specs.cluster import ClusterSpec, preset_clusters
@@ -159,7 +159,7 @@ def own_runs(kernels: Calibration) -> Domain:
         name="runs",
         rows=RunRow,
         path=lambda row: (row.system,),
-        priors=lambda path: OWN,
+        priors=lambda path: own_priors(kernels),
         predict=predicted,
         measured=lambda row: row.seconds,
         coordinates=lambda row: {},

@@ -13,7 +13,16 @@ from soloist.errors import ConfigurationError
 from soloist.planner import collectives, compute, exchange
 from soloist.planner.fitting import Constants, Prior
 from soloist.planner.routing import activated
-from soloist.planner.tables import AttentionRow, CollectiveRow, ExchangeRow, ExpertRow, MatmulRow, Row, StreamRow
+from soloist.planner.tables import (
+    AttentionRow,
+    CollectiveRow,
+    ExchangeRow,
+    ExpertRow,
+    MatmulRow,
+    Row,
+    SmallRow,
+    StreamRow,
+)
 from soloist.specs.cluster import ClusterSpec, GpuSpec, preset_gpus
 
 
@@ -61,6 +70,7 @@ def domains(machine: ClusterSpec | None = None) -> dict[str, tuple[Domain, ...]]
         "matmul": (_matmul(known),),
         "attention": (_attention(known),),
         "stream": (_stream(known),),
+        "small": (_small(known),),
     }
 
 
@@ -91,6 +101,7 @@ def _exchange(phase: str, known: Hardware) -> Domain:
     )
 
 
+OWN = "soloist"  # sums by our own kernels, below the size from which NCCL's are faster
 COLLECTIVE_SPELLINGS = {
     "allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter", "alltoall": "all_to_all",
     "sendrecv": "send_recv",
@@ -107,13 +118,15 @@ def _collectives(known: Hardware) -> Domain:
         kind = _kind(row)
         if kind == "send_recv":
             return 1e6 * collectives.point_to_point_seconds(row.bytes, True, cluster, constants)
+        if row.library == OWN:
+            return 1e6 * collectives.direct_seconds(row.gpus, row.bytes, cluster, constants)
         direct = "custom" in row.library
         return 1e6 * collectives.collective_seconds(kind, row.gpus, row.bytes, cluster, constants, direct)
 
     return Domain(
         name="collectives",
         rows=CollectiveRow,
-        path=lambda row: ("nccl", _kind(row)),
+        path=lambda row: (OWN if row.library == OWN else "nccl", _kind(row)),
         priors=lambda path: {**collectives.NCCL, **collectives.DIRECT},
         predict=predict,
         measured=lambda row: row.us,
@@ -188,6 +201,27 @@ def _attention(known: Hardware) -> Domain:
         predict=lambda constants, row: 1e6 * compute.predict_attention(row, known.gpu(row.gpu), constants),
         measured=lambda row: row.us,
         coordinates=coordinates,
+    )
+
+
+def small_coordinates(tokens: float, hidden: float, columns: float, experts: float) -> dict[str, float]:
+    """Where a layer's small kernels lie among the calibrated ones."""
+    return {"tokens": tokens, "hidden": hidden, "columns": columns, "experts": experts}
+
+
+def _small(known: Hardware) -> Domain:
+    def predict(constants: Constants, row: SmallRow) -> float:
+        gpu = known.gpu(row.gpu)
+        return 1e6 * compute.small_seconds(row.tokens, row.hidden, row.columns, row.experts, gpu, constants)
+
+    return Domain(
+        name="small",
+        rows=SmallRow,
+        path=lambda row: ("layer",),
+        priors=lambda path: compute.SMALL,
+        predict=predict,
+        measured=lambda row: row.us,
+        coordinates=lambda row: small_coordinates(row.tokens, row.hidden, row.columns, row.experts),
     )
 
 

@@ -11,6 +11,7 @@ often a token is copied is the exchange's *mode*:
     two_sided    the same inside one NVLink domain, sent once for each destination rank
     ragged       once for each destination rank, over NICs too
     pushed       the same for few tokens, in one kernel that stores them into the peers' memory
+    local        nothing travels: rows are laid out for the experts and summed up again, in one GPU's memory
     normal       once for each destination node over the NIC, there forwarded to the ranks (hierarchical)
 
 Source of the form: DeepEP's and aiconfigurator's published times follow it within a few percent.
@@ -31,11 +32,12 @@ from soloist.planner.routing import distinct, limited_distinct
 from soloist.planner.tables import ExchangeRow
 from soloist.specs.cluster import ClusterSpec, preset_clusters, preset_gpus
 
-Mode = Literal["low_latency", "two_sided", "ragged", "pushed", "normal"]
+Mode = Literal["low_latency", "two_sided", "ragged", "pushed", "local", "normal"]
+OURS = ("ragged", "pushed", "local")
 PHASES = ("dispatch", "combine")
 MODES: dict[str, Mode] = {
     "low_latency": "low_latency", "ll": "low_latency", "two_sided": "two_sided", "one_sided": "two_sided",
-    "ragged": "ragged", "pushed": "pushed", "normal": "normal",
+    "ragged": "ragged", "pushed": "pushed", "local": "local", "normal": "normal",
 }  # fmt: skip
 INFINIBAND_US, EFA_US = 4.0, 15.0  # one-way delay of a small message
 ROUNDS = 4  # counts, payload, flag and acknowledgement cross the network one after the other
@@ -62,11 +64,13 @@ PRIORS: dict[str, dict[str, Prior]] = {
         "nic": Prior(0.85, 0.05, 1.0), "nvlink": Prior(0.7, 0.15, 1.0), "endpoint": Prior(0.2, 0.4),
     },
 }  # fmt: skip
+PRIORS["local"] = {**PRIORS["ragged"], "local_us": Prior(5, 0.6), "endpoint": Prior(0.4, 0.4)}
 
 
 class ExchangeShape(msgspec.Struct, frozen=True, kw_only=True):
     """What is exchanged. `tokens` of each rank; `row_bytes` of one copy; `ranks_per_node` of this group.
 
+    `tp` neighbouring ranks have shares of the same experts, so a token goes to all of them.
     `kept_groups` of `groups` router groups may be used by a token. `node_copies` and `rank_copies`, where given, are
     the distinct nodes and ranks of a token measured on a routing trace; they take the place of the formulas.
     """
@@ -80,6 +84,7 @@ class ExchangeShape(msgspec.Struct, frozen=True, kw_only=True):
     experts: int
     groups: int = 1
     kept_groups: int = 1
+    tp: int = 1
     node_copies: float | None = None
     rank_copies: float | None = None
 
@@ -103,9 +108,14 @@ def copies(shape: ExchangeShape) -> Copies:
     off_node, off_rank = 1 - 1 / nodes, 1 - 1 / inside
     if shape.mode == "low_latency":
         return Copies(shape.top_k * off_node, shape.top_k / nodes * off_rank, shape.top_k)
-    ranks = shape.rank_copies or distinct(shape.ranks, max(shape.experts, shape.ranks), shape.top_k)
-    if shape.mode in ("ragged", "pushed", "two_sided"):
-        return Copies(ranks * off_node, ranks / nodes * off_rank, shape.top_k if shape.mode == "two_sided" else ranks)
+    groups = shape.ranks // shape.tp
+    ranks = shape.tp * (shape.rank_copies or distinct(groups, max(shape.experts, groups), shape.top_k))
+    if shape.mode == "local":
+        return Copies(0.0, 0.0, 1 + shape.top_k)
+    if shape.mode in OURS:  # rows are laid out for the experts, and summed up, in the same two halves
+        return Copies(ranks * off_node, ranks / nodes * off_rank, ranks + shape.tp * shape.top_k)
+    if shape.mode == "two_sided":
+        return Copies(ranks * off_node, ranks / nodes * off_rank, shape.top_k)
     reached = shape.node_copies or limited_distinct(
         nodes, max(shape.experts, nodes), shape.top_k, shape.groups, shape.kept_groups
     )
@@ -147,8 +157,8 @@ def shape_of(row: ExchangeRow, phase: str) -> ExchangeShape:
     if row.library.startswith("pplx"):
         mode = "low_latency"
     return ExchangeShape(
-        mode=mode, ranks=row.ep, ranks_per_node=min(row.ep, row.gpus_per_node), tokens=row.tokens,
-        row_bytes=row_bytes(row.hidden, dtype), top_k=row.top_k, experts=row.experts,
+        mode=mode, ranks=row.ep * row.tp, ranks_per_node=min(row.ep * row.tp, row.gpus_per_node), tokens=row.tokens,
+        row_bytes=row_bytes(row.hidden, dtype), top_k=row.top_k, experts=row.experts, tp=row.tp,
     )  # fmt: skip
 
 

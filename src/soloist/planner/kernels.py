@@ -18,18 +18,20 @@ from soloist.planner.domains import (
     expert_coordinates,
     matmul_coordinates,
     prefill_coordinates,
+    small_coordinates,
 )
 from soloist.planner.estimate import ZERO, Estimate, Origin
 from soloist.planner.exchange import ExchangeShape
 from soloist.specs.cluster import ClusterSpec
 
 Parts = dict[str, Estimate]
+REPLICATED, REPLICATED_NVLINK = 64, 257  # of engine/options.py, without and with our own sums
 PUBLISHED_LIBRARY, OWN_LIBRARY = "deepep-v1", "soloist"
 
 
 def library_of(system: str, calibration: Calibration) -> str:
     """Whose exchange a serving system uses: its own where this machine's was measured, else the published one."""
-    own = system == OWN_LIBRARY and calibration.has(f"dispatch/ragged/{OWN_LIBRARY}")
+    own = system == OWN_LIBRARY and any(calibration.has(f"dispatch/{mode}/{OWN_LIBRARY}") for mode in exchange.OURS)
     return OWN_LIBRARY if own else PUBLISHED_LIBRARY
 
 
@@ -99,19 +101,44 @@ class Kernels:
         seconds = compute.prefill_attention_seconds(tokens, context, heads, width, self.cluster.gpu, found.constants)
         return found.estimate(seconds, prefill_coordinates(tokens, context, heads)).worse(self._known_gpu)
 
+    def small(self, tokens: float, hidden: float, columns: float, experts: float) -> Estimate | None:
+        """A layer's small kernels, where they were measured by themselves."""
+        if not self.calibration.has("small/layer"):
+            return None
+        found = self.calibration.find("small", "layer")
+        seconds = compute.small_seconds(tokens, hidden, columns, experts, self.cluster.gpu, found.constants)
+        return found.estimate(seconds, small_coordinates(tokens, hidden, columns, experts)).worse(self._known_gpu)
+
     def stream(self, moved: float) -> Estimate:
         """Element-wise work on `moved` bytes."""
         seconds = compute.stream_seconds(moved, self.cluster.gpu, self._stream.constants)
         return Estimate(seconds, self._stream.fitted.band, "interpolated").worse(self._known_gpu)
 
     def collective(self, kind: str, gpus: int, size: float) -> Estimate:
-        """All-reduce, all-gather or reduce-scatter over neighbouring GPUs; small all-reduces go directly."""
+        """All-reduce, all-gather or reduce-scatter over neighbouring GPUs.
+
+        Small all-reduces go directly: in our own engine where its kernels for them were measured, elsewhere always.
+        """
         if gpus <= 1 or size <= 0:
             return ZERO
+        is_own = self.library == OWN_LIBRARY
+        if is_own and kind == "all_reduce" and self._sums_directly(gpus, size):
+            known = self.calibration.find("collectives", OWN_LIBRARY, kind)
+            seconds = collectives.direct_seconds(gpus, size, self.cluster, known.constants)
+            return known.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)
         known = self._collective(kind)
-        seconds = collectives.collective_seconds(kind, gpus, size, self.cluster, known.constants, direct=True)
+        seconds = collectives.collective_seconds(kind, gpus, size, self.cluster, known.constants, direct=not is_own)
         found = known.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)
         return found if gpus <= self.cluster.gpus_per_node else _unmeasured(found)
+
+    def _sums_directly(self, gpus: int, size: float) -> bool:
+        is_known = self.calibration.has(f"collectives/{OWN_LIBRARY}/all_reduce")
+        return is_known and gpus <= self.cluster.gpus_per_node and (gpus - 1) * size <= collectives.OWN_SUM_BYTES
+
+    @cached_property
+    def replicates_below(self) -> int:
+        """Tokens of a step below which all ranks of one of our attention groups have all of them."""
+        return REPLICATED_NVLINK if self.calibration.has(f"collectives/{OWN_LIBRARY}/all_reduce") else REPLICATED
 
     def send(self, size: float, same_node: bool) -> Estimate:
         """One message to the next pipeline stage."""

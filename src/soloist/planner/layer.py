@@ -9,6 +9,8 @@ from functools import lru_cache
 from math import log
 from typing import NamedTuple
 
+import msgspec
+
 from soloist.planner.compute import BYTES, PADDED_TOKENS, DecodeAttention, ExpertWork
 from soloist.planner.estimate import ZERO, Estimate, total
 from soloist.planner.exchange import ExchangeShape, Mode, row_bytes
@@ -85,6 +87,7 @@ def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, w
         dtype=d.precision.experts,
         slowdown=runtime["expert_flops"],
         gathered=d.layout.ep > 1 and batch.tokens / d.layout.attention_ranks > PADDED_TOKENS,
+        fused=kernels.library == OWN_LIBRARY,
     )
     parts["experts"] = kernels.experts(work).times(runtime["kernels"])
     if d.model.shared_width:
@@ -125,7 +128,7 @@ def _attention_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Run
 
 
 def _attention_half(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
-    ranks, width = d.layout.attention_ranks, d.model.d_model
+    ranks = d.layout.attention_ranks
     context = min(batch.context, window) if window else batch.context
     matrices = _projections(d.model, ranks, batch.is_decode)
     projections = total(kernels.matmul(batch.tokens, n, k, d.precision.linear) for n, k in matrices)
@@ -133,9 +136,31 @@ def _attention_half(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runt
     return {
         "projections": projections.times(runtime["kernels"]),
         "attention": _attention(d, batch, context, kernels).times(runtime["kernels"]),
-        "attention exchange": kernels.collective("all_reduce", ranks, batch.tokens * width * 2),
-        "layer": total((kernels.stream(runtime["layer_passes"] * 2 * own * width), _fixed(1e-6 * runtime["layer_us"]))),
+        "attention exchange": _attention_exchange(d, batch, kernels),
+        "layer": _between(d, batch, own, kernels, runtime),
     }
+
+
+def _attention_exchange(d: Deployment, batch: Batch, kernels: Kernels) -> Estimate:
+    """A sum over the attention group; our engine gathers the tokens of larger steps before and scatters them after."""
+    ranks, size = d.layout.attention_ranks, batch.tokens * d.model.d_model * 2
+    if kernels.library != OWN_LIBRARY or batch.tokens < kernels.replicates_below:
+        return kernels.collective("all_reduce", ranks, size)
+    return total(kernels.collective(kind, ranks, size) for kind in ("all_gather", "reduce_scatter"))
+
+
+def _between(d: Deployment, batch: Batch, own: float, kernels: Kernels, runtime: Runtime) -> Estimate:
+    """What lies between the large kernels: measured as it is, and what the runtime adds."""
+    rest = total(
+        (kernels.stream(runtime["layer_passes"] * 2 * own * d.model.d_model), _fixed(1e-6 * runtime["layer_us"]))
+    )
+    if kernels.library != OWN_LIBRARY:
+        return rest
+    a, ranks = d.model.attention, d.layout.attention_ranks
+    columns = -(-a.heads // ranks) * a.head_dim + kv_elements(d.model, ranks)
+    tokens = batch.tokens if batch.tokens < kernels.replicates_below else own
+    small = kernels.small(tokens, d.model.d_model, columns, d.model.experts)
+    return rest if small is None else total((small, rest))
 
 
 def _attention(d: Deployment, batch: Batch, context: float, kernels: Kernels) -> Estimate:
@@ -180,12 +205,38 @@ def _exchange_parts(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kern
     """How rows reach the experts: dispatch and combine, or replication and all-reduce, whichever is faster."""
     tp, width = d.layout.tp, d.model.d_model
     size = batch.tokens * width * 2
+    if kernels.library == OWN_LIBRARY and d.layout.stage_ranks <= kernels.cluster.gpus_per_node:
+        return _own_exchange(d, batch, load, kernels, runtime)
     if d.layout.ep == 1:
         return {"expert exchange": kernels.collective("all_reduce", tp, size)}
     options = [_dispatched(d, batch, load, kernels, mode, runtime) for mode in _modes(d, kernels, batch)]
     if d.layout.attention_groups == 1:
         options.append({"expert exchange": kernels.collective("all_reduce", d.layout.stage_ranks, size)})
     return min(options, key=lambda parts: sum(part.value for part in parts.values()))
+
+
+def _own_exchange(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, runtime: Runtime) -> Parts:
+    """Inside a node, by our own kernels (engine/dispatchers.py).
+
+    Few tokens: every rank of an attention group has all of them, each expert group takes a slice, and a sum follows.
+    More: each rank sends its own to all ranks of the groups that they chose, and gets their sums back.
+    """
+    layout, skew = d.layout, load.fullest if d.skew else 1.0
+    replicated = layout.attention_ranks > 1 and batch.tokens < kernels.replicates_below
+    ranks, tp = (layout.ep, 1) if replicated else (layout.stage_ranks, layout.tp)
+    slices = layout.attention_ranks // layout.tp if replicated else layout.attention_ranks
+    tokens, parts = batch.tokens / slices, {}
+    for phase, dtype in (("dispatch", d.precision.dispatch), ("combine", d.precision.combine)):
+        mode = "local" if ranks == 1 else "pushed" if tokens <= PADDED_TOKENS else "ragged"
+        shape = exchange_shape(d, batch, kernels, mode, dtype)
+        shape = msgspec.structs.replace(shape, ranks=ranks, ranks_per_node=ranks, tokens=tokens, tp=tp)
+        waiting = runtime["waiting"] if ranks > 1 else 1.0
+        parts[phase] = kernels.exchange(shape, phase, skew).times(waiting)
+    if replicated:
+        parts["expert exchange"] = kernels.collective(
+            "all_reduce", layout.attention_ranks, batch.tokens * d.model.d_model * 2
+        )
+    return parts
 
 
 def _dispatched(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, mode: Mode, runtime: Runtime) -> Parts:
@@ -227,9 +278,6 @@ def _modes(d: Deployment, kernels: Kernels, batch: Batch) -> tuple[Mode, ...]:
     if d.layout.ep * d.layout.tp <= kernels.cluster.gpus_per_node and kernels.cluster.gpus_per_node > 8:
         return ("two_sided",)
     padded = batch.tokens / d.layout.attention_ranks <= PADDED_TOKENS
-    if kernels.library == OWN_LIBRARY and d.layout.stage_ranks <= kernels.cluster.gpus_per_node:
-        pushes = padded and kernels.calibration.has(f"dispatch/pushed/{OWN_LIBRARY}")
-        return ("pushed",) if pushes else ("ragged",)
     return ("low_latency", "normal") if padded else ("normal",)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from soloist.planner.calibration import UNMEASURED, Calibration
 from soloist.planner.fitting import Prior
+from soloist.planner.kernels import library_of
 from soloist.specs.model import Spec
 
 SYSTEM: dict[str, Prior] = {
@@ -31,11 +32,17 @@ OWN: dict[str, Prior] = {
     "expert_flops": Prior(1.0, 0.02),
     "waiting": Prior(1.1, 0.05),
     "imbalance": Prior(1.0, 0.01),
-    "layer_us": Prior(100, 0.7),
-    "step_us": Prior(150, 0.4),
-    "layer_passes": Prior(15, 0.7),
+    "layer_us": Prior(5, 0.7),
+    "step_us": Prior(150, 0.5),
+    "layer_passes": Prior(1, 0.7),
     "pipeline": Prior(0.95, 0.05, 1.0),
 }
+UNTOLD = {"layer_us": Prior(100, 0.7), "layer_passes": Prior(15, 0.7)}  # where its small kernels were not measured
+
+
+def own_priors(calibration: Calibration) -> dict[str, Prior]:
+    """Of our own engine, on a machine whose kernels were measured."""
+    return OWN if calibration.has("small/layer") else {**OWN, **UNTOLD}
 
 
 class Runtime(Spec, frozen=True, kw_only=True):
@@ -58,8 +65,8 @@ class Runtime(Spec, frozen=True, kw_only=True):
         if calibration.has(f"runs/{name}"):
             own = calibration.find("runs", name).fitted
             return cls(name=name, constants=own.constants, band=own.band, is_fitted=True)
-        if calibration.has(f"dispatch/ragged/{name}"):
-            return cls.assumed(name, OWN)
+        if library_of(name, calibration) == name:
+            return cls.assumed(name, own_priors(calibration))
         if "end_to_end/serving" not in calibration.fitted:
             return cls.assumed(name)
         found = calibration.find("end_to_end", "serving", name)

@@ -26,7 +26,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExchangeRow(Row, frozen=True, kw_only=True):
-    """Dispatch and combine of an expert-parallel group. `tokens` per rank."""
+    """Dispatch and combine of an expert-parallel group of `ep` groups of `tp` ranks. `tokens` per rank."""
 
     library: str
     mode: str
@@ -39,6 +39,7 @@ class ExchangeRow(Row, frozen=True, kw_only=True):
     experts: int
     dispatch_dtype: str
     combine_dtype: str
+    tp: int = 1
     dispatch_us: float | None = None
     combine_us: float | None = None
 
@@ -55,7 +56,10 @@ class CollectiveRow(Row, frozen=True, kw_only=True):
 
 
 class ExpertRow(Row, frozen=True, kw_only=True):
-    """The experts of one rank: `group_tokens` tokens of all `ep` ranks, routed as `routing` says."""
+    """The experts of one rank: `group_tokens` tokens of all `ep` ranks, routed as `routing` says.
+
+    `library`: whose kernels; ours stand for two products that hold everything but what the exchange does.
+    """
 
     gpu: str
     dtype: str
@@ -67,6 +71,7 @@ class ExpertRow(Row, frozen=True, kw_only=True):
     group_tokens: int
     routing: str
     us: float
+    library: str = ""
 
 
 class MatmulRow(Row, frozen=True, kw_only=True):
@@ -85,6 +90,21 @@ class StreamRow(Row, frozen=True, kw_only=True):
 
     gpu: str
     bytes: int
+    us: float
+
+
+class SmallRow(Row, frozen=True, kw_only=True):
+    """A layer's small kernels: its two norms with their residuals, rotation and cache, router and choice of slots.
+
+    `columns`: of queries, keys and values side by side; 0 where these were left out.
+    """
+
+    gpu: str
+    tokens: int
+    hidden: int
+    columns: int
+    experts: int
+    top_k: int
     us: float
 
 
@@ -149,7 +169,7 @@ class RunRow(Row, frozen=True, kw_only=True):
 
 TABLES: dict[str, type[Row]] = {
     "all_to_all": ExchangeRow, "collectives": CollectiveRow, "moe_gemm": ExpertRow, "matmul": MatmulRow,
-    "attention": AttentionRow, "stream": StreamRow, "end_to_end": DeploymentRow, "runs": RunRow,
+    "small": SmallRow, "attention": AttentionRow, "stream": StreamRow, "end_to_end": DeploymentRow, "runs": RunRow,
 }  # fmt: skip
 R = TypeVar("R", bound=Row)
 

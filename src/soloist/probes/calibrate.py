@@ -27,6 +27,7 @@ from soloist.probes import device as probe
 from soloist.probes import exchange, kernels, links
 from soloist.probes.gpus import Bench, captured, start_ranks
 from soloist.probes.records import Record, commit, device_name
+from soloist.probes.small import small_kernels
 from soloist.specs.cluster import ClusterSpec, GpuSpec, preset_gpus
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect
@@ -125,7 +126,8 @@ def records(machine: Machine, cluster: ClusterSpec) -> Iterator[Record]:
     device, dtype, gpu = machine.device, DTYPES[machine.device.type], cluster.gpu.name
     for found in (kernels.copies(device, gpu), kernels.matmuls(device, dtype, gpu)):
         yield from (Record(one.what, one.shape, machine.slowest(one.seconds)) for one in found)
-    for found in (kernels.attentions(device, dtype, gpu), kernels.experts(device, dtype, gpu)):
+    alone = (kernels.attentions(device, dtype, gpu), kernels.experts(device, dtype, gpu))
+    for found in (*alone, small_kernels(device, dtype, gpu), exchange.local(device, cluster.name, dtype)):
         yield from (Record(one.what, one.shape, machine.slowest(one.seconds)) for one in found)
     if machine.transport:
         yield from _collectives(machine, machine.transport, cluster.name)

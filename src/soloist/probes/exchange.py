@@ -14,8 +14,12 @@ from torch import Tensor
 
 from soloist.dispatch.base import Dispatcher, SlotChoice, Topology
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
+from soloist.dispatch.local import LocalDispatcher, LocalIndex
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.dispatch.ragged import RaggedDispatcher
+from soloist.kernels.experts import choose_tiles
+from soloist.kernels.language import AVAILABLE
+from soloist.probes.device import seconds
 from soloist.probes.gpus import Bench, captured
 from soloist.probes.links import slowest
 from soloist.probes.records import NAMES, Record
@@ -30,11 +34,12 @@ REPEATS = 12
 
 @dataclass(frozen=True)
 class Routed:
-    """Experts over all ranks, equally many on each; every token chooses `top_k` of them uniformly."""
+    """Experts over all groups of `tp` ranks, equally many on each; every token chooses `top_k` of them uniformly."""
 
     d_model: int
     top_k: int
     experts: int
+    tp: int = 1
 
 
 SHAPES = {
@@ -44,31 +49,32 @@ SHAPES = {
 TOKENS = {"cuda": [1, 16, 64, 128, 256, 512, 1024, 4096, 8192], "cpu": [1, 8, 64, 256]}
 
 
-def choice_of(tokens: int, routed: Routed, ranks: int, seed: int, device: torch.device) -> SlotChoice:
+def choice_of(tokens: int, routed: Routed, groups: int, seed: int, device: torch.device) -> SlotChoice:
     """Slots of neighbouring experts."""
     generator = torch.Generator().manual_seed(1009 * seed + tokens)
     ids_TK = torch.rand(tokens, routed.experts, generator=generator).topk(routed.top_k).indices.to(device)
-    slots = routed.experts // ranks
+    slots = routed.experts // groups
     weights_TK = torch.full(ids_TK.shape, 1.0 / routed.top_k, device=device)
     return SlotChoice(ids_TK // slots, ids_TK % slots, weights_TK)
 
 
 def _columns(routed: Routed, tokens: int, ranks: int, mode: str, fabric: str, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "library": "soloist", "mode": mode, "fabric": fabric, "ep": ranks, "gpus_per_node": ranks, "tokens": tokens,
-        "hidden": routed.d_model, "top_k": routed.top_k, "experts": routed.experts, "dispatch_dtype": NAMES[dtype],
-        "combine_dtype": NAMES[dtype],
+        "library": "soloist", "mode": mode, "fabric": fabric, "ep": ranks // routed.tp, "tp": routed.tp,
+        "gpus_per_node": ranks, "tokens": tokens, "hidden": routed.d_model, "top_k": routed.top_k,
+        "experts": routed.experts, "dispatch_dtype": NAMES[dtype], "combine_dtype": NAMES[dtype],
     }  # fmt: skip
 
 
 # -- on GPUs of one NVLink domain -------------------------------------------------------------------------------------
 def one_sided(bench: Bench, fabric: str, dtype: torch.dtype) -> Iterator[Record]:
     """Both halves as CUDA graphs: rows ready for the experts, and the weighted sum of what they give, back home."""
-    for routed in SHAPES["cuda"]:
-        if routed.experts % bench.size:
+    cut = [Routed(4096, 2, 16, tp=bench.size), Routed(2048, 8, 128, tp=bench.size)]
+    for routed in [*SHAPES["cuda"], *cut]:
+        if routed.experts % (bench.size // routed.tp):
             continue
-        slots, most = routed.experts // bench.size, max(TOKENS["cuda"])
-        shape = ExchangeShape(bench.size, 1, slots, routed.top_k, routed.d_model, most, dtype)
+        slots, most = routed.experts // (bench.size // routed.tp), max(TOKENS["cuda"])
+        shape = ExchangeShape(bench.size, routed.tp, slots, routed.top_k, routed.d_model, most, dtype)
         watch = Watch(bench.rank, tuple(range(bench.size)), bench.device, deadline_s=20.0)
         lane = Lane(bench.group.window(WindowPlan(shape).size), shape)
         whole = OneSidedDispatcher.of(shape, (lane,), watch)
@@ -88,7 +94,7 @@ def _halves(
 ) -> dict[str, float]:
     """Seconds of dispatch and of combine, captured one after the other on the one lane."""
     x_TD = torch.randn(tokens, routed.d_model, device=bench.device, dtype=dtype)
-    choice = choice_of(tokens, routed, bench.size, bench.rank, bench.device)
+    choice = choice_of(tokens, routed, bench.size // routed.tp, bench.rank, bench.device)
     shape, expand = dispatcher.shape, tokens > LATENCY_TOKENS
     y_XD = torch.randn(shape.rows * shape.most, routed.d_model, device=bench.device, dtype=dtype)
     state: dict[str, Any] = {}
@@ -124,6 +130,39 @@ def _short_halves(bench: Bench, dispatch: Callable[[], None], combine: Callable[
     (there_and_back,) = bench.seconds(captured(both, 0), repeats=REPEATS, warm_up=2)
     share = there_and_back / CALLS / (first + second)
     return {"dispatch": share * first, "combine": share * second}
+
+
+# -- on one GPU -------------------------------------------------------------------------------------------------------
+def local(device: torch.device, fabric: str, dtype: torch.dtype) -> Iterator[Record]:
+    """Where nothing travels: the index with the rows laid out where the experts want it, and the weighted sum."""
+    if not AVAILABLE or device.type != "cuda":
+        return
+    for routed in SHAPES["cuda"]:
+        index = LocalIndex.of(max(TOKENS["cuda"]), routed.top_k, routed.experts, device)
+        dispatcher = LocalDispatcher(routed.experts, index)
+        for tokens in TOKENS["cuda"]:
+            columns = _columns(routed, tokens, 1, "local", fabric, dtype)
+            for phase, taken in _local_halves(dispatcher, tokens, routed, device, dtype).items():
+                yield Record("all_to_all", {**columns, "phase": phase}, taken)
+
+
+def _local_halves(
+    dispatcher: LocalDispatcher, tokens: int, routed: Routed, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    x_TD = torch.randn(tokens, routed.d_model, device=device, dtype=dtype)
+    choice = choice_of(tokens, routed, 1, 0, device)
+    gathers = choose_tiles(tokens * routed.top_k / routed.experts, routed.d_model).gather
+    batch = dispatcher.start_dispatch(x_TD, choice).wait()
+    y_XD = torch.randn(tokens * routed.top_k, routed.d_model, device=device, dtype=dtype)
+
+    def dispatch() -> None:
+        arriving = dispatcher.start_dispatch(x_TD, choice)
+        arriving.wait() if gathers else arriving.wait_expanded()
+
+    def combine() -> None:
+        dispatcher.start_combine_expanded(y_XD, batch).wait()
+
+    return {"dispatch": seconds(dispatch, device), "combine": seconds(combine, device)}
 
 
 # -- over any transport -----------------------------------------------------------------------------------------------

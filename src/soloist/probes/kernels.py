@@ -23,7 +23,7 @@ from soloist.probes.records import NAMES, Record
 from soloist.specs.model import ExpertSpec
 
 SPREAD = 2  # ranks over which the probed experts are thought to be spread: this one holds its share of them
-BLOCK = 16  # tokens of a KV block
+BLOCK = {"cuda": 64, "cpu": 16}  # tokens of a KV block, as the engine has them
 DRAWS = 16
 
 
@@ -72,9 +72,10 @@ def copies(device: torch.device, gpu: str) -> Iterator[Record]:
 
 # -- experts ----------------------------------------------------------------------------------------------------------
 EXPERTS = {
-    "cuda": [ExpertShape(4096, 14336, 8, 2), ExpertShape(2048, 1024, 64, 8), ExpertShape(4096, 2048, 32, 4)],
+    "cuda": [ExpertShape(4096, 14336, 8, 2), ExpertShape(4096, 7168, 16, 2), ExpertShape(2048, 1024, 64, 8),
+             ExpertShape(2048, 512, 128, 16), ExpertShape(4096, 2048, 32, 4)],
     "cpu": [ExpertShape(256, 512, 8, 2), ExpertShape(256, 128, 16, 4)],
-}
+}  # fmt: skip
 TOKENS = {"cuda": [1, 8, 32, 128, 512, 2048, 8192, 16384], "cpu": [1, 8, 64, 256]}
 
 
@@ -88,7 +89,7 @@ def experts(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Reco
             columns = {
                 "gpu": gpu, "dtype": NAMES[dtype], "hidden": shape.d_model, "ffn": shape.width,
                 "experts": SPREAD * shape.local, "top_k": shape.top_k, "ep": SPREAD, "group_tokens": tokens,
-                "routing": "uniform",
+                "routing": "uniform", "library": "soloist",
             }  # fmt: skip
             yield Record("moe_gemm", columns, probe.seconds(_feed_forward(shape, batch, gate_up, down), device))
         del gate_up, down
@@ -133,9 +134,10 @@ def _feed_forward(shape: ExpertShape, batch: ExpertBatch, gate_up: Tensor, down:
 
 # -- attention --------------------------------------------------------------------------------------------------------
 HEADS = {
-    "cuda": [Heads("gqa", 32, 8, 128, 128), Heads("gqa", 16, 2, 128, 128), Heads("mla", 16, 1, 576, 512)],
+    "cuda": [Heads("gqa", 32, 32, 128, 128), Heads("gqa", 32, 4, 128, 128), Heads("gqa", 16, 4, 128, 128),
+             Heads("mla", 16, 1, 576, 512)],
     "cpu": [Heads("gqa", 4, 2, 32, 32)],
-}
+}  # fmt: skip
 DECODES = {  # sequences, context
     "cuda": [(1, 512), (1, 8192), (8, 2048), (32, 256), (32, 4096), (64, 1024), (128, 128), (128, 512), (256, 256)],
     "cpu": [(1, 64), (4, 128), (8, 256)],
@@ -166,16 +168,17 @@ def _attention_seconds(
     heads: Heads, sequences: int, tokens: int, context: int, device: torch.device, dtype: torch.dtype
 ) -> float:
     """The layer's attention on equal sequences, their blocks anywhere in a cache that nobody has just read."""
-    blocks = -(-context // BLOCK)
+    size = BLOCK[device.type]
+    blocks = -(-context // size)
     tables_NM = torch.randperm(sequences * blocks).view(sequences, blocks).int().to(device)
     latent = heads.kind == "mla"
     width = heads.key if latent else heads.key + heads.value
-    copies = probe.cold_copies(sequences * blocks * BLOCK * heads.kv_heads * width * dtype.itemsize, device)
-    rows = (copies, sequences * blocks * BLOCK, heads.kv_heads)
+    copies = probe.cold_copies(sequences * blocks * size * heads.kv_heads * width * dtype.itemsize, device)
+    rows = (copies, sequences * blocks * size, heads.kv_heads)
     keys = torch.randn(*rows, heads.key, device=device, dtype=dtype)
     values = keys[..., : heads.value] if latent else torch.randn(*rows, heads.value, device=device, dtype=dtype)
     q_THQ = torch.randn(sequences * tokens, heads.heads, heads.key, device=device, dtype=dtype)
-    batch = PagedBatch.of([i * tokens for i in range(sequences + 1)], [context] * sequences, tables_NM, BLOCK)
+    batch = PagedBatch.of([i * tokens for i in range(sequences + 1)], [context] * sequences, tables_NM, size)
     kv_head_H = torch.arange(heads.heads, device=device) // (heads.heads // heads.kv_heads)
     attend = attention_of(kv_head_H, heads.key**-0.5, None, None, dtype, heads.key, heads.value)
 
