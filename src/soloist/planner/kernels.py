@@ -25,7 +25,9 @@ from soloist.planner.exchange import ExchangeShape
 from soloist.specs.cluster import ClusterSpec
 
 Parts = dict[str, Estimate]
-REPLICATED, REPLICATED_NVLINK = 64, 257  # of engine/options.py, without and with our own sums
+# Defaults of engine/options.py, which lies above: whether our own kernels sum, and below how many tokens of a step all
+# ranks of an attention group have all of them, without these kernels and with them.
+NVLINK_SUMS, REPLICATED, REPLICATED_NVLINK = False, 64, 257
 PUBLISHED_LIBRARY, OWN_LIBRARY = "deepep-v1", "soloist"
 
 
@@ -133,12 +135,17 @@ class Kernels:
 
     def _sums_directly(self, gpus: int, size: float) -> bool:
         is_known = self.calibration.has(f"collectives/{OWN_LIBRARY}/all_reduce")
-        return is_known and gpus <= self.cluster.gpus_per_node and (gpus - 1) * size <= collectives.OWN_SUM_BYTES
+        return (
+            NVLINK_SUMS
+            and is_known
+            and gpus <= self.cluster.gpus_per_node
+            and (gpus - 1) * size <= collectives.OWN_SUM_BYTES
+        )
 
     @cached_property
     def replicates_below(self) -> int:
         """Tokens of a step below which all ranks of one of our attention groups have all of them."""
-        return REPLICATED_NVLINK if self.calibration.has(f"collectives/{OWN_LIBRARY}/all_reduce") else REPLICATED
+        return REPLICATED_NVLINK if NVLINK_SUMS else REPLICATED
 
     def send(self, size: float, same_node: bool) -> Estimate:
         """One message to the next pipeline stage."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 import typer
 from torch.distributed import PrefixStore, TCPStore
 
+from soloist.kernels.language import AVAILABLE
 from soloist.probes import device as probe
 from soloist.probes import exchange, kernels, links
 from soloist.probes.gpus import Bench, captured, start_ranks
@@ -31,6 +33,8 @@ from soloist.probes.small import small_kernels
 from soloist.specs.cluster import ClusterSpec, GpuSpec, preset_gpus
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect
+from soloist.transport.nvlink import Channels, NvlinkTransport
+from soloist.transport.symmetric import Watch
 
 RANKS_OF_A_CPU = 4  # at most, where nothing else is asked for
 DEADLINE_S = 60.0
@@ -132,6 +136,7 @@ def records(machine: Machine, cluster: ClusterSpec) -> Iterator[Record]:
     if machine.transport:
         yield from _collectives(machine, machine.transport, cluster.name)
         if machine.bench:
+            yield from _sums(machine.bench, machine.transport, cluster.name, dtype)
             yield from exchange.one_sided(machine.bench, cluster.name, dtype)
         else:
             yield from exchange.over_transport(machine.transport, cluster.name, dtype)
@@ -153,6 +158,29 @@ def _collectives(machine: Machine, transport: Transport, fabric: str) -> Iterato
     for size in MESSAGES[kind]:
         taken = links.send_seconds(transport, size, 0, 1)
         yield Record("collectives", {**common, "collective": "send_recv", "bytes": size}, taken)
+
+
+def _sums(bench: Bench, beneath: Transport, fabric: str, dtype: torch.dtype) -> Iterator[Record]:
+    """Of an attention group in decode, by kernels over the peers' memory."""
+    if not AVAILABLE:
+        return
+    watch = Watch(bench.rank, tuple(range(bench.size)), bench.device, deadline_s=20.0)
+    sums = NvlinkTransport(beneath, Channels(bench.group.window(Channels.size(bench.size))), watch)
+    for rows, width in product((1, 16, 64, 256), (2048, 4096)):
+        part_TD = torch.zeros(rows, width, device=bench.device, dtype=dtype)
+        if not sums.serves(part_TD):
+            continue
+
+        def ten(part_TD: torch.Tensor = part_TD) -> None:
+            for _ in range(10):
+                sums.all_reduce(part_TD)
+
+        ten()
+        bench.barrier()
+        (taken,) = bench.seconds(captured(ten, 0), repeats=10, warm_up=2)
+        watch.check()
+        columns = {"library": "soloist", "fabric": fabric, "gpus": bench.size, "collective": "all_reduce"}
+        yield Record("collectives", {**columns, "bytes": part_TD.nbytes}, taken / 10)
 
 
 def write(machine: Machine, file: TextIO) -> None:
