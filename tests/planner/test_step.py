@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from soloist.engine.options import EngineOptions
+from soloist.planner import kernels
 from soloist.planner.calibration import Calibration
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Batch, Deployment, expert_load, moe_parts
 from soloist.planner.precision import Precision
+from soloist.planner.refit import load_calibration
 from soloist.planner.routing import distinct, traced_copies
 from soloist.planner.runtime import SYSTEM, Runtime
 from soloist.planner.step import Overlap, StepModel
@@ -111,3 +114,24 @@ def test_an_exchange_that_was_never_measured_is_a_bound() -> None:
     ragged = msgspec.structs.replace(deployment("ep16"), mode="ragged")
     parts = moe_parts(ragged, Batch("decode", 64, 500), KERNELS, RUNTIME, None)
     assert parts["dispatch"].origin == "bound"
+
+
+# -- our own engine inside a node --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("sums", [False, True])
+def test_defaults_of_the_engine_are_mirrored(sums: bool) -> None:
+    """The engine lies above the planner, so the planner has its own copy of them."""
+    assert EngineOptions().nvlink_sums == kernels.NVLINK_SUMS
+    filled = EngineOptions(nvlink_sums=sums).on("cuda", attention_ranks=2)
+    assert filled.replicate_below == (kernels.REPLICATED_NVLINK if sums else kernels.REPLICATED)
+
+
+def test_few_tokens_are_summed_and_many_are_exchanged_in_a_group_of_own_ranks() -> None:
+    used = load_calibration("2xh100")
+    own = Kernels(cluster("2xh100"), used, kernels.OWN_LIBRARY)
+    runtime = Runtime.named("soloist", used)
+    few, many = (
+        moe_parts(deployment("tp2"), Batch("decode", sequences, 200), own, runtime, None) for sequences in (32, 256)
+    )
+    assert "expert exchange" in few
+    assert "expert exchange" not in many
+    assert few["dispatch"].value < many["dispatch"].value

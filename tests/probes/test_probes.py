@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from soloist.probes import device, links
+from soloist.probes import device, links, small
 from soloist.transport.base import Transport
 
 CPU = torch.device("cpu")
@@ -31,6 +31,11 @@ def test_device_rates_are_physical() -> None:
 def test_twice_the_matrix_takes_longer() -> None:
     small, large = (device.matmul_seconds(side, side, side, torch.float32, CPU) for side in (64, 768))
     assert large > 2 * small
+
+
+def test_small_kernels_take_longer_for_more_tokens() -> None:
+    found = {record.shape["tokens"]: record.seconds for record in small.small_kernels(CPU, torch.float32, "cpu")}
+    assert 0 < found[1] < found[256] < 1.0
 
 
 def probe_links(transport: Transport) -> dict[str, object]:
