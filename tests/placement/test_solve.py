@@ -11,8 +11,10 @@ from soloist.errors import ConfigurationError
 from soloist.placement.bound import fewest_rows, hull, lower_bound
 from soloist.placement.layer import LayerSearch, Target, Weights
 from soloist.placement.packing import pack, water_fill
+from soloist.placement.router_groups import whole_groups
 from soloist.placement.solve import Solution, solve
 from soloist.placement.swaps import Partition, Problem
+from soloist.placement.trace import RoutingTrace
 from soloist.placement.traffic import measure
 from soloist.specs.layout import Layout
 from tests.placement.cases import random_trace, tiny_spec
@@ -173,6 +175,58 @@ def test_topics_find_together() -> None:
         assert all(len({e % 4 for e in (*layer[n], *layer[n + 1])}) == 2 for n in (0, 2))
     source_T = np.zeros(200, dtype=int)
     assert measure(found.placement, trace, [0, 0, 1, 1], source_T).node_rows_LNN.sum() == 2 * 200
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    nodes=st.sampled_from([2, 4]),
+    each=st.sampled_from([1, 2, 3]),
+    spare=st.sampled_from([0, 1, 2]),
+    has_ids=st.booleans(),
+)
+def test_router_groups_stay_whole_on_a_node(seed: int, nodes: int, each: int, spare: int, has_ids: bool) -> None:
+    """16 experts in 8 router groups of which a token uses 3: it goes to 3 nodes at most, whatever was recorded."""
+    trace = limited_trace(seed) if has_ids else limited_trace(seed).keep(0)
+    groups = nodes * each
+    slots = -(-16 // groups) + spare if spare else None
+    target = Target.of(16, [g // each for g in range(groups)], slots)
+    found = solve(trace, target, router_groups=8)
+    whole = whole_groups(target, 16, 8)
+    assert found.keeps_groups == (whole is not None)
+    found.placement.check(tiny_spec(16), Layout(ep=groups))
+    if whole is None:
+        return
+    assert (found.bound_L <= found.value_L + 1e-6).all()
+    for layer in found.placement.slots:
+        node_E = {expert: group // each for group, members in enumerate(layer) for expert in members}
+        places = [(expert // 2, group // each) for group, members in enumerate(layer) for expert in members]
+        assert len(set(places)) == 8
+        assert len({node_E[2 * r] for r in range(8)}) == nodes
+        assert all(len(members) <= room for members, room in zip(layer, target.room_G, strict=True))
+    if has_ids and slots is None:
+        traffic = measure(found.placement, trace, target.node_G.tolist())
+        assert traffic.node_rows_LNN.sum() <= 3 * 2 * trace.sample.tokens
+        assert (found.value_L <= found.baselines["linear"][1] + 1e-9).all()
+
+
+def limited_trace(seed: int, tokens: int = 60) -> RoutingTrace:
+    """Each token chooses four of the six experts of three router groups."""
+    rng = np.random.default_rng(seed)
+    trace = random_trace(experts=16, top_k=4, tokens=tokens, seed=seed)
+    kept_LTG = np.argsort(rng.random((2, tokens, 8)) * rng.random((2, 1, 8)), axis=2)[:, :, :3]
+    inside = np.argsort(rng.random((2, tokens, 6)), axis=2)[:, :, :4]
+    allowed = (kept_LTG[..., None] * 2 + np.arange(2)).reshape(2, tokens, 6)
+    trace.sample.ids_LTK[:] = np.take_along_axis(allowed, inside, axis=2)
+    return RoutingTrace.of_sample(trace.model, trace.sample)
+
+
+def test_router_groups_that_do_not_fit_are_not_kept() -> None:
+    nodes = Target.of(16, [0, 1, 2])
+    assert whole_groups(nodes, 16, 8) is None  # rooms of 5, 5 and 6 for groups of two
+    assert whole_groups(Target.of(16, [0, 1, 2, 3]), 16, 2) is None
+    assert whole_groups(Target.of(16, [0, 0]), 16, 8) is None
+    assert whole_groups(Target.of(16, [0, 1, 2, 3]), 16, 8).tolist() == [2, 2, 2, 2]
 
 
 def test_migration_keeps_what_is_not_worth_moving() -> None:

@@ -33,13 +33,16 @@ def solve(
     nic: Annotated[float, typer.Option(help="Weight of the fullest NIC.")] = 1.0,
     load: Annotated[float, typer.Option(help="Weight of the fullest node.")] = 1.0,
     migration: Annotated[float, typer.Option(help="Weight of moving every slot.")] = 0.0,
+    split_groups: Annotated[
+        bool, typer.Option("--split-groups", help="Let a router group's experts lie on several nodes.")
+    ] = False,
 ) -> None:
     """Find a placement for recorded routing, and compare it with linear, round-robin and greedy."""
     from soloist.placement.commands import run_solve
     from soloist.placement.layer import Weights
 
     weights = Weights(nic=nic, load=load, migration=migration)
-    run_solve(model, layout, output, trace, gpus_per_node, cluster, slots, exchange, current, weights)
+    run_solve(model, layout, output, trace, gpus_per_node, cluster, slots, exchange, current, weights, split_groups)
 
 
 @app.command()

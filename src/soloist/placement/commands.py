@@ -39,11 +39,13 @@ def run_solve(
     exchange: Exchange = "hierarchical",
     current: Path | None = None,
     weights: Weights | None = None,
+    split_groups: bool = False,
 ) -> None:
     """Solve a placement, write it, and compare it with the baselines.
 
     trace: by default `routing.trace` in the model's folder. cluster: a preset or file, instead of `gpus_per_node`.
-    slots: of each group; None: as many as there are experts. current: a placement to start from.
+    slots: of each group; None: as many as there are experts. current: a placement to start from. split_groups: experts
+    of one router group may lie on several nodes.
     """
     spec, cut = spec_of(model), Layout.parse(layout)
     recorded = RoutingTrace.load(trace or Path(model).expanduser() / "routing.trace")
@@ -60,7 +62,8 @@ def run_solve(
         held.check(spec, cut)
     target = Target.of(spec.experts, node_of_group, slots, exchange)
     row_bytes = spec.d_model * DTYPE_BYTES[spec.dtype]
-    found = solve(recorded, target, weights, matrices, row_bytes, held)
+    router_groups = 1 if split_groups else spec.router.groups
+    found = solve(recorded, target, weights, matrices, row_bytes, held, router_groups=router_groups)
     found.placement.check(spec, cut)
     found.placement.save(output)
     console = Console()
@@ -143,6 +146,8 @@ def summary(found: Solution, target: Target) -> str:
     text = f"{found.swaps} swaps on rows that a token sends once to each {part}"
     if found.gap is not None and found.bound_L is not None:
         text += f"; lower bound {found.bound_L.mean():.4f} (gap {found.gap:.1%})"
+    if found.keeps_groups:
+        text += "; every router group lies whole on one node"
     return text
 
 

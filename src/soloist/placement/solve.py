@@ -13,6 +13,7 @@ from soloist.placement.baselines import contiguous, greedy, round_robin
 from soloist.placement.layer import LayerSearch, Target, Weights
 from soloist.placement.packing import water_fill
 from soloist.placement.placement import LayerSlots, Placement
+from soloist.placement.router_groups import GroupedSearch, whole_groups
 from soloist.placement.trace import Array, RoutingTrace
 
 
@@ -25,6 +26,7 @@ class Solution:
     bound_L: Array | None
     baselines: dict[str, tuple[Placement, Array]]
     swaps: int
+    keeps_groups: bool = False  # every router group lies whole on one node
 
     @property
     def gap(self) -> float | None:
@@ -40,8 +42,12 @@ def solve(
     row_bytes: float = 16384.0,
     current: Placement | None = None,
     bound: bool = True,
+    router_groups: int = 1,
 ) -> Solution:
     """The best placement found for recorded routing; never worse than the baselines in the objective.
+
+    router_groups: the model's, each of which stays whole on one node where nodes have room for that; then it is never
+    worse than those baselines that keep them, too, and hold no replicas.
 
     matrices: bytes/s and seconds between groups, for the greedy baseline; by default all alike. current: where the
     experts lie now; the search starts there too, and every slot on a part that would have to fetch its expert costs its
@@ -50,10 +56,13 @@ def solve(
     baselines = _baselines(trace, target, matrices, row_bytes)
     count_LE = water_fill(trace.counts_LE, int(target.room_G.sum()), target.groups)
     rivals = [*baselines.values(), *([current] if current else [])]
-    solved = [
-        LayerSearch(trace, layer, target, weights or Weights(), current).run(count_E, rivals, bound)
-        for layer, count_E in enumerate(count_LE)
-    ]
+    wholes_P = whole_groups(target, trace.model.experts, router_groups)
+
+    def search(layer: int) -> LayerSearch:
+        given = (trace, layer, target, weights or Weights(), current)
+        return LayerSearch(*given) if wholes_P is None else GroupedSearch(*given, wholes_P)
+
+    solved = [search(layer).run(count_E, rivals, bound) for layer, count_E in enumerate(count_LE)]
     values = np.array([layer.rivals for layer in solved])
     slots = tuple(
         layer.slots if current else _spread_rails(layer.slots, count, target)
@@ -65,6 +74,7 @@ def solve(
         bound_L=np.array([layer.bound for layer in solved]) if bound else None,
         baselines={name: (found, values[:, i]) for i, (name, found) in enumerate(baselines.items())},
         swaps=sum(layer.swaps for layer in solved),
+        keeps_groups=wholes_P is not None,
     )
 
 
