@@ -14,7 +14,9 @@ from torch.distributed import FileStore
 
 from soloist.errors import CommunicationError
 from soloist.kernels.language import AVAILABLE, INTERPRETED
-from soloist.models.layers import rms_norm
+from soloist.models import layers
+from soloist.models.layers import Added, TokenSplit, rms_norm
+from soloist.timing import Stopwatch
 from soloist.transport import nvlink
 from soloist.transport.base import Transport
 from soloist.transport.connect import local_world
@@ -67,6 +69,20 @@ def test_sum_residual_and_norm(size: int, dtype: torch.dtype) -> None:
             assert torch.equal(found, total)
             torch.testing.assert_close(normed, rms_norm(total, weight_D.to(dtype), 1e-5), rtol=2e-3, atol=1e-4)
             member.watch.check()
+
+
+@interpreted
+@pytest.mark.usefixtures("few_programs")
+def test_a_decoder_sums_adds_and_norms_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `TokenSplit` makes of partial sums over such a group is what the plain functions make of them."""
+    first, second = world(2)
+    given, (x_TD, weight_D) = parts(2, 5, 16), (torch.randn(5, 16), torch.rand(16))
+    split = TokenSplit(first, 5, replicated=True, watch=Stopwatch(), peak=5)
+    second.start_sum(given[1], receive=False)
+    monkeypatch.setattr(layers, "add_norm", None)  # in no other way
+    total_TD, normed_TD = split.add_norm(x_TD, Added(given[0], partial=True, where="layer 0"), weight_D, 1e-5)
+    assert torch.equal(total_TD, x_TD + (given[0] + given[1]))
+    torch.testing.assert_close(normed_TD, rms_norm(total_TD, weight_D, 1e-5))
 
 
 @interpreted

@@ -12,7 +12,6 @@ dense and shared feed-forward, cut over its attention group; and the slots that 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soloist.models.attention import ATTENTION, Heads, LayerCache
-from soloist.models.layers import FeedForward, TokenSplit, add_norm
+from soloist.models.layers import Added, FeedForward, TokenSplit, add_norm
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput
 from soloist.models.weights import WeightSource
@@ -64,20 +63,26 @@ class Block:
         self.fused = True
 
     def __call__(
-        self, x_tD: Tensor, added_tD: Tensor | None, step: StepInput, split: TokenSplit, cache: LayerCache
-    ) -> tuple[Tensor, Tensor]:
+        self, x_tD: Tensor, added: Added | None, step: StepInput, split: TokenSplit, cache: LayerCache
+    ) -> tuple[Tensor, Added]:
         """The residual stream behind the attention, and what the feed-forward adds to it.
 
-        `x_tD` and `added_tD` are those of the layer before: sums are made together with the norm that follows them.
+        `x_tD` and `added` are those of the layer before: sums are made together with the norm that follows them.
         """
-        x_tD, h_tD = add_norm(x_tD, added_tD, self.attn_norm, self.eps, self.fused)
+        x_tD, h_tD = split.add_norm(x_tD, added, self.attn_norm, self.eps, self.fused)
         h_TD = split.gather(h_tD, self.where)
         with self.watch("attention"):
             partial_TD = self.attention(h_TD, step, cache)
-        x_tD, h_tD = add_norm(x_tD, split.reduce(partial_TD, self.where), self.mlp_norm, self.eps, self.fused)
+        mixed = Added(partial_TD, partial=True, where=self.where)
+        x_tD, h_tD = split.add_norm(x_tD, mixed, self.mlp_norm, self.eps, self.fused)
+        return x_tD, self._feed_forward(h_tD, split)
+
+    def _feed_forward(self, h_tD: Tensor, split: TokenSplit) -> Added:
         if self.moe is None:
-            return x_tD, self._in_group(self.dense, h_tD, split)
-        return x_tD, self._replicated(h_tD, split) if split.replicated else self._sharded(h_tD, split)
+            return Added(self._in_group(self.dense, h_tD, split), partial=True, where=self.where)
+        if split.replicated:
+            return Added(self._replicated(h_tD, split), partial=True, where=self.where)
+        return Added(self._sharded(h_tD, split), partial=False, where=self.where)
 
     def fuse(self, fused: bool) -> None:
         """See `Decoder.fuse`."""
@@ -87,19 +92,19 @@ class Block:
 
     def _sharded(self, h_tD: Tensor, split: TokenSplit) -> Tensor:
         """Each rank dispatches its own tokens; the shared experts run while they travel."""
-        shared = None if self.shared is None else partial(self._in_group, self.shared, h_tD, split)
+        network = self.shared
+        shared = network and (lambda: split.reduce(self._in_group(network, h_tD, split), self.where))
         live_t = split.live(split.size, self.seat.attention_index)
         return self.moe(h_tD, meanwhile=shared, live_T=live_t, most=split.most(split.size))
 
     def _in_group(self, network: FeedForward, h_tD: Tensor, split: TokenSplit) -> Tensor:
-        """A feed-forward whose width is cut over the attention group."""
+        """Partial sums [T, D] of a feed-forward whose width is cut over the attention group."""
         h_TD = split.gather(h_tD, self.where)
         with self.watch("experts"):
-            partial_TD = network(h_TD)
-        return split.reduce(partial_TD, self.where)
+            return network(h_TD)
 
     def _replicated(self, h_TD: Tensor, split: TokenSplit) -> Tensor:
-        """Every rank has all tokens: the ranks of each `tp` dispatch a slice of them, one all-reduce sums it all."""
+        """Partial sums: every rank has all tokens, the ranks of each `tp` dispatch a slice of them."""
         slices, index = split.size // self.seat.layout.tp, self.seat.attention_index // self.seat.layout.tp
         start, stop = share(split.tokens, slices, index)
         live_t, most = split.live(slices, index), split.most(slices)
@@ -109,7 +114,7 @@ class Block:
         else:
             partial_TD = self.shared(h_TD) if self.shared else torch.zeros_like(h_TD)
             partial_TD[start:stop] += part_tD
-        return split.reduce(partial_TD, self.where)
+        return partial_TD
 
 
 class Decoder:
@@ -183,10 +188,10 @@ class Decoder:
 
     def forward(self, x_tD: Tensor, step: StepInput, split: TokenSplit, caches: list[LayerCache]) -> Tensor:
         """Through this stage's layers."""
-        added_tD = None
+        added = None
         for block, cache in zip(self.blocks, caches, strict=True):
-            x_tD, added_tD = block(x_tD, added_tD, step, split, cache)
-        return x_tD if added_tD is None else x_tD + added_tD
+            x_tD, added = block(x_tD, added, step, split, cache)
+        return x_tD if added is None else split.add(x_tD, added)
 
     def logits(self, x_tD: Tensor, step: StepInput, split: TokenSplit) -> Tensor:
         """logits_CV (fp32) of the tokens in `step.logits_rows`, on every rank of the last stage's attention group."""

@@ -21,6 +21,7 @@ from soloist.specs.model import ModelSpec
 from soloist.specs.parameters import Param
 from soloist.timing import Stopwatch
 from soloist.transport.base import Transport
+from soloist.transport.nvlink import NvlinkTransport
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,6 +38,18 @@ def add_norm(
         return fused_norm(x_TD, added_TD, weight_D, eps)
     sum_TD = x_TD if added_TD is None else x_TD + added_TD
     return sum_TD, rms_norm(sum_TD, weight_D, eps)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What is still to be added to the residual stream: `x`, or its sum over the attention group where it is partial.
+
+    Left open as long as possible, since a sum over the group, the residual and the norm behind them can be one kernel.
+    """
+
+    x: Tensor
+    partial: bool
+    where: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,22 @@ class TokenSplit:
             if self.replicated:
                 return self.group.all_reduce(partial_TD, where)
             return self.group.reduce_scatter_rows(partial_TD, self.counts, where)
+
+    def add(self, x_tD: Tensor, added: Added) -> Tensor:
+        """The residual stream with it."""
+        return x_tD + (self.reduce(added.x, added.where) if added.partial else added.x)
+
+    def add_norm(
+        self, x_tD: Tensor, added: Added | None, weight_D: Tensor, eps: float, fused: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The same and its norm, as the function of this name."""
+        if added is None or not added.partial:
+            return add_norm(x_tD, added and added.x, weight_D, eps, fused)
+        group = self.group
+        if fused and self.replicated and isinstance(group, NvlinkTransport) and group.serves(added.x):
+            with self.watch("exchange"):
+                return group.all_reduce_norm(added.x, x_tD, weight_D, eps, added.where)
+        return add_norm(x_tD, self.reduce(added.x, added.where), weight_D, eps, fused)
 
 
 class FeedForward:

@@ -67,9 +67,9 @@ class NvlinkTransport(Transport):
         return self.start_sum(x_N, where)[0]
 
     def all_reduce_norm(
-        self, part_TD: Tensor, residual_TD: Tensor, weight_D: Tensor | None, eps: float, where: str = ""
+        self, part_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, where: str = ""
     ) -> tuple[Tensor, Tensor]:
-        """residual + the sum over members, and its RMS norm times `weight_D`; the sum twice where there is none."""
+        """residual + the sum over members, and its RMS norm times `weight_D`; for what `serves` says."""
         return self.start_sum(part_TD, where, residual_TD, weight_D, eps)
 
     def start_sum(
@@ -82,7 +82,7 @@ class NvlinkTransport(Transport):
         send: bool = True,
         receive: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """One launch, or one of its halves."""
+        """One launch, or one of its halves. The sum twice where there is no norm."""
         self.traffic.count_ring(self.rank, part_TD.nbytes, passes=2)
         part_TD = part_TD.contiguous()
         d_model = part_TD.shape[-1]
