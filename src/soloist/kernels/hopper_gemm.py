@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a kernel's types are Gluon's, not Python's
     from soloist.kernels.language import tl as gl
 
     gluon = TensorDescriptor = fence_async_shared = mbarrier = tma = cast(Any, None)
-    warpgroup_mma = warpgroup_mma_wait = cast(Any, None)
+    async_load = warpgroup_mma = warpgroup_mma_wait = cast(Any, None)
 else:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -34,6 +34,9 @@ else:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # Triton 3.6 and later ones each know one of the names.
+    async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 M = gl.constexpr(64)  # rows of a warpgroup; a tile has those of two
 
@@ -76,11 +79,11 @@ def _load(
             arrival = full.index(stage)
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(arrival, BYTES)
-            tma.async_copy_global_to_shared(x, [first, k * BK], arrival, x_smem.index(stage))
+            async_load(x, [first, k * BK], arrival, x_smem.index(stage))
             for part in gl.static_range(WIDE // BN):
                 into = w_smem.index(stage).slice(part * BN, BN, 0)
                 row = (slot * (WIDE // BN) + part) * N + n * BN
-                tma.async_copy_global_to_shared(weight, [row, k * BK], arrival, into)
+                async_load(weight, [row, k * BK], arrival, into)
             step += 1
 
 
