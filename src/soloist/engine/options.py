@@ -31,6 +31,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     mpi: MpiOptions = MpiOptions()  # of transport = mpi
     gpus_per_node: int = 8  # ranks of a declared node
     replicas: str = "nearest"  # that tokens take: nearest, or weights of own group, own node and others: 4,2,1
+    replicas_every: int = 0  # steps after which their turns follow the load that was measured meanwhile; 0: never
     exchange: Literal["auto", "flat", "hierarchical"] = "auto"  # of tokens across nodes (engine/crossing.py)
     exchange_chunks: int | None = None  # of a hierarchical call; None: by the links
     exchange_buffer_MB: float = 64.0  # of a chunk under way, on a rank
@@ -59,6 +60,8 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
         for key in ("gpus_per_node", "max_sequences", "exchange_buffer_MB", "deadline_s", "start_deadline_s"):
             if getattr(self, key) <= 0:
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive")
+        if self.replicas_every < 0:
+            raise ConfigurationError.of("replicas_every", self.replicas_every, "must be positive, or 0 for never")
         for key in ("block_size", "max_batch_tokens", "micro_batches"):
             if getattr(self, key) < 0:
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive, or 0 for what suits the device")

@@ -20,6 +20,7 @@ from soloist.engine.host_copy import HostCopy
 from soloist.engine.kv_cache import allocate, blocks_that_fit
 from soloist.engine.memory import held, settle
 from soloist.engine.options import EngineOptions
+from soloist.engine.replica_loads import ReplicaLoads
 from soloist.engine.sampler import Drawn, ScoredPrompt, draw, score_prompt, takes_plain_choice
 from soloist.engine.world import World
 from soloist.frontend.wire import Figures
@@ -60,10 +61,12 @@ class Runner:
         self.spec, self.world, self.options = spec, world, options
         self.device, self.dtype = source.device, source.dtype
         self.watch, self.recorder = Stopwatch(self.device, options.measure), self._recorder(layout)
-        self.stats = LoadStats(spec.experts, options.count_experts, self.recorder)
+        every = options.replicas_every if placement.has_replicas else 0
+        self.stats = LoadStats(spec.experts, options.count_experts or every > 0, self.recorder)
         self.steps = 0
         self.rope = Rope(spec.rope, self.device)
         moe = dict(self._moe_layers(layout, placement, source))
+        self.loads = ReplicaLoads(moe, world, self.stats, every)
         self.decoder = Decoder(spec, world.seat, source, world.attention, moe, self.rope, self.watch)
         self.heads = [block.heads for block in self.decoder.blocks]
         self.weight_bytes = sum(self.decoder.weight_parts().values())
@@ -147,6 +150,7 @@ class Runner:
         On a GPU it is only started. In a pipeline it takes over from the previous stage and passes on to the next one.
         """
         self.steps += 1
+        self.loads.next_step()
         sources, places = self.feedback.sources(batch), self.feedback.begin(batch)
         static = self.static.of(batch)
         out = self._forward(batch, sources, places, static)

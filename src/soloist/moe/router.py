@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from soloist.dispatch.base import SlotChoice
 from soloist.moe.reader import Reader
 from soloist.placement.placement import Placement
 from soloist.placement.replicas import NEAREST, Closeness, turns
+from soloist.placement.trace import Array
 from soloist.specs.model import ModelSpec, RouterSpec
 from soloist.specs.parameters import Param
 
@@ -111,9 +113,19 @@ class SlotTable:
 
         node_of_group, closeness: which replicas are near, and what that is worth (placement/replicas.py).
         """
-        tables = turns(placement, layer, group, node_of_group, closeness=closeness)
-        self.group_EN, self.slot_EN = (torch.from_numpy(table).to(device) for table in tables)
+        self._turns = partial(turns, placement, layer, group, node_of_group, closeness=closeness)
+        self.group_EN, self.slot_EN = (torch.from_numpy(table).to(device) for table in self._turns())
         self.group = group
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether some expert has several replicas."""
+        return self.group_EN.shape[1] > 1
+
+    def weigh(self, load_E: Array) -> None:
+        """Deal the turns anew for experts so loaded, in place: a captured graph goes on reading the same memory."""
+        for table_EN, new in zip((self.group_EN, self.slot_EN), self._turns(load_E=load_E), strict=True):
+            table_EN.copy_(torch.from_numpy(new))
 
     def choose(self, routing: Routing, live_T: Tensor | None = None) -> SlotChoice:
         """Group and slot of each choice; −1 for tokens that are not live."""

@@ -5,7 +5,7 @@ Shape legend: E experts, T tokens, K top-k, R rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from soloist.moe.router import Routing
 
 @dataclass
 class LayerLoad:
-    """What one rank saw of one layer since the counters were last taken."""
+    """What one rank saw of one layer since it was last asked."""
 
     tokens_E: Tensor  # int64: choices of each logical expert by the tokens that this rank routed
     rows: int  # rows that arrived for this rank's experts
@@ -27,13 +27,14 @@ class LoadStats:
     """Counters of all MoE layers of a rank. Recording stays on the device and waits for nothing.
 
     A layer's counters are made at its first call and live as long as this object, so that a CUDA graph that was
-    captured later goes on counting when it is replayed.
+    captured later goes on counting when it is replayed. They only grow: each reader keeps what it has seen.
     """
 
     def __init__(self, experts: int, enabled: bool = False, recorder: RoutingRecorder | None = None) -> None:
         """`recorder` gets every routing, whether counting is enabled or not."""
         self.experts, self.enabled, self.recorder = experts, enabled, recorder
         self._counts: dict[int, Tensor] = {}  # E + 1: choices, then rows
+        self._own = self.reader()
 
     def record(self, layer: int, routing: Routing, batch: ExpertBatch, live_T: Tensor | None = None) -> None:
         """Count one pass through a layer, if enabled; tokens that are not live do not count."""
@@ -49,13 +50,28 @@ class LoadStats:
         counts.index_add_(0, ids_TK.flatten(), live_TK.flatten())
         counts[-1] += len(batch.rows_RD) if batch.dense else _rows_named(batch)
 
-    @torch.inference_mode()
+    def reader(self) -> Reader:
+        return Reader(self._counts)
+
     def take(self) -> dict[int, LayerLoad]:
         """The counters of each layer since the last call."""
-        taken = {layer: counts.clone() for layer, counts in self._counts.items()}
-        for counts in self._counts.values():
-            counts.zero_()
-        return {layer: LayerLoad(counts[:-1], int(counts[-1])) for layer, counts in taken.items()}
+        return self._own.take()
+
+
+@dataclass
+class Reader:
+    """Reads counters that grow; several readers do not disturb each other."""
+
+    counts: dict[int, Tensor]
+    seen: dict[int, Tensor] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def take(self) -> dict[int, LayerLoad]:
+        """The counters of each layer since this reader's last call."""
+        now = {layer: counts.clone() for layer, counts in self.counts.items()}
+        new = {layer: counts - self.seen[layer] if layer in self.seen else counts for layer, counts in now.items()}
+        self.seen = now
+        return {layer: LayerLoad(counts[:-1], int(counts[-1])) for layer, counts in new.items()}
 
 
 def _rows_named(batch: ExpertBatch) -> Tensor:

@@ -58,6 +58,10 @@ class Placement(Spec, frozen=True, kw_only=True):
     def groups(self) -> int:
         return len(self.slots[0])
 
+    @property
+    def has_replicas(self) -> bool:
+        return any(sum(map(len, groups)) > self.experts for groups in self.slots)
+
     @classmethod
     def linear(cls, spec: ModelSpec, groups: int) -> Placement:
         """Neighbouring experts together; with more groups than experts, replicas: group g holds expert g mod E."""
