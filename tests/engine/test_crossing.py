@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from soloist.dispatch.rows import RowFormat
+from soloist.engine.console import print_exchange
+from soloist.engine.crossing import Crossings
 from soloist.engine.llm import LLM
 from soloist.engine.options import EngineOptions
 from soloist.errors import ClusterError, ConfigurationError
@@ -15,6 +19,7 @@ from soloist.placement.placement import Placement
 from soloist.placement.trace import RoutingTrace
 from soloist.placement.traffic import measure
 from soloist.scheduling.request import SamplingParams
+from soloist.specs.layout import Layout
 
 FIRST = SamplingParams(max_tokens=1, temperature=0.0)
 NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
@@ -63,7 +68,33 @@ def test_links_are_measured_and_the_choice_is_told() -> None:
         llm.generate("It was", SamplingParams(max_tokens=3))
         told = llm.figures()[0].exchange
     assert told[0].startswith("links (measured): across nodes ")
-    assert any("tokens a rank: flat" in line for line in told[1:])  # a node of one rank: nothing to fan out to
+    assert all(" a rank: flat" in line for line in told[1:])  # a node of one rank: nothing to fan out to
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "told"),
+    [
+        ("ep1", {}, "one expert group"),
+        ("ep4", {}, "4 ranks are one node of gpus_per_node = 8"),
+        ("ep4", {"gpus_per_node": 2, "exchange": "flat"}, "flat, as exchange says"),
+        ("ep2tp2", {"gpus_per_node": 1}, "gpus_per_node = 1 cut expert groups of tp = 2"),
+        ("ep4", {"gpus_per_node": 2}, "share its memory"),
+    ],
+)
+def test_why_there_was_nothing_to_choose(layout: str, fields: dict[str, object], told: str) -> None:
+    world: Any = SimpleNamespace(rails=None, seat=SimpleNamespace(layout=Layout.parse(layout)))
+    spec: Any = None
+    (line,) = Crossings(spec, world, EngineOptions.of(fields), torch.float32).explain()
+    assert told in line
+
+
+def test_chunks_can_be_set(capfd: pytest.CaptureFixture[str]) -> None:
+    """Everything settled by options: nothing is measured, and that is what is told."""
+    fields = {"gpus_per_node": 1, "exchange": "hierarchical", "exchange_chunks": 3, "show_progress": False}
+    with LLM(NOVELS, "ep2", device="cpu", **fields) as llm:
+        llm.generate("It was", SamplingParams(max_tokens=2))
+        print_exchange(llm)
+    assert capfd.readouterr().err.strip() == "by node in 3 chunks, as exchange and exchange_chunks say"
 
 
 @pytest.mark.parametrize(

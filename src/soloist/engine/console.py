@@ -51,9 +51,8 @@ def print_answers(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, c
 
 
 def print_exchange(llm: LLM) -> None:
-    """How tokens crossed nodes, on stderr."""
-    lines = llm.figures()[0].exchange or ["the exchange had no choice: one node, or settled by the options"]
-    for line in lines:
+    """How tokens crossed nodes, and why so, on stderr."""
+    for line in llm.figures()[0].exchange:
         Console(stderr=True).print(line, style="dim", highlight=False, soft_wrap=True)
 
 

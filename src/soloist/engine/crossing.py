@@ -71,12 +71,26 @@ class Crossings:
         return Traffic.of(self.spec, self.world.seat.layout, self.world.gpus_per_node, row_bytes)
 
     def explain(self) -> list[str]:
-        """What was chosen so far, and from which rates; nothing where there is nothing to choose."""
+        """What was chosen so far, and from which rates, or why there was nothing to choose."""
         links = self.links
-        if links is None or not self.used:
-            return []
+        if self.world.rails is None:
+            return [self._flat_because()]
+        if links is None:
+            return [f"by node in {self.options.exchange_chunks} chunks, as exchange and exchange_chunks say"]
         rates = f"across nodes {links.network}, inside {links.inside}, flat {links.flat}"
         return [f"links ({links.source}): {rates}", *(str(self.used[tokens]) for tokens in sorted(self.used))]
+
+    def _flat_because(self) -> str:
+        layout, options = self.world.seat.layout, self.options
+        if layout.ep == 1:
+            return "one expert group: no token leaves it"
+        if layout.size <= options.gpus_per_node:
+            return f"flat: {layout.size} ranks are one node of gpus_per_node = {options.gpus_per_node}"
+        if options.exchange == "flat":
+            return "flat, as exchange says"
+        if options.gpus_per_node % layout.tp:
+            return f"flat: nodes of gpus_per_node = {options.gpus_per_node} cut expert groups of tp = {layout.tp}"
+        return "flat: all ranks are on this machine and share its memory; to cross by node, set exchange=hierarchical"
 
 
 def declared_links(options: EngineOptions) -> Links | None:

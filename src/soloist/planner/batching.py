@@ -106,11 +106,11 @@ class Batching(Spec, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         if not self.hierarchical:
-            return f"{self.tokens} tokens a rank: flat ({_ms(self.flat_s)}; by node {_ms(self.hierarchical_s)})"
+            return f"{_tokens(self.tokens)} a rank: flat ({_ms(self.flat_s)}; by node {_ms(self.hierarchical_s)})"
         size = -(-self.tokens // self.chunks)
         return (
-            f"{self.tokens} tokens a rank: by node ({_ms(self.hierarchical_s)}; flat {_ms(self.flat_s)}), "
-            f"{self.chunks} chunk{'s' * (self.chunks > 1)} of {size} tokens, "
+            f"{_tokens(self.tokens)} a rank: by node ({_ms(self.hierarchical_s)}; flat {_ms(self.flat_s)}), "
+            f"{self.chunks} chunk{'s' * (self.chunks > 1)} of {_tokens(size)}, "
             f"{_kb(self.network_bytes)} each across nodes, {_kb(self.inside_bytes)} inside"
         )
 
@@ -134,7 +134,8 @@ def choose(
     best = chunks or min(range(least, most + 1), key=lambda c: pipeline_seconds(c, across, inside, links))
     by_node = pipeline_seconds(best, across, inside, links)
     flat = links.flat.seconds(tokens * traffic.groups * traffic.row_bytes)
-    hierarchical = exchange == "hierarchical" or (exchange == "auto" and by_node < flat)
+    fans_out = traffic.inside > 0  # else both ways send the same, and only the noise of measured links would choose
+    hierarchical = exchange == "hierarchical" or (exchange == "auto" and fans_out and by_node < flat)
     return Batching(
         tokens=tokens,
         hierarchical=hierarchical,
@@ -158,6 +159,10 @@ def links_of(cluster: ClusterSpec) -> Links:
     network = Link(latency_s=cluster.nic_latency_us / 1e6, rate=cluster.nic or 1.0)
     inside = Link(latency_s=cluster.nvlink_latency_us / 1e6, rate=cluster.nvlink or network.rate)
     return Links(network=network, inside=inside, flat=network, source=cluster.name or "cluster")
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
 
 
 def _ms(seconds: float) -> str:
