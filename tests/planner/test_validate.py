@@ -31,6 +31,16 @@ def test_fit_rows_are_explained(report: Report, table: str) -> None:
     assert report.mape(table, "fit") <= BARS[table] / 2
 
 
+def test_runs_of_our_own_engine(report: Report) -> None:
+    """Points that no constant was fitted to; of a single sequence the small kernels' times are overestimated."""
+    (runs,) = (table for table in report.tables if table.table == "runs")
+    assert runs.role == "check"
+    assert runs.median <= 0.05
+    assert runs.worst <= 0.13
+    many = [abs(row.error) for row in report.rows if row.table == "runs" and not row.label.endswith("sequences=1")]
+    assert max(many) <= 0.05
+
+
 def test_left_out_rows_are_still_predicted() -> None:
     """Guards against constants that only remember their rows."""
     rows = [row for row in published(ExpertRow) if row.role == "fit"]

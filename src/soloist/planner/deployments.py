@@ -10,12 +10,12 @@ import msgspec
 
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
-from soloist.planner.domains import Domain
+from soloist.planner.domains import Domain, Hardware
 from soloist.planner.fitting import Constants
 from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
-from soloist.planner.runtime import SYSTEM, Runtime, own_priors
+from soloist.planner.runtime import OWN, SYSTEM, Runtime
 from soloist.planner.step import StepModel
 from soloist.planner.tables import DeploymentRow, RunRow
 from soloist.specs.cluster import ClusterSpec, preset_clusters
@@ -138,7 +138,10 @@ def predict_run(row: RunRow, calibration: Calibration, runtime: Runtime) -> floa
     if calibration.machine is None:
         raise ConfigurationError.of("calibration", calibration.name, "names no machine; give what calibrate wrote")
     spec, layout = preset(row.model), Layout.parse(row.layout)
-    kernels = Kernels(calibration.machine, calibration, library_of(row.system, calibration))
+    cluster = calibration.machine
+    if row.gpu:
+        cluster = msgspec.structs.replace(cluster, gpu=Hardware().gpu(row.gpu), gpus_per_node=layout.size)
+    kernels = Kernels(cluster, calibration, library_of(row.system, calibration))
     model = StepModel(Deployment(model=spec, layout=layout, precision=Precision.of(spec)), kernels, runtime, "off")
     each = row.sequences / (layout.dp * layout.attention_groups)
     if row.phase == "decode":
@@ -159,7 +162,7 @@ def own_runs(kernels: Calibration) -> Domain:
         name="runs",
         rows=RunRow,
         path=lambda row: (row.system,),
-        priors=lambda path: own_priors(kernels),
+        priors=lambda path: OWN,
         predict=predicted,
         measured=lambda row: row.seconds,
         coordinates=lambda row: {},

@@ -64,7 +64,7 @@ PRIORS: dict[str, dict[str, Prior]] = {
         "nic": Prior(0.85, 0.05, 1.0), "nvlink": Prior(0.7, 0.15, 1.0), "endpoint": Prior(0.2, 0.4),
     },
 }  # fmt: skip
-PRIORS["local"] = {**PRIORS["ragged"], "local_us": Prior(5, 0.6), "endpoint": Prior(0.4, 0.4)}
+PRIORS["local"] = {**PRIORS["ragged"], "local_us": Prior(3, 0.6), "endpoint": Prior(0.4, 0.4)}
 
 
 class ExchangeShape(msgspec.Struct, frozen=True, kw_only=True):

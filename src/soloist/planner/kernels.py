@@ -22,12 +22,13 @@ from soloist.planner.domains import (
 )
 from soloist.planner.estimate import ZERO, Estimate, Origin
 from soloist.planner.exchange import ExchangeShape
+from soloist.planner.memory import REPLICATED
 from soloist.specs.cluster import ClusterSpec
 
 Parts = dict[str, Estimate]
 # Defaults of engine/options.py, which lies above: whether our own kernels sum, and below how many tokens of a step all
 # ranks of an attention group have all of them, without these kernels and with them.
-NVLINK_SUMS, REPLICATED, REPLICATED_NVLINK = False, 64, 257
+NVLINK_SUMS, REPLICATED_NVLINK = False, 257
 PUBLISHED_LIBRARY, OWN_LIBRARY = "deepep-v1", "soloist"
 
 
@@ -103,10 +104,12 @@ class Kernels:
         seconds = compute.prefill_attention_seconds(tokens, context, heads, width, self.cluster.gpu, found.constants)
         return found.estimate(seconds, prefill_coordinates(tokens, context, heads)).worse(self._known_gpu)
 
-    def small(self, tokens: float, hidden: float, columns: float, experts: float) -> Estimate | None:
-        """A layer's small kernels, where they were measured by themselves."""
+    def small(self, tokens: float, hidden: float, columns: float, experts: float) -> Estimate:
+        """A layer's small kernels in our own engine."""
         if not self.calibration.has("small/layer"):
-            return None
+            guess = {name: prior.guess for name, prior in compute.SMALL.items()}
+            seconds = compute.small_seconds(tokens, hidden, columns, experts, self.cluster.gpu, guess)
+            return Estimate(seconds, UNMEASURED, "bound")
         found = self.calibration.find("small", "layer")
         seconds = compute.small_seconds(tokens, hidden, columns, experts, self.cluster.gpu, found.constants)
         return found.estimate(seconds, small_coordinates(tokens, hidden, columns, experts)).worse(self._known_gpu)

@@ -16,7 +16,7 @@ from soloist.planner.estimate import ZERO, Estimate, total
 from soloist.planner.exchange import ExchangeShape, Mode, row_bytes
 from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.precision import Precision
-from soloist.planner.routing import activated, distinct, imbalance, straggler
+from soloist.planner.routing import activated, busiest, distinct, imbalance, straggler
 from soloist.planner.runtime import Runtime
 from soloist.planner.weights import kv_elements
 from soloist.specs.layout import Layout
@@ -99,7 +99,8 @@ def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, w
 
 
 class ExpertLoad(NamedTuple):
-    """Of an expert group in one layer: rows on average, experts touched, fullest over mean rows, rows received."""
+    """Of an expert group in one layer: rows on average, experts touched by the group that has most, fullest over mean
+    rows, rows received."""
 
     pairs: float
     active: float
@@ -118,6 +119,7 @@ def expert_load(d: Deployment, batch: Batch) -> ExpertLoad:
     fullest = imbalance(d.skew, model.experts, ep, drawn, replicas, model.router.top_k) if d.skew else 1.0
     copies = d.held * ep / model.experts  # tokens of an expert are shared by its replicas
     active = activated(d.held, model.experts, model.router.top_k, tokens / max(1.0, copies))
+    active = busiest(d.held, active, ep)
     return ExpertLoad(pairs, active, fullest * min(2.0, straggler(ep, pairs)), tokens * reached / ep)
 
 
@@ -159,8 +161,7 @@ def _between(d: Deployment, batch: Batch, own: float, kernels: Kernels, runtime:
     a, ranks = d.model.attention, d.layout.attention_ranks
     columns = -(-a.heads // ranks) * a.head_dim + kv_elements(d.model, ranks)
     tokens = batch.tokens if batch.tokens < kernels.replicates_below else own
-    small = kernels.small(tokens, d.model.d_model, columns, d.model.experts)
-    return rest if small is None else total((small, rest))
+    return total((kernels.small(tokens, d.model.d_model, columns, d.model.experts), rest))
 
 
 def _attention(d: Deployment, batch: Batch, context: float, kernels: Kernels) -> Estimate:

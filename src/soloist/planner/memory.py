@@ -16,7 +16,7 @@ from soloist.specs.model import ModelSpec, Spec
 CONTEXT_BYTES = 0.6e9  # CUDA context and loaded kernels
 NCCL_BYTES = 0.4e9  # communicators' own buffers, where there are any
 GEMM_WORKSPACE_BYTES = 32e6 * 2
-REPLICATED = 64  # tokens of a step below which all ranks of an attention group have all of them
+REPLICATED = 64  # tokens of a step below which all ranks of an attention group have all of them (engine/options.py)
 
 
 class MemoryLoad(Spec, frozen=True, kw_only=True):
@@ -44,7 +44,7 @@ def memory_parts(
     return {
         **rank_weights(spec, seat, held, precision),
         "KV cache": kv_bytes(spec, seat, precision, load),
-        "exchange buffers": exchange_bytes(spec, layout, precision, load, mode, held) if layout.ep > 1 else 0.0,
+        "exchange buffers": exchange_bytes(spec, layout, precision, load, mode, held),
         "activations": activation_bytes(spec, layout, load),
         "workspace": CONTEXT_BYTES + GEMM_WORKSPACE_BYTES + (NCCL_BYTES if layout.size > 1 else 0.0),
     }
@@ -77,10 +77,12 @@ def exchange_bytes(
 
     Low latency: room for every token of every rank at each local slot, twice (double buffering), as DeepEP reserves.
     Pushed: the windows and the index of Soloist's one-sided exchange (dispatch/lane.py). The others: rows that arrive
-    when each rank's step is full, twice, both ways.
+    when each rank's step is full, twice, both ways; none where there is one expert group.
     """
     if mode == "pushed":
         return window_bytes(spec, layout, precision, load, slots)
+    if layout.ep == 1:
+        return 0.0
     there, back = row_bytes(spec.d_model, precision.dispatch), row_bytes(spec.d_model, precision.combine)
     if mode == "low_latency":
         return 2 * slots * layout.ep * load.exchange_tokens * (there + back)
@@ -93,7 +95,8 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
     """A window has room for every token that any rank could send: rows there, results of the experts, rows home.
 
     Beside it lie choices and weights, and the index of expanded rows. Attention groups of several ranks have a second
-    one for steps of few tokens, which all of their ranks have.
+    one for steps of few tokens, which all of their ranks have. A single expert group has an index of its own tokens
+    (dispatch/local.py), and a GPU by itself nothing else.
     """
     top_k, size = spec.router.top_k, BYTES[precision.combine]
 
@@ -103,7 +106,10 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
         return rows * (row + 12 * most + 4 * top_k)
 
     attention = layout.attention_ranks
-    found = window(layout.stage_ranks, -(-load.step_tokens // attention))
+    found = window(layout.stage_ranks, -(-load.step_tokens // attention)) if layout.stage_ranks > 1 else 0.0
+    if layout.ep == 1:
+        tokens, expanded = load.step_tokens, load.step_tokens * min(top_k, max(slots, 1))
+        return found + 12 * expanded + 4 * (tokens * top_k + slots)
     if attention > 1:
         found += window(layout.ep, -(-REPLICATED * layout.tp // attention))
     return found

@@ -71,6 +71,23 @@ def activated(slots: float, experts: int, top_k: int, tokens: float) -> float:
     return slots * (1.0 - exp(tokens * log(1.0 - top_k / experts)))
 
 
+@lru_cache(maxsize=65536)
+def busiest(slots: int, active: float, ranks: int) -> float:
+    """Expected maximum over `ranks` ranks of the experts that tokens chose among a rank's `slots`, `active` on average.
+
+    Taken as independent choices, which a rank's slots nearly are: the sum over m of 1 − P(fewer than m) ^ ranks.
+    """
+    if ranks <= 1 or active <= 0 or active >= slots - 1e-6:
+        return active
+    share = active / slots
+    chance, below, expected = (1 - share) ** slots, 0.0, 0.0
+    for m in range(slots):
+        below += chance
+        expected += 1 - min(1.0, below) ** ranks
+        chance *= (slots - m) / (m + 1) * share / (1 - share)
+    return expected
+
+
 def straggler(ranks: int, pairs: float) -> float:
     """Expected max/mean of token-expert pairs over `ranks` ranks of uniform routing, `pairs` on each on average."""
     return 1.0 + sqrt(2.0 * log(ranks) / pairs) if ranks > 1 and pairs > 0 else 1.0

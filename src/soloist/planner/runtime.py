@@ -32,17 +32,11 @@ OWN: dict[str, Prior] = {
     "expert_flops": Prior(1.0, 0.02),
     "waiting": Prior(1.1, 0.05),
     "imbalance": Prior(1.0, 0.01),
-    "layer_us": Prior(5, 0.7),
-    "step_us": Prior(150, 0.5),
+    "layer_us": Prior(5, 1.0),
+    "step_us": Prior(50, 0.7),  # the next step is made up meanwhile: what is left are its numbers and the choice
     "layer_passes": Prior(1, 0.7),
     "pipeline": Prior(0.95, 0.05, 1.0),
 }
-UNTOLD = {"layer_us": Prior(100, 0.7), "layer_passes": Prior(15, 0.7)}  # where its small kernels were not measured
-
-
-def own_priors(calibration: Calibration) -> dict[str, Prior]:
-    """Of our own engine, on a machine whose kernels were measured."""
-    return OWN if calibration.has("small/layer") else {**OWN, **UNTOLD}
 
 
 class Runtime(Spec, frozen=True, kw_only=True):
@@ -66,7 +60,7 @@ class Runtime(Spec, frozen=True, kw_only=True):
             own = calibration.find("runs", name).fitted
             return cls(name=name, constants=own.constants, band=own.band, is_fitted=True)
         if library_of(name, calibration) == name:
-            return cls.assumed(name, own_priors(calibration))
+            return cls.assumed(name, OWN)
         if "end_to_end/serving" not in calibration.fitted:
             return cls.assumed(name)
         found = calibration.find("end_to_end", "serving", name)

@@ -155,7 +155,8 @@ class DeploymentRow(Row, frozen=True, kw_only=True):
 class RunRow(Row, frozen=True, kw_only=True):
     """Our own engine on the machine at hand (`soloist bench offline`): `sequences` in the whole deployment.
 
-    `tokens`: in prefill of each prompt, in decode the mean context. `seconds`: of all prompts, or of one step.
+    `gpu`: a preset, where it was another than the calibration's. `tokens`: in prefill of each prompt, in decode the
+    mean context. `seconds`: of all prompts, or of one step.
     """
 
     system: str = "soloist"
@@ -165,6 +166,7 @@ class RunRow(Row, frozen=True, kw_only=True):
     sequences: int
     tokens: float
     seconds: float
+    gpu: str = ""
 
 
 TABLES: dict[str, type[Row]] = {
@@ -228,12 +230,14 @@ class _Run(msgspec.Struct, frozen=True, kw_only=True):
     context: float = 192.0  # mean context of decode
     role: str = "check"
     source: str = "soloist bench offline"
+    gpu: str = ""
 
     def columns(self) -> dict[str, str | None]:
         """As a table's columns."""
         sequences, _, tokens = self.shape.partition("x")
         fields = {"role": self.role, "source": self.source, "model": self.model, "layout": self.layout}
         fields |= {"phase": RUNS[self.what], "sequences": sequences, "tokens": tokens or str(self.context)}
+        fields |= {"gpu": self.gpu}
         return {**fields, "seconds": str(self.seconds)}
 
 

@@ -17,9 +17,11 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, calibrated, left_out
 from soloist.planner.deployments import end_to_end, own_runs
 from soloist.planner.domains import Domain, domains
-from soloist.planner.tables import TABLES, Row, RunRow, read_measurements, read_table
+from soloist.planner.refit import load_calibration
+from soloist.planner.tables import PUBLISHED, TABLES, Row, RunRow, read_measurements, read_table
 
 ROLES = ("fit", "check")
+OWN_RUNS, OWN_MACHINE = PUBLISHED / "own_runs.jsonl", "2xh100"  # what our engine did, and whose kernels predict it
 BARS = {"all_to_all": 0.08, "collectives": 0.10, "moe_gemm": 0.08, "end_to_end": 0.15}
 
 
@@ -70,9 +72,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def validate(folder: str | Path | None = None, calibration: Calibration | None = None, cross: bool = False) -> Report:
-    """Predict every row of the tables in `folder` (CSV files named as in `TABLES`), the published ones by default.
+    """Predict every row of the tables in `folder` (CSV files named as in `TABLES`).
 
-    `folder` may also be one file of our own measurements, as JSON lines.
+    By default these are the published ones and the runs of our own engine that come with Soloist, which a machine's own
+    calibration predicts. `folder` may also be one file of our own measurements, as JSON lines.
 
     `cross` adds the leave-one-out errors of the fit rows, which takes some seconds. Raises ConfigurationError for a
     folder without any table and for rows that cannot be read.
@@ -80,14 +83,17 @@ def validate(folder: str | Path | None = None, calibration: Calibration | None =
     calibration = calibration or Calibration.published()
     own = folder is not None and Path(folder).is_file()
     tables = read_measurements(str(folder)) if own else {name: read_table(name, folder) for name in TABLES}
+    if folder is None:
+        tables["runs"] = read_measurements(OWN_RUNS)["runs"]
     if not any(tables.values()):
         raise ConfigurationError.of("data", str(folder), f"holds none of {', '.join(f'{n}.csv' for n in TABLES)}")
     rows: list[RowReport] = []
     skipped: list[str] = []
     for name, found in tables.items():
-        for domain in domains_of(name, calibration):
-            rows += _predicted(name, domain, found, calibration, skipped)
-            rows += _left_out(name, domain, found) if cross else []
+        used = load_calibration(OWN_MACHINE) if folder is None and name == "runs" else calibration
+        for domain in domains_of(name, used):
+            rows += _predicted(name, domain, found, used, skipped)
+            rows += _left_out(name, domain, found) if cross and name != "runs" else []
     roles = sorted({row.role for found in tables.values() for row in found} - set(ROLES))
     return Report(tables=_summary(rows), rows=rows, unknown_roles=roles, skipped=skipped)
 

@@ -27,10 +27,12 @@ class LayerWeights(NamedTuple):
     by_query: float
     by_kv: float
     replicated: float  # of attention and norms
+    out_bias: float  # of attention, added by the first rank of its group
     dense: float  # cut over the attention group
     shared: float  # cut over the attention group
     router: float
     expert: float  # of one expert
+    down_bias: float  # of one expert, added by the first rank of its group
 
 
 @lru_cache(maxsize=64)
@@ -39,7 +41,7 @@ def layer_weights(spec: ModelSpec) -> tuple[LayerWeights, ...]:
     sums = [dict.fromkeys(LayerWeights._fields, 0.0) for _ in range(spec.layers)]
     for param, shape in parameters(spec):
         if param.layer >= 0 and param.expert <= 0:
-            sums[param.layer][_cut(param.name, param.expert)] += prod(shape)
+            sums[param.layer][_cut(param.name, param.expert, spec)] += prod(shape)
     return tuple(LayerWeights(**layer) for layer in sums)
 
 
@@ -50,12 +52,15 @@ def _stage_weights(spec: ModelSpec, layers: range) -> LayerWeights:
     return LayerWeights(*(sum(column) for column in zip(*(table[i] for i in layers), strict=True)))
 
 
-def _cut(name: str, expert: int) -> str:
+def _cut(name: str, expert: int, spec: ModelSpec) -> str:
+    norms = spec.attention.qk_norm == "full"  # over all heads of a token, so each has its part
     if expert == 0:
-        return "expert"
-    if name in BY_QUERY_HEAD:
+        return "down_bias" if name == "down_bias" else "expert"
+    if name == "o_bias":
+        return "out_bias"
+    if name in BY_QUERY_HEAD or (norms and name == "q_norm"):
         return "by_query"
-    if name in BY_KV_HEAD:
+    if name in BY_KV_HEAD or (norms and name == "k_norm"):
         return "by_kv"
     if name.startswith("dense_"):
         return "dense"
@@ -86,8 +91,8 @@ def rank_weights(spec: ModelSpec, seat: Seat, slots: float, precision: Precision
     linear, experts, other = BYTES[precision.linear], BYTES[precision.experts], BYTES[precision.other]
     x = _stage_weights(spec, layout.stage_layers(seat.stage, spec.layers))
     return {
-        "attention": (x.by_query * heads + x.by_kv * kv + x.replicated) * linear,
-        "experts": x.expert * slots * width * experts,
+        "attention": (x.by_query * heads + x.by_kv * kv + x.replicated + (x.out_bias if index == 0 else 0)) * linear,
+        "experts": (x.expert * width + (x.down_bias if seat.tp_index == 0 else 0)) * slots * experts,
         "shared experts": x.shared * _part(spec.shared_width, ranks, index) * linear,
         "dense layers": x.dense * _part(spec.dense_width, ranks, index) * linear,
         "router": x.router * other,

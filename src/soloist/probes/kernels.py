@@ -25,6 +25,7 @@ from soloist.specs.model import ExpertSpec
 SPREAD = 2  # ranks over which the probed experts are thought to be spread: this one holds its share of them
 BLOCK = {"cuda": 64, "cpu": 16}  # tokens of a KV block, as the engine has them
 DRAWS = 16
+FEW, DIFFERENT = 32, 8  # up to so many tokens, so many different choices in turn, lest the cache holds the experts
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,22 @@ def experts(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Reco
         gate_up = torch.empty(shape.local, 2 * shape.width, shape.d_model, device=device, dtype=dtype).normal_(0, 0.02)
         down = torch.empty(shape.local, shape.d_model, shape.width, device=device, dtype=dtype).normal_(0, 0.02)
         for tokens in TOKENS[device.type]:
-            batch = _routed(tokens, shape, device, dtype)
+            seeds = range(DIFFERENT if tokens <= FEW else 1)
+            batches = [_routed(tokens, shape, device, dtype, seed) for seed in seeds]
             columns = {
                 "gpu": gpu, "dtype": NAMES[dtype], "hidden": shape.d_model, "ffn": shape.width,
                 "experts": SPREAD * shape.local, "top_k": shape.top_k, "ep": SPREAD, "group_tokens": tokens,
                 "routing": "uniform", "library": "soloist",
             }  # fmt: skip
-            yield Record("moe_gemm", columns, probe.seconds(_feed_forward(shape, batch, gate_up, down), device))
+            works = [_feed_forward(shape, batch, gate_up, down) for batch in batches]
+            taken = probe.seconds(lambda works=works: [work() for work in works], device)
+            yield Record("moe_gemm", columns, taken / len(works))
         del gate_up, down
 
 
-def _routed(tokens: int, shape: ExpertShape, device: torch.device, dtype: torch.dtype) -> ExpertBatch:
+def _routed(tokens: int, shape: ExpertShape, device: torch.device, dtype: torch.dtype, seed: int) -> ExpertBatch:
     """Rows of all ranks that chose an expert of this one."""
-    generator = torch.Generator().manual_seed(tokens)
+    generator = torch.Generator().manual_seed(tokens + 1009 * seed)
     ids_TK = _typical(tokens, shape, generator)
     chosen = (ids_TK < shape.local).flatten().nonzero()[:, 0]
     slot_X, order = ids_TK.flatten()[chosen].sort(stable=True)
