@@ -5,37 +5,26 @@ Shape legend: T tokens of a rank, D model width, R rows, X expanded rows.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.distributed as dist
-import typer
 from torch import Tensor
 
 from soloist.bench.dispatchers import join_nccl, one_sided, padded, ragged
+from soloist.bench.floors import Machine
 from soloist.bench.load import Load, check_batch, check_home
 from soloist.bench.portable import PortableRun
-from soloist.bench.report import Ceilings, Point, commit, report
-from soloist.bench.shapes import (
-    ExpertsOption,
-    ModelOption,
-    RoutingOption,
-    TokensOption,
-    TopKOption,
-    Wanted,
-    WidthOption,
-)
+from soloist.bench.report import Point
+from soloist.bench.shapes import Wanted
 from soloist.bench.soak import soak
-from soloist.bench.trace import Trace, TraceOption
+from soloist.bench.trace import Trace
 from soloist.dispatch.forms import COPY, LATENCY, LATENCY_TOKENS, Form
 from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
 from soloist.errors import ConfigurationError
-from soloist.probes.gpus import Bench, captured, in_ranks
+from soloist.probes.gpus import Bench, captured
 from soloist.transport.base import Transport
 
 
@@ -155,15 +144,14 @@ class Measured:
 
     bench: Bench
     trace: Trace
-    ceilings: Ceilings = field(default_factory=Ceilings)
+    machine: Machine
 
     def point(self, what: str, variant: str, load: Load, seconds: float, row_bytes: int) -> Point:
         """Against the rows of the busiest rank over its link."""
         rows = max(load.remote_rows([choice for _, choice in load.everybody(self.bench.size, 0, self.bench.device)]))
-        bound = f"{rows * row_bytes / 1e6:.1f} MB at {self.ceilings.link / 1e9:.0f} GB/s"
-        machine = f"{self.bench.size} x {torch.cuda.get_device_name(self.bench.device)}"
-        ceiling = rows * row_bytes / self.ceilings.link
-        return Point(what, variant, load.named, seconds, ceiling, bound, machine, commit())
+        link = self.machine.ceilings.link
+        bound = f"{rows * row_bytes / 1e6:.1f} MB at {link / 1e9:.0f} GB/s"
+        return self.machine.point(what, variant, load.named, seconds, rows * row_bytes / link, bound)
 
     def prefill(self, load: Load, fp8: bool = False) -> Iterator[Point]:
         """Dispatch and combine apart, by every form, and the yardsticks."""
@@ -220,10 +208,14 @@ def measure(preset: str, wanted: Wanted, trace_file: Path | None, calls: int) ->
     if preset not in PRESETS:
         raise ConfigurationError.of("--preset", preset, f"choose one of {', '.join(PRESETS)}")
     bench = Bench.join()
-    measured = Measured(bench, Trace.of(trace_file, bench.rank))
     transport = join_nccl(bench)
     if calls:
         soak(bench, transport, calls)
+    if preset == "none" and not wanted:
+        return
+    machine = Machine.measured(bench)
+    yield from machine.points()
+    measured = Measured(bench, Trace.of(trace_file, bench.rank), machine)
     if wanted:
         sizes = wanted.sizes(bench.size)
         yield from measured.case(Load(**sizes), transport)
@@ -240,33 +232,3 @@ def measure(preset: str, wanted: Wanted, trace_file: Path | None, calls: int) ->
             yield from measured.decode(load, fp8=True)
             yield from measured.decode(load, fp8=False)
         yield from measured.portable(DECODE[0], transport)
-
-
-def main(
-    preset: Annotated[str, typer.Option(help="prefill, decode, wire, all or none")] = "all",
-    model: ModelOption = None,
-    tokens: TokensOption = None,
-    d_model: WidthOption = None,
-    experts: ExpertsOption = None,
-    top_k: TopKOption = None,
-    routing: RoutingOption = None,
-    lines: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
-    explain: Annotated[bool, typer.Option(help="say what bounds each point")] = False,
-    trace: TraceOption = None,
-    calls: Annotated[int, typer.Option(help="compare this many calls in each form with NCCL")] = 0,
-) -> None:
-    """Time the exchange between the GPUs of this host; started once, or once a rank by torchrun and the like."""
-    wanted = Wanted(model, tokens, d_model, None, experts, top_k, routing)
-    if "RANK" not in os.environ:
-        code = in_ranks("soloist.bench.exchange", sys.argv[1:])
-        if not (code or preset == "none"):
-            reporting = [*(["--lines", str(lines)] if lines else []), *(["--explain"] if explain else [])]
-            code = in_ranks("soloist.bench.vdev", [*wanted.flags(), *reporting])
-        raise typer.Exit(code)
-    points = list(measure(preset, wanted, trace, calls))
-    if os.environ["RANK"] == "0":
-        report(points, lines, explain)
-
-
-if __name__ == "__main__":
-    typer.run(main)

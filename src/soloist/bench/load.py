@@ -18,8 +18,11 @@ Inputs = tuple[Tensor, SlotChoice]  # x_TD and the choice of a rank
 
 @dataclass(frozen=True)
 class Load:
-    """`tokens` a rank; `width` of an expert, where experts run. routing: "uniform", "skewed" (expert e is liked 4·e/E
-    standard deviations less) or "remote" (every choice lies on the next rank)."""
+    """`tokens` a rank; `width` of an expert, where experts run; `tp` ranks share one.
+
+    routing: "uniform", "skewed" (expert e is liked 4·e/E standard deviations less) or "remote" (every choice lies on
+    the next rank).
+    """
 
     tokens: int
     d_model: int
@@ -28,16 +31,23 @@ class Load:
     routing: str = "uniform"
     dtype: torch.dtype = torch.bfloat16
     width: int = 0
+    tp: int = 1
 
     @property
     def named(self) -> dict[str, object]:
         """For a point's shape."""
         sizes: dict[str, object] = {"T": self.tokens, "D": self.d_model, "E": self.experts, "K": self.top_k}
-        return sizes | ({"F": self.width} if self.width else {}) | {"routing": self.routing}
+        sizes |= {"F": self.width} if self.width else {}
+        return sizes | ({"tp": self.tp} if self.tp > 1 else {}) | {"routing": self.routing}
+
+    def slots(self, ranks: int) -> int:
+        """Of a group."""
+        return self.experts * self.tp // ranks
 
     def shape(self, ranks: int, fp8: bool = False) -> ExchangeShape:
-        slots = self.experts // ranks
-        return ExchangeShape(ranks, 1, slots, self.top_k, self.d_model, self.tokens, self.dtype, fp8)
+        return ExchangeShape(
+            ranks, self.tp, self.slots(ranks), self.top_k, self.d_model, self.tokens, self.dtype, fp8
+        )  # fmt: skip
 
     def everybody(self, ranks: int, seed: int, device: torch.device) -> list[Inputs]:
         return [self.inputs(rank, ranks, seed, device) for rank in range(ranks)]
@@ -47,12 +57,12 @@ class Load:
         generator = torch.Generator(device).manual_seed(1009 * seed + rank)
         x_TD = torch.randn(self.tokens, self.d_model, generator=generator, device=device).to(self.dtype)
         liked_TE = torch.randn(self.tokens, self.experts, generator=generator, device=device)
-        slots = self.experts // ranks
+        slots = self.slots(ranks)
         if self.routing == "skewed":
             liked_TE -= 4.0 / self.experts * torch.arange(self.experts, device=device)
         if self.routing == "remote":
-            next_rank = (rank + 1) % ranks
-            liked_TE[:, next_rank * slots : (next_rank + 1) * slots] += 100.0
+            group = (rank + 1) % ranks // self.tp
+            liked_TE[:, group * slots : (group + 1) * slots] += 100.0
         weights_TK, ids_TK = liked_TE.topk(self.top_k)
         return x_TD, SlotChoice(ids_TK // slots, ids_TK % slots, weights_TK.softmax(-1))
 

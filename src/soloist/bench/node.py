@@ -99,7 +99,7 @@ class Node:
         return "--lines", str(self.out / f"{Part(name, (), 0, 0).slug}.jsonl")
 
     def _bench(self, name: str, *options: str) -> Part:
-        return Part(name, (f"soloist.bench.{name.split(',')[0]}", *options, *self._lines(name)), 15, 60)
+        return Part(name, ("soloist", "bench", name.split(",")[0], *options, *self._lines(name)), 15, 60)
 
     def _offline(self, name: str, layout: str, *options: str) -> Part:
         count, tokens = self.prefill

@@ -7,8 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-from soloist.bench.report import Ceilings
-
 # Of eight GPUs of one node, 7168 wide, top-8 of 256 experts: what DeepEP and UCCL-EP reach there.
 DECODE_US = {"dispatch": 60.0, "combine": 80.0, "there and back": 140.0}
 PREFILL_RATE = 300e9  # bytes/s that leave a GPU
@@ -23,9 +21,9 @@ def exchange_table(records: Sequence[Record]) -> Table:
     for record in records:
         if "bound_by" not in record or "variant" not in record:
             continue
-        tokens, seconds = record["shape"]["T"], record["seconds"]
+        tokens, seconds = record["shape"].get("T", 0), record["seconds"]
         is_exchange = "GB/s" in record["bound_by"] and " MB at " in record["bound_by"]
-        rate = Ceilings().link * record["ceiling_s"] / seconds
+        rate = float(record["bound_by"].split(" MB at ")[0]) * 1e6 / seconds if is_exchange else 0.0
         shown.add_row(
             record["what"], record["variant"], str(tokens), f"{seconds * 1e6:.1f}", f"{record['ceiling_s'] * 1e6:.1f}",
             f"{record['ceiling_s'] / seconds:.0%}", f"{rate / 1e9:.0f}" if is_exchange else "",

@@ -55,14 +55,18 @@ def write_lines(points: Iterable[Point], file: IO[str]) -> None:
 
 
 def report(points: Iterable[Point], path: Path | None, explain: bool) -> None:
-    """The table, then the lines, to a file where one is named."""
-    points = list(points)
-    print_table(points, explain)
-    if path is None:
-        write_lines(points, sys.stdout)
-        return
-    with path.open("a") as file:
-        write_lines(points, file)
+    """A line for each point as it comes, to a file where one is named; the table at the end, also after a failure."""
+    came: list[Point] = []
+    try:
+        for point in points:
+            came.append(point)
+            if path is None:
+                write_lines([point], sys.stdout)
+            else:
+                with path.open("a") as file:
+                    write_lines([point], file)
+    finally:
+        print_table(came, explain)
 
 
 def print_table(points: Iterable[Point], explain: bool = False) -> None:

@@ -6,15 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from torch.profiler import ProfilerActivity, profile, record_function
-
-TraceOption = Annotated[
-    Path | None, typer.Option("--trace", help="Write FILE-CASE.json for Perfetto, a row a stream, of rank 0.")
-]
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,16 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import typer
 
 from soloist.bench.load import Load
-from soloist.bench.report import Ceilings, Point, commit, report
-from soloist.bench.shapes import (
-    ExpertsOption,
-    ModelOption,
-    RoutingOption,
-    TokensOption,
-    TopKOption,
-    Wanted,
-    WidthOption,
-)
+from soloist.bench.report import Ceilings, Point, commit
+from soloist.bench.shapes import Wanted
 from soloist.dispatch.rows import Departures
-from soloist.probes.gpus import in_ranks
 from soloist.timing import median_of_slowest
 
 LOAD = Load(4096, 7168, 8, 64)
@@ -79,33 +68,14 @@ def measure(load: Load, rank: int, size: int, device: torch.device, repeats: int
     return Point("yardstick", "torch all_to_all_vdev", shape, seconds, away / ceilings.link, bound, machine, commit())
 
 
-def main(
-    model: ModelOption = None,
-    tokens: TokensOption = None,
-    d_model: WidthOption = None,
-    experts: ExpertsOption = None,
-    top_k: TopKOption = None,
-    routing: RoutingOption = None,
-    lines: Annotated[Path | None, typer.Option(help="append JSON lines to this file")] = None,
-    explain: Annotated[bool, typer.Option(help="say what bounds each point")] = False,
-) -> None:
-    """Time `all_to_all_vdev` between the GPUs of this host, where it runs."""
-    if "RANK" not in os.environ:
-        raise typer.Exit(in_ranks("soloist.bench.vdev", sys.argv[1:]))
+def measure_vdev(wanted: Wanted) -> Iterator[Point]:
+    """Joins the world and times `all_to_all_vdev` where it runs; called by every rank."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    wanted = Wanted(model, tokens, d_model, None, experts, top_k, routing)
     try:
-        point = measure(Load(**wanted.sizes(size)) if wanted else LOAD, rank, size, device)
+        yield measure(Load(**wanted.sizes(size)) if wanted else LOAD, rank, size, device)
     except RuntimeError as error:
         if rank == 0:
             print(f"torch all_to_all_vdev does not run here: {error}", flush=True)
-        return
-    if rank == 0:
-        report([point], lines, explain)
-
-
-if __name__ == "__main__":
-    typer.run(main)

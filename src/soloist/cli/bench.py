@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from soloist.bench.shapes import (
-    ExpertsOption,
-    ExpertWidthOption,
-    ModelOption,
-    RoutingOption,
-    TokensOption,
-    TopKOption,
-    WidthOption,
-)
+from soloist.bench import gpu_commands
 from soloist.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -218,62 +209,8 @@ def reading(
         typer.echo(f"{name}: {rate:.2f} GB/s")
 
 
-LinesOption = Annotated[Path | None, typer.Option(help="Append a JSON line for each point to this file.")]
-ExplainOption = Annotated[bool, typer.Option("--explain", help="Say what bounds each point.")]
-TraceOption = Annotated[Path | None, typer.Option(help="Write FILE-CASE.json for Perfetto: a row for each stream.")]
-
-
-@app.command()
-def exchange(
-    preset: Annotated[str, typer.Option(help="prefill, decode, wire, all or none.")] = "all",
-    model: ModelOption = None,
-    tokens: TokensOption = None,
-    d_model: WidthOption = None,
-    experts: ExpertsOption = None,
-    top_k: TopKOption = None,
-    routing: RoutingOption = None,
-    lines: LinesOption = None,
-    explain: ExplainOption = False,
-    trace: TraceOption = None,
-    calls: Annotated[int, typer.Option(help="Compare this many calls in each form with NCCL.")] = 0,
-) -> None:
-    """Dispatch and combine between the GPUs of this host, beside NCCL and the link's limit."""
-    shape = {"model": model, "tokens": tokens, "d_model": d_model, "experts": experts, "top_k": top_k}
-    shape |= {"routing": routing, "lines": lines, "explain": explain}
-    code = _on_every_gpu("exchange", {**shape, "preset": preset, "trace": trace, "calls": calls})
-    raise typer.Exit(code or (0 if preset == "none" else _on_every_gpu("vdev", shape)))
-
-
-@app.command()
-def layer(
-    model: ModelOption = None,
-    tokens: TokensOption = None,
-    d_model: WidthOption = None,
-    width: ExpertWidthOption = None,
-    experts: ExpertsOption = None,
-    top_k: TopKOption = None,
-    routing: RoutingOption = None,
-    chunks: Annotated[int, typer.Option(help="Parts of a prefill that travel and are computed in turn.")] = 1,
-    lines: LinesOption = None,
-    explain: ExplainOption = False,
-    trace: TraceOption = None,
-) -> None:
-    """A whole MoE layer on the GPUs of this host, beside its floor and the portable path."""
-    raise typer.Exit(_on_every_gpu("layer", locals()))
-
-
-def _on_every_gpu(name: str, options: Mapping[str, object]) -> int:
-    """`soloist.bench.NAME` with these options, once for each GPU."""
-    from soloist.probes.gpus import in_ranks
-
-    words: list[str] = []
-    for option, value in options.items():
-        flag = "--" + option.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
-    return in_ranks(f"soloist.bench.{name}", words)
+app.command()(gpu_commands.exchange)
+app.command()(gpu_commands.layer)
 
 
 @app.command()

@@ -1,0 +1,108 @@
+"""`soloist bench exchange` and `soloist bench layer`: each is started once, and starts itself once for each GPU.
+
+Heavy imports stand inside, since the command line reads this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from soloist.bench.shapes import (
+    ExpertsOption,
+    ExpertWidthOption,
+    ModelOption,
+    RoutingOption,
+    TokensOption,
+    TopKOption,
+    Wanted,
+    WidthOption,
+)
+
+LinesOption = Annotated[Path | None, typer.Option("--lines", help="Append a JSON line for each point to this file.")]
+ExplainOption = Annotated[bool, typer.Option("--explain", help="Say what bounds each point.")]
+TraceOption = Annotated[
+    Path | None, typer.Option("--trace", help="Write FILE-CASE.json for Perfetto, a row a stream, of rank 0.")
+]
+PRESETS = "prefill, decode, wire, all, none, or vdev (PyTorch's all_to_all_vdev; part of all)."
+
+
+def exchange(
+    preset: Annotated[str, typer.Option(help=PRESETS)] = "all",
+    model: ModelOption = None,
+    tokens: TokensOption = None,
+    d_model: WidthOption = None,
+    experts: ExpertsOption = None,
+    top_k: TopKOption = None,
+    routing: RoutingOption = None,
+    lines: LinesOption = None,
+    explain: ExplainOption = False,
+    trace: TraceOption = None,
+    calls: Annotated[int, typer.Option(help="Compare this many calls in each form with NCCL.")] = 0,
+) -> None:
+    """Dispatch and combine between the GPUs of this host, beside NCCL and the link's limit."""
+    asked = locals()
+    if "RANK" not in os.environ:
+        code = _on_every_gpu("exchange", asked)
+        if not code and preset in ("all", "prefill"):  # which chooses PyTorch's backend, so it has its own processes
+            code = _on_every_gpu("exchange", asked | {"preset": "vdev", "trace": None, "calls": 0})
+        raise typer.Exit(code)
+    from soloist.bench.exchange import measure
+    from soloist.bench.vdev import measure_vdev
+
+    wanted = Wanted(model, tokens, d_model, None, experts, top_k, routing)
+    points = measure_vdev(wanted) if preset == "vdev" else measure(preset, wanted, trace, calls)
+    _report_once(points, lines, explain)
+
+
+def layer(
+    model: ModelOption = None,
+    tokens: TokensOption = None,
+    d_model: WidthOption = None,
+    width: ExpertWidthOption = None,
+    experts: ExpertsOption = None,
+    top_k: TopKOption = None,
+    routing: RoutingOption = None,
+    chunks: Annotated[int, typer.Option(help="Parts of a prefill that travel and are computed in turn.")] = 1,
+    pause_s: Annotated[float, typer.Option(help="Between repeats of prefill, so that clocks stay up.")] = 0.03,
+    parts: Annotated[bool, typer.Option("--parts", help="Each kernel of the layer alone as well.")] = False,
+    lines: LinesOption = None,
+    explain: ExplainOption = False,
+    trace: TraceOption = None,
+) -> None:
+    """A whole MoE layer on the GPUs of this host, beside its floor and the portable path."""
+    asked = locals()
+    if "RANK" not in os.environ:
+        raise typer.Exit(_on_every_gpu("layer", asked))
+    from soloist.bench.layer import measure
+
+    wanted = Wanted(model, tokens, d_model, width, experts, top_k, routing)
+    _report_once(measure(wanted, chunks, pause_s, parts, trace), lines, explain)
+
+
+def _report_once(points: Iterable[Any], lines: Path | None, explain: bool) -> None:
+    """What all ranks measure, by the first one."""
+    from soloist.bench.report import report
+
+    if os.environ["RANK"] == "0":
+        report(points, lines, explain)
+    else:
+        list(points)
+
+
+def _on_every_gpu(name: str, options: Mapping[str, Any]) -> int:
+    """The same command with the same options, once for each GPU; the worst exit code."""
+    from soloist.probes.gpus import in_ranks
+
+    words: list[str] = []
+    for option, value in options.items():
+        flag = "--" + option.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return in_ranks("soloist", ["bench", name, *words])
