@@ -12,10 +12,10 @@ from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.dispatch.padded import PaddedDispatcher
 from soloist.dispatch.ragged import RaggedDispatcher
-from soloist.probes.gpus import Bench
+from soloist.probes.gpus import Bench, OneGpu
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect
-from soloist.transport.symmetric import Watch
+from soloist.transport.symmetric import Watch, windows_in_process
 
 
 def one_sided(bench: Bench, shape: ExchangeShape, form: Form, lanes: int = 2, deadline_s: float = 5.0):
@@ -23,6 +23,14 @@ def one_sided(bench: Bench, shape: ExchangeShape, form: Form, lanes: int = 2, de
     windows = [bench.group.window(WindowPlan(shape).size) for _ in range(lanes)]
     watch = Watch(bench.rank, tuple(range(bench.size)), bench.device, deadline_s)
     return OneSidedDispatcher.of(shape, tuple(Lane(window, shape) for window in windows), watch, form)
+
+
+def in_process(alone: OneGpu, shape: ExchangeShape, form: Form, deadline_s: float = 5.0) -> list[OneSidedDispatcher]:
+    """Of all ranks, on one GPU: whoever uses them lets everybody send before anybody receives."""
+    ranks = range(shape.ranks)
+    windows = windows_in_process(shape.ranks, WindowPlan(shape).size, alone.device)
+    watches = [Watch(rank, tuple(ranks), alone.device, deadline_s) for rank in ranks]
+    return [OneSidedDispatcher.of(shape, (Lane(windows[rank], shape),), watches[rank], form) for rank in ranks]
 
 
 def join_nccl(bench: Bench) -> Transport:

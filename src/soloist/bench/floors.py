@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from soloist.bench.report import Ceilings, Point, commit
-from soloist.probes.gpus import Bench
+from soloist.probes.gpus import Bench, OneGpu
 
 SIDE = 8192  # of a square product in bf16
 COPIED = 1 << 30  # bytes within a GPU's memory
@@ -22,15 +22,20 @@ class Machine:
 
     name: str
     ceilings: Ceilings
+    linked: bool = True
 
     @classmethod
-    def measured(cls, bench: Bench) -> Machine:
-        """Called by every rank."""
-        name = f"{bench.size} x {torch.cuda.get_device_name(bench.device)}"
-        seconds = bench.seconds(_product(bench), _copy(bench), _sending(bench), repeats=9, pause_s=PAUSE_S)
+    def measured(cls, bench: OneGpu) -> Machine:
+        """Called by every rank. A GPU alone has no link."""
+        works = {"flops": (2 * SIDE**3, _product(bench)), "memory": (2 * COPIED, _copy(bench))}
+        if isinstance(bench, Bench):
+            works["link"] = (SENT, _sending(bench))
+        gpus = bench.size if isinstance(bench, Bench) else 1
+        seconds = bench.seconds(*(work for _, work in works.values()), repeats=9, pause_s=PAUSE_S)
+        rates = {key: done / each for (key, (done, _)), each in zip(works.items(), seconds, strict=True)}
+        works.clear()
         torch.cuda.empty_cache()
-        rates = [work / each for work, each in zip((2 * SIDE**3, 2 * COPIED, SENT), seconds, strict=True)]
-        return cls(name, Ceilings(*rates))
+        return cls(f"{gpus} x {torch.cuda.get_device_name(bench.device)}", Ceilings(**rates), "link" in rates)
 
     def points(self) -> list[Point]:
         """The ceilings themselves, for the record."""
@@ -38,8 +43,9 @@ class Machine:
         found = {
             f"bf16 product of side {SIDE}": (2 * SIDE**3 / c.flops, f"{c.flops / 1e12:.0f} TFLOP/s"),
             "copy within a GPU": (2 * COPIED / c.memory, f"{c.memory / 1e12:.2f} TB/s, read and written"),
-            "copy to the next rank": (SENT / c.link, f"{c.link / 1e9:.0f} GB/s a direction, all at once"),
         }
+        if self.linked:
+            found["copy to the next rank"] = (SENT / c.link, f"{c.link / 1e9:.0f} GB/s a direction, all at once")
         return [self.point("ceiling", what, {}, each, each, rate) for what, (each, rate) in found.items()]
 
     def point(
@@ -49,13 +55,13 @@ class Machine:
         return Point(what, variant, shape, seconds, ceiling_s, bound_by, self.name, commit())
 
 
-def _product(bench: Bench) -> Callable[[], object]:
+def _product(bench: OneGpu) -> Callable[[], object]:
     a, b = torch.randn(2, SIDE, SIDE, device=bench.device).bfloat16()
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b.T, out=out)
 
 
-def _copy(bench: Bench) -> Callable[[], object]:
+def _copy(bench: OneGpu) -> Callable[[], object]:
     source = torch.ones(COPIED, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)

@@ -43,9 +43,15 @@ def exchange(
     explain: ExplainOption = False,
     trace: TraceOption = None,
     calls: Annotated[int, typer.Option(help="Compare this many calls in each form with NCCL.")] = 0,
+    alone: Annotated[int | None, typer.Option(help="Those calls on one GPU, so many ranks on streams of it.")] = None,
 ) -> None:
     """Dispatch and combine between the GPUs of this host, beside NCCL and the link's limit."""
     asked = locals()
+    if alone is not None:
+        from soloist.bench.soak import soak_alone
+
+        soak_alone(alone, calls)
+        raise typer.Exit
     if "RANK" not in os.environ:
         code = _on_every_gpu("exchange", asked)
         if not code and preset in ("all", "prefill"):  # which chooses PyTorch's backend, so it has its own processes
@@ -69,6 +75,9 @@ def layer(
     routing: RoutingOption = None,
     chunks: Annotated[int, typer.Option(help="Parts of a prefill that travel and are computed in turn.")] = 1,
     pause_s: Annotated[float, typer.Option(help="Between repeats of prefill, so that clocks stay up.")] = 0.03,
+    alone: Annotated[
+        int | None, typer.Option(help="On one GPU what a rank of so many computes, nothing travelling.")
+    ] = None,
     parts: Annotated[bool, typer.Option("--parts", help="Each kernel of the layer alone as well.")] = False,
     lines: LinesOption = None,
     explain: ExplainOption = False,
@@ -76,19 +85,23 @@ def layer(
 ) -> None:
     """A whole MoE layer on the GPUs of this host, beside its floor and the portable path."""
     asked = locals()
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ and alone is None:
         raise typer.Exit(_on_every_gpu("layer", asked))
-    from soloist.bench.layer import measure
+    from soloist.bench.layer import measure, measure_alone
 
     wanted = Wanted(model, tokens, d_model, width, experts, top_k, routing)
-    _report_once(measure(wanted, chunks, pause_s, parts, trace), lines, explain)
+    if alone is not None:
+        points = measure_alone(wanted, alone, pause_s, parts)
+    else:
+        points = measure(wanted, chunks, pause_s, parts, trace)
+    _report_once(points, lines, explain)
 
 
 def _report_once(points: Iterable[Any], lines: Path | None, explain: bool) -> None:
     """What all ranks measure, by the first one."""
     from soloist.bench.report import report
 
-    if os.environ["RANK"] == "0":
+    if os.environ.get("RANK", "0") == "0":
         report(points, lines, explain)
     else:
         list(points)

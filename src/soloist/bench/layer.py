@@ -16,7 +16,7 @@ import torch.distributed as dist
 from soloist.bench.dispatchers import join_nccl, padded, ragged
 from soloist.bench.floors import Machine
 from soloist.bench.layer_parts import parts_of
-from soloist.bench.layer_run import LayerRun
+from soloist.bench.layer_run import LayerRun, repeated
 from soloist.bench.load import Load
 from soloist.bench.portable import PortableRun
 from soloist.bench.report import Point
@@ -26,7 +26,7 @@ from soloist.bench.trace import Trace
 from soloist.dispatch.forms import LATENCY_TOKENS, choose_form
 from soloist.kernels.experts import FP8_BLOCKS, FP8_ROWS, Fp8Experts, swiglu_experts
 from soloist.kernels.grouped_gemm import BLOCK
-from soloist.probes.gpus import Bench, captured
+from soloist.probes.gpus import Bench, OneGpu, captured
 from soloist.transport.base import Transport
 
 CASES = {
@@ -73,7 +73,7 @@ class Measured:
         return self.machine.point(name, f"one-sided, {run.form.name}", shape, layer, *floor)
 
     def _replicated(self, name: str, run: LayerRun) -> Iterator[Point]:
-        shared = SharedRun(run, self.transport)
+        shared = SharedRun(self.bench, run, self.transport)
         floor = shared.floor(self.machine.ceilings)
         for variant, seconds in shared.measure(_calls(run.load), self._pause_s(run.load)):
             yield self.machine.point(name, variant, run.load.named, seconds, *floor)
@@ -95,23 +95,24 @@ class Measured:
             del portable, work
             torch.cuda.empty_cache()
 
-    def fp8(self, name: str, load: Load) -> Iterator[Point]:
-        """The experts alone, expansion and the quantisation of activations included: bf16 and both forms of fp8."""
-        run = LayerRun(self.bench, load, choose_form(load.shape(self.bench.size)))
-        batch = run.dispatcher.dispatch(run.x_TD, run.choice)
-        rows = batch.rows_RD.clone(), batch.row_X.clone(), batch.offsets_S.clone()
-        floor = run.floor(self.machine.ceilings)
-        work = {"bf16": lambda: swiglu_experts(*rows, run.gate_up, run.down, run.tiling)}
-        want_XD = work["bf16"]()[: int(rows[2][-1])]
-        for variant, width, tiles in (("a scale a row", None, FP8_ROWS), ("blocks of 128 × 128", BLOCK, FP8_BLOCKS)):
-            experts = Fp8Experts.quantised(run.gate_up, run.down, width)
-            error = (experts.forward(*rows, tiles)[: len(want_XD)] - want_XD).norm() / want_XD.norm()
-            assert error < 0.08, f"fp8, {variant}: {error:.3f} from bf16"
-            work[f"fp8, {variant}"] = partial(experts.forward, *rows, tiles)
-        seconds = self.bench.seconds(*map(captured, work.values()), repeats=9, pause_s=self.pause_s)
-        for variant, each in zip(work, seconds, strict=True):
-            shape = load.named | {"rate": f"{seconds[0] / each:.2f} x bf16"}
-            yield self.machine.point(f"experts of {name}", variant, shape, each, *floor)
+
+def fp8_experts(bench: OneGpu, machine: Machine, name: str, load: Load, pause_s: float) -> Iterator[Point]:
+    """The experts alone, expansion and the quantisation of activations included: bf16 and both forms of fp8."""
+    run = LayerRun(bench, load, choose_form(load.shape(bench.size)))
+    batch = run.arrived()
+    rows = batch.rows_RD.clone(), batch.row_X.clone(), batch.offsets_S.clone()
+    floor = run.floor(machine.ceilings)
+    work = {"bf16": lambda: swiglu_experts(*rows, run.gate_up, run.down, run.tiling)}
+    want_XD = work["bf16"]()[: int(rows[2][-1])]
+    for variant, width, tiles in (("a scale a row", None, FP8_ROWS), ("blocks of 128 × 128", BLOCK, FP8_BLOCKS)):
+        experts = Fp8Experts.quantised(run.gate_up, run.down, width)
+        error = (experts.forward(*rows, tiles)[: len(want_XD)] - want_XD).norm() / want_XD.norm()
+        assert error < 0.08, f"fp8, {variant}: {error:.3f} from bf16"
+        work[f"fp8, {variant}"] = partial(experts.forward, *rows, tiles)
+    seconds = bench.seconds(*map(captured, work.values()), repeats=9, pause_s=pause_s)
+    for variant, each in zip(work, seconds, strict=True):
+        shape = load.named | {"rate": f"{seconds[0] / each:.2f} x bf16"}
+        yield machine.point(f"experts of {name}", variant, shape, each, *floor)
 
 
 def _few(load: Load) -> bool:
@@ -129,16 +130,38 @@ def measure(wanted: Wanted, chunks: int, pause_s: float, parts: bool, trace_file
     transport, machine = join_nccl(bench), Machine.measured(bench)
     yield from machine.points()
     measured = Measured(bench, chunks, pause_s, Trace.of(trace_file, bench.rank), machine, transport, parts)
-    cases = CASES
-    if wanted:
-        load = Load(**wanted.sizes(bench.size, with_experts=True))
-        cases = {wanted.model or "as asked": load}
-    for name, load in cases.items():
+    for name, load in _cases(wanted, bench.size).items():
         yield from measured.layer(name, load)
         torch.cuda.empty_cache()
         dist.barrier()
     if not wanted:
-        yield from measured.fp8(FP8_CASE, CASES[FP8_CASE])
+        yield from fp8_experts(bench, machine, FP8_CASE, CASES[FP8_CASE], pause_s)
         for name in SHARED:
             torch.cuda.empty_cache()
             yield from measured.layer(f"{name}, shared experts", replace(CASES[name], tp=bench.size))
+
+
+def measure_alone(wanted: Wanted, ranks: int, pause_s: float, parts: bool) -> Iterator[Point]:
+    """On one GPU what one of `ranks` computes: expansion, experts and weighted sums, without an exchange."""
+    bench = OneGpu.alone(ranks)
+    machine = Machine.measured(bench)
+    yield from machine.points()
+    for name, load in _cases(wanted, ranks).items():
+        run = LayerRun(bench, load, choose_form(load.shape(ranks)))
+        work = repeated(run.without_exchange(), _calls(load))
+        pause = 0.0 if _few(load) else pause_s
+        (seconds,) = bench.seconds(work, repeats=15, pause_s=pause)
+        seconds /= _calls(load)
+        yield machine.point(name, f"a rank of {ranks}, no exchange", load.named, seconds, *run.floor(machine.ceilings))
+        if parts:
+            yield from parts_of(run, name, machine, pause, fp8=name == FP8_CASE)
+        del run, work
+        torch.cuda.empty_cache()
+    if not wanted:
+        yield from fp8_experts(bench, machine, FP8_CASE, CASES[FP8_CASE], pause_s)
+
+
+def _cases(wanted: Wanted, ranks: int) -> dict[str, Load]:
+    if not wanted:
+        return CASES
+    return {wanted.model or "as asked": Load(**wanted.sizes(ranks, with_experts=True))}

@@ -12,7 +12,6 @@ from soloist.bench.floors import Machine
 from soloist.bench.layer_run import LayerRun
 from soloist.bench.report import Point
 from soloist.dispatch.base import ExpertBatch
-from soloist.dispatch.one_sided import Ticket
 from soloist.kernels.experts import FP8_BLOCKS, FP8_ROWS, ExpertTiles, Fp8Experts, expand_rows
 from soloist.kernels.grouped_gemm import BLOCK, grouped_gemm
 from soloist.kernels.quantise import quantise
@@ -38,19 +37,19 @@ class Part:
 
 def parts_of(run: LayerRun, case: str, machine: Machine, pause_s: float, fp8: bool = False) -> Iterator[Point]:
     """Every part as a graph on all ranks, with pauses in between as the whole layer has them."""
-    batch = run.dispatcher.dispatch(run.x_TD, run.choice)
+    batch = run.arrived()
     parts = list(_parts(run, batch))
     if fp8:
         parts += [*_fp8_parts(run, batch, None, FP8_ROWS), *_fp8_parts(run, batch, BLOCK, FP8_BLOCKS)]
     seconds = run.bench.seconds(*(captured(part.work) for part in parts), repeats=9, pause_s=pause_s)
-    run.dispatcher.start_combine_expanded(run.experts(batch), batch).wait()
+    if not run.others:
+        run.dispatcher.start_combine_expanded(run.experts(batch), batch).wait()
     for part, each in zip(parts, seconds, strict=True):
         yield part.point(case, run.load.named, machine, each)
 
 
 def _parts(run: LayerRun, batch: ExpertBatch) -> Iterator[Part]:
-    ticket, dispatcher, load = batch.ticket, run.dispatcher, run.load
-    assert isinstance(ticket, Ticket)
+    dispatcher, load = run.dispatcher, run.load
     used = int(batch.offsets_S[-1])
     rows = len(batch.row_X[:used].unique())
     row_bytes = load.d_model * load.dtype.itemsize
@@ -66,10 +65,11 @@ def _parts(run: LayerRun, batch: ExpertBatch) -> Iterator[Part]:
         2.0 * used * gate_up[0].numel(), gate_up.nbytes,
     )  # fmt: skip
     y_XD = grouped_gemm(hidden_XF, down, offsets_S, run.tiling.down)
-    down_work = lambda: grouped_gemm(hidden_XF, down, offsets_S, run.tiling.down)  # noqa: E731
-    yield Part("down", down_work, 2.0 * used * down[0].numel(), down.nbytes)
-    weigh = lambda: dispatcher._weigh(ticket, y_XD, weigh=True, push=False)  # noqa: E731
-    yield Part("weighted sum", weigh, bytes=(rows + used) * row_bytes)
+    yield Part(
+        "down", lambda: grouped_gemm(hidden_XF, down, offsets_S, run.tiling.down), 2.0 * used * down[0].numel(),
+        down.nbytes,
+    )  # fmt: skip
+    yield Part("weighted sum", lambda: run.weigh(batch, y_XD), bytes=(rows + used) * row_bytes)
 
 
 def _fp8_parts(run: LayerRun, batch: ExpertBatch, width: int | None, tiles: ExpertTiles) -> Iterator[Part]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soloist.bench.dispatchers import one_sided
+from soloist.bench.dispatchers import in_process, one_sided
 from soloist.bench.load import Load
 from soloist.bench.report import Ceilings
 from soloist.bench.trace import Trace
@@ -20,7 +20,7 @@ from soloist.dispatch.base import ExpertBatch, SlotChoice
 from soloist.dispatch.forms import Form
 from soloist.dispatch.one_sided import OneSidedDispatcher, Ticket
 from soloist.kernels.experts import ExpertTiles, choose_tiles, swiglu_experts
-from soloist.probes.gpus import Bench, captured
+from soloist.probes.gpus import Bench, OneGpu, captured
 
 LANES = 3  # a chunk being computed, one on its way there, one on its way home
 
@@ -29,7 +29,7 @@ LANES = 3  # a chunk being computed, one on its way there, one on its way home
 class LayerRun:
     """The experts of a load, this rank's share of them, and a dispatcher for chunks of its tokens."""
 
-    bench: Bench
+    bench: OneGpu
     load: Load
     form: Form
     chunks: int = 1
@@ -39,7 +39,11 @@ class LayerRun:
         bench, load = self.bench, self.load
         self.x_TD, self.choice = load.inputs(bench.rank, bench.size, 0, bench.device)
         self.shape = load.shape(bench.size).fit(load.tokens // self.chunks)
-        self.dispatcher: OneSidedDispatcher = one_sided(bench, self.shape, self.form, LANES if self.chunks > 1 else 1)
+        if isinstance(bench, Bench):
+            self.dispatcher = one_sided(bench, self.shape, self.form, LANES if self.chunks > 1 else 1)
+            self.others: list[OneSidedDispatcher] = []
+        else:
+            self.dispatcher, *self.others = in_process(bench, self.shape, self.form)
         self.gate_up, self.down = self.weights(bench.rank)
         used = bench.size * load.tokens * load.top_k / load.experts / self.chunks
         self.tiling = self.tiles or choose_tiles(used, load.width // load.tp)
@@ -82,18 +86,30 @@ class LayerRun:
 
     def without_exchange(self) -> Callable[[], None]:
         """The same rows through the same expansion, experts and weighted sums, nothing travelling."""
-        dispatcher = self.dispatcher
-        batch = dispatcher.dispatch(*self.parts()[0])
-        dispatcher.start_combine_expanded(self.experts(batch), batch).wait()
-        ticket = batch.ticket
-        assert isinstance(ticket, Ticket)
+        batch = self.arrived()
+        if not self.others:
+            self.dispatcher.start_combine_expanded(self.experts(batch), batch).wait()
 
         def work() -> None:
             for _ in range(self.chunks):
-                x_XD = None if self.tiling.gather else dispatcher.spread(batch)
-                dispatcher._weigh(ticket, self.experts(batch, x_XD), weigh=True, push=False)
+                x_XD = None if self.tiling.gather else self.dispatcher.spread(batch)
+                self.weigh(batch, self.experts(batch, x_XD))
 
         return work
+
+    def arrived(self) -> ExpertBatch:
+        """What everybody sends to this rank, to work on without an exchange."""
+        arriving = self.dispatcher.start_dispatch(*self.parts()[0])
+        for other in self.others:
+            other.start_dispatch(*self.load.inputs(other.rank, self.bench.size, 0, self.bench.device))
+        if self.others:
+            torch.cuda.synchronize()
+        return arriving.wait()
+
+    def weigh(self, batch: ExpertBatch, y_XD: Tensor) -> None:
+        """The weighted sums of a row's experts, which stay here."""
+        assert isinstance(batch.ticket, Ticket)
+        self.dispatcher._weigh(batch.ticket, y_XD, weigh=True, push=False)
 
     def check(self) -> None:
         """Asserts that the layer gives what the definition does."""

@@ -14,6 +14,7 @@ from soloist.bench.layer_run import LayerRun, floor, repeated
 from soloist.bench.report import Ceilings
 from soloist.dispatch.local import LocalDispatcher, LocalIndex
 from soloist.kernels.experts import choose_tiles, swiglu_experts
+from soloist.probes.gpus import Bench
 from soloist.transport.base import Transport
 from soloist.transport.nvlink import Channels, NvlinkTransport
 
@@ -22,11 +23,12 @@ from soloist.transport.nvlink import Channels, NvlinkTransport
 class SharedRun:
     """The tokens of rank 0 on every rank, as tensor-parallel attention leaves them, through the experts of `run`."""
 
+    bench: Bench
     run: LayerRun
     nccl: Transport
 
     def __post_init__(self) -> None:
-        bench, load = self.run.bench, self.run.load
+        bench, load = self.bench, self.run.load
         self.x_TD, self.choice = load.inputs(0, bench.size, 0, bench.device)
         slots = load.slots(bench.size)
         self.dispatcher = LocalDispatcher(slots, LocalIndex.of(load.tokens, load.top_k, slots, bench.device))
@@ -36,7 +38,7 @@ class SharedRun:
 
     def floor(self, ceilings: Ceilings) -> tuple[float, str]:
         """See `layer_run.floor`."""
-        return floor(self.run.load, self.run.bench.size, [self.choice], ceilings)
+        return floor(self.run.load, self.bench.size, [self.choice], ceilings)
 
     def partial(self) -> Tensor:
         """out_TD before the sum over ranks."""
@@ -57,4 +59,4 @@ class SharedRun:
             self.run.compare(total(self.partial()), self.x_TD, self.choice)
         ways["the same, not summed"] = lambda out_TD: out_TD
         works = [repeated(lambda total=total: total(self.partial()), calls) for total in ways.values()]
-        yield from zip(ways, self.run.bench.seconds(*works, repeats=15, pause_s=pause_s), strict=True)
+        yield from zip(ways, self.bench.seconds(*works, repeats=15, pause_s=pause_s), strict=True)

@@ -5,36 +5,38 @@ Shape legend: T tokens of a rank, D model width, K top-k, E experts, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from soloist.bench.dispatchers import one_sided, padded, ragged
+from soloist.bench.dispatchers import in_process, one_sided, padded, ragged
 from soloist.bench.load import Load, sum_of
 from soloist.dispatch.base import Dispatcher, SlotChoice
 from soloist.dispatch.forms import COPY, LATENCY, PUSH, Form
-from soloist.probes.gpus import Bench, captured
+from soloist.dispatch.one_sided import OneSidedDispatcher
+from soloist.probes.gpus import Bench, OneGpu, captured
 from soloist.transport.base import Transport
 
 LOAD = Load(64, 256, 8, 64)
 FORMS = {"latency": LATENCY, "push": PUSH, "copy": COPY, "copy, copied home": Form("copy", pull=False)}
+EAGER_EVERY = 10
 
 
 @dataclass
 class Soak:
-    """Static inputs, so that a graph can be replayed on new contents, and a count of wrong values."""
+    """Static inputs of a rank, so that a graph can be replayed on new contents, and a count of wrong values."""
 
-    bench: Bench
-    transport: Transport
+    bench: OneGpu
     load: Load
-    form: Form
+    dispatcher: OneSidedDispatcher
+    eager: Dispatcher | None = None  # what calls outside the graph are compared with, beside the definition
+    in_graph: Dispatcher | None = None
     wrong: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         bench, load = self.bench, self.load
-        self.dispatcher = one_sided(bench, load.shape(bench.size), self.form, lanes=1)
-        self.ragged, self.padded = ragged(self.transport, load), padded(self.transport, load, rounds=2)
         self.generator = torch.Generator(bench.device).manual_seed(5 + bench.rank)
         self.x_TD = torch.zeros(load.tokens, load.d_model, dtype=load.dtype, device=bench.device)
         shape = (load.tokens, load.top_k)
@@ -62,7 +64,7 @@ class Soak:
             self.group_TK[nowhere] = -1
             self.slot_TK[nowhere] = -1
 
-    def call(self, yardstick: Dispatcher) -> None:
+    def call(self, yardstick: Dispatcher | None) -> None:
         """One exchange between poisoned buffers, and the same one over NCCL. Group g's experts answer x / 2 + g."""
         dispatcher, shape, bench = self.dispatcher, self.dispatcher.shape, self.bench
         lane = dispatcher.lanes[0]
@@ -70,33 +72,74 @@ class Soak:
         for poisoned in (lane.rows_RD(shape), lane.home_RD(shape), lane.y_RD(shape)):
             poisoned.fill_(float("nan"))
         bench.barrier()
-        mine_TD, nccl_TD = self._through(dispatcher), self._through(yardstick)
+        mine_TD = self._through(dispatcher)
+        if yardstick is not None:
+            self.wrong += (mine_TD != self._through(yardstick)).sum()
         wanted_TD = sum_of([self.x_TD * 0.5 + group for group in range(bench.size)], self.group_TK)
-        self.wrong += (mine_TD != nccl_TD).sum() + (mine_TD != wanted_TD).sum()
+        self.wrong += (mine_TD != wanted_TD).sum()
 
     def _through(self, dispatcher: Dispatcher) -> Tensor:
         batch = dispatcher.dispatch(self.x_TD, SlotChoice(self.group_TK, self.slot_TK, self.weight_TK))
         return dispatcher.combine(batch.rows_RD * 0.5 + self.bench.rank, batch)
 
-    def run(self, calls: int, eager_every: int = 10) -> int:
-        """Wrong values in `calls` calls, one in `eager_every` outside the graph and against the ragged dispatcher."""
+    def steps(self, calls: int) -> Iterator[None]:
+        """`calls` calls given to the current stream, one in EAGER_EVERY outside the graph."""
         self.draw(0)
-        replay = captured(lambda: self.call(self.padded))
+        replay = captured(lambda: self.call(self.in_graph), warm_up=0)
+        yield
         for call in range(calls):
             self.draw(call)
-            if call % eager_every == 0:
-                self.call(self.ragged)
+            if call % EAGER_EVERY == 0:
+                self.call(self.eager)
             else:
                 replay()
+            yield
+
+    def result(self) -> int:
+        """Wrong values in all calls so far."""
         torch.cuda.synchronize()
         self.dispatcher.watch.check()
+        self.bench.watch.check()
         return int(self.wrong)
 
 
 def soak(bench: Bench, transport: Transport, calls: int) -> None:
     """`calls` calls in each form; raises AssertionError where a value differs. Called by every rank."""
     for name, form in FORMS.items():
-        wrong = Soak(bench, transport, LOAD, form).run(calls)
-        assert not wrong, f"rank {bench.rank}, {name}: {wrong} values differ in {calls} calls"
-        if bench.rank == 0:
-            print(f"{name}: {calls} calls equal to NCCL's and to the definition", flush=True)
+        dispatcher = one_sided(bench, LOAD.shape(bench.size), form, lanes=1)
+        rank = Soak(bench, LOAD, dispatcher, ragged(transport, LOAD), padded(transport, LOAD, rounds=2))
+        rank.call(rank.eager)  # whatever the first calls compile and allocate, before a graph is captured
+        rank.call(rank.in_graph)
+        for _ in rank.steps(calls):
+            pass
+        _tell(name, calls, [rank], "NCCL's and the definition")
+
+
+def soak_alone(ranks: int, calls: int) -> None:
+    """The same on one GPU, each of `ranks` on a stream of its own, compared with the definition alone."""
+    for name, form in FORMS.items():
+        benches = OneGpu.together(ranks)
+        dispatchers = in_process(benches[0], LOAD.shape(ranks), form)
+        all_ranks = [Soak(bench, LOAD, one) for bench, one in zip(benches, dispatchers, strict=True)]
+        streams = [torch.cuda.Stream() for _ in all_ranks]
+
+        def each(act: Callable[[int], object], streams: list[torch.cuda.Stream] = streams) -> None:
+            for rank, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    act(rank)
+
+        torch.cuda.synchronize()
+        each(lambda rank, them=all_ranks: them[rank].call(None))
+        torch.cuda.synchronize()
+        steps = [rank.steps(calls) for rank in all_ranks]
+        for _ in range(calls + 1):
+            each(lambda rank, them=steps: next(them[rank]))
+        _tell(name, calls, all_ranks, "the definition")
+
+
+def _tell(name: str, calls: int, ranks: list[Soak], yardstick: str) -> None:
+    for rank in ranks:
+        wrong = rank.result()
+        assert not wrong, f"rank {rank.bench.rank}, {name}: {wrong} values differ in {calls} calls"
+    if ranks[0].bench.rank == 0:
+        print(f"{name}: {calls} calls equal to {yardstick}", flush=True)

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,49 +21,67 @@ from soloist.kernels.flags import LINE_BYTES, await_kernel, signal_kernel
 from soloist.timing import median_of_slowest
 from soloist.transport.symmetric import SymmetricGroup, Watch, Window, windows_in_process
 
-_FLAGS_BYTES = 1 << 16
 _HEAD_START = 3_000_000  # clocks that the GPU sleeps while the host queues what is timed
 
 
 @dataclass
-class Bench:
-    """This rank's GPU, the group of all, and a barrier that costs the host nothing."""
+class Meeting:
+    """A barrier of ranks through their windows, on the current stream; it costs the host nothing."""
+
+    window: Window
+    calls: torch.Tensor
+    watch: Watch
+
+    BYTES: ClassVar[int] = 1 << 16  # of a window
+
+    @classmethod
+    def of(cls, window: Window, watch: Watch) -> Meeting:
+        return cls(window, torch.zeros(LINE_BYTES // 8, dtype=torch.int64, device=window.device), watch)
+
+    def __call__(self) -> None:
+        self.calls[0] += 1
+        window, watch, size = self.window, self.watch, self.window.ranks
+        signal_kernel[(1,)](window.bases, self.calls, 0, window.rank, PHASE=0, RANKS=size, num_warps=1)
+        flags = window.view(0, (self.BYTES // 8,), torch.int64)
+        number = watch.number("the benchmark's barrier")
+        await_kernel[(1,)](
+            flags, self.calls, watch.failed, watch.report, number, watch.timeout_ns, PHASE=0, RANKS=size, num_warps=1
+        )
+
+
+@dataclass
+class OneGpu:
+    """This GPU, and the times of work on it. Alone, it stands for rank `rank` of `size`."""
 
     rank: int
     size: int
-    group: SymmetricGroup
-    window: Window
+    device: torch.device
     watch: Watch
-    calls: torch.Tensor
+    meeting: Meeting | None = None
     _meet: Callable[[], None] | None = None  # the barrier as a graph
 
     @classmethod
-    def join(cls, deadline_s: float = 20.0) -> Bench:
-        """Reads RANK, WORLD_SIZE and LOCAL_RANK."""
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=device)
-        store = PrefixStore("symmetric", dist.distributed_c10d._get_default_store())
-        group = SymmetricGroup(store, rank, size, device)
-        window = group.window(_FLAGS_BYTES) if size > 1 else windows_in_process(1, _FLAGS_BYTES, device)[0]
-        calls = torch.zeros(LINE_BYTES // 8, dtype=torch.int64, device=device)
-        return cls(rank, size, group, window, Watch(rank, tuple(range(size)), device, deadline_s), calls)
+    def alone(cls, size: int) -> OneGpu:
+        """The current GPU in the place of the first of `size` ranks, of which the others are not there."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        return cls(0, size, device, Watch(0, tuple(range(size)), device, 20.0))
 
-    @property
-    def device(self) -> torch.device:
-        return self.group.device
+    @classmethod
+    def together(cls, size: int, deadline_s: float = 20.0) -> list[OneGpu]:
+        """All of `size` ranks on the current GPU, each to work on a stream of its own."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        watches = [Watch(rank, tuple(range(size)), device, deadline_s) for rank in range(size)]
+        windows = windows_in_process(size, Meeting.BYTES, device)
+        return [cls(w.rank, size, device, w, Meeting.of(window, w)) for window, w in zip(windows, watches, strict=True)]
 
     def barrier(self) -> None:
         """On the current stream: what follows begins on all ranks together."""
-        self.calls[0] += 1
-        signal_kernel[(1,)](self.window.bases, self.calls, 0, self.rank, PHASE=0, RANKS=self.size, num_warps=1)
-        flags = self.window.view(0, (_FLAGS_BYTES // 8,), torch.int64)
-        watch, number = self.watch, self.watch.number("the benchmark's barrier")
-        await_kernel[(1,)](
-            flags, self.calls, watch.failed, watch.report, number, watch.timeout_ns,
-            PHASE=0, RANKS=self.size, num_warps=1,
-        )  # fmt: skip
+        if self.meeting is not None:
+            self.meeting()
+
+    def gathered(self, own: list[list[float]]) -> list[list[list[float]]]:
+        """Every rank's."""
+        return [own]
 
     def seconds(
         self, *parts: Callable[[], object], repeats: int = 20, warm_up: int = 3, pause_s: float = 0.0
@@ -73,15 +92,14 @@ class Bench:
         host run ahead of it.
         """
         marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
-        self._meet = self._meet or captured(self.barrier)
+        self._meet = self._meet or (captured(self.barrier) if self.meeting else self.barrier)
         for _ in range(warm_up + repeats):
             torch.cuda._sleep(_HEAD_START)
             marks.append([self._timed(part, pause_s) for part in parts])
         torch.cuda.synchronize()
         self.watch.check()
         own = [[1e-3 * a.elapsed_time(b) for a, b in spans] for spans in marks[warm_up:]]
-        everybody: list[list[list[float]]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everybody, own)
+        everybody = self.gathered(own)
         return [median_of_slowest([[spans[i] for spans in rank] for rank in everybody]) for i in range(len(parts))]
 
     def _timed(self, part: Callable[[], object], pause_s: float) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -90,11 +108,37 @@ class Bench:
             time.sleep(pause_s)
             torch.cuda._sleep(_HEAD_START)
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        assert self._meet is not None
         self._meet()
         start.record()
         part()
         stop.record()
         return start, stop
+
+
+@dataclass
+class Bench(OneGpu):
+    """This rank's GPU and the group of all."""
+
+    group: SymmetricGroup = field(kw_only=True)
+
+    @classmethod
+    def join(cls, deadline_s: float = 20.0) -> Bench:
+        """Reads RANK, WORLD_SIZE and LOCAL_RANK."""
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=device)
+        store = PrefixStore("symmetric", dist.distributed_c10d._get_default_store())
+        group = SymmetricGroup(store, rank, size, device)
+        watch = Watch(rank, tuple(range(size)), device, deadline_s)
+        window = group.window(Meeting.BYTES) if size > 1 else windows_in_process(1, Meeting.BYTES, device)[0]
+        return cls(rank, size, device, watch, Meeting.of(window, watch), group=group)
+
+    def gathered(self, own: list[list[float]]) -> list[list[list[float]]]:
+        everybody: list[list[list[float]]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(everybody, own)
+        return everybody
 
 
 def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0, least: int = 2) -> int:
@@ -103,7 +147,7 @@ def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0, leas
     Raises ClusterError where there are fewer than `least`.
     """
     if (size := torch.cuda.device_count()) < least:
-        raise ClusterError(f"{module} needs {least} GPUs or more on this host; found {size}")
+        raise ClusterError(f"this benchmark needs {least} GPUs or more on this host; found {size}")
     return start_ranks(module, arguments, size, limit_s)
 
 
