@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from soloist.bench.dispatchers import join_nccl, padded, ragged
 from soloist.bench.floors import Machine
@@ -21,13 +22,14 @@ from soloist.bench.load import Load
 from soloist.bench.portable import PortableRun
 from soloist.bench.report import Point
 from soloist.bench.shapes import Wanted
-from soloist.bench.shared_experts import SharedRun
+from soloist.bench.shared_experts import SharedRun, Sum
 from soloist.bench.trace import Trace
 from soloist.dispatch.forms import LATENCY_TOKENS, choose_form
 from soloist.kernels.experts import FP8_BLOCKS, FP8_ROWS, Fp8Experts, swiglu_experts
 from soloist.kernels.grouped_gemm import BLOCK
 from soloist.probes.gpus import Bench, OneGpu, captured
 from soloist.transport.base import Transport
+from soloist.transport.nvlink import Channels, NvlinkTransport
 
 CASES = {
     "decode, two-expert": Load(128, 4096, 2, 16, width=16384),
@@ -73,10 +75,20 @@ class Measured:
         return self.machine.point(name, f"one-sided, {run.form.name}", shape, layer, *floor)
 
     def _replicated(self, name: str, run: LayerRun) -> Iterator[Point]:
-        shared = SharedRun(self.bench, run, self.transport)
+        shared = SharedRun(run)
         floor = shared.floor(self.machine.ceilings)
-        for variant, seconds in shared.measure(_calls(run.load), self._pause_s(run.load)):
+        ways = self._sums(shared.x_TD)
+        for variant, seconds in shared.measure(ways, _calls(run.load), self._pause_s(run.load)):
             yield self.machine.point(name, variant, run.load.named, seconds, *floor)
+
+    def _sums(self, x_TD: Tensor) -> dict[str, Sum]:
+        """NCCL's ring, and one launch over NVLink where it serves so many tokens."""
+        channels = Channels(self.bench.group.window(Channels.size(self.bench.size)))
+        nvlink = NvlinkTransport(self.transport, channels, self.bench.watch)
+        ways: dict[str, Sum] = {"tokens on all ranks, summed by NCCL": self.transport.all_reduce}
+        if nvlink.serves(x_TD):
+            ways["tokens on all ranks, summed in one launch"] = nvlink.all_reduce
+        return ways
 
     def _pause_s(self, load: Load) -> float:
         return 0.0 if _few(load) else self.pause_s

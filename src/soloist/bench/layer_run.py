@@ -43,7 +43,9 @@ class LayerRun:
             self.dispatcher = one_sided(bench, self.shape, self.form, LANES if self.chunks > 1 else 1)
             self.others: list[OneSidedDispatcher] = []
         else:
-            self.dispatcher, *self.others = in_process(bench, self.shape, self.form)
+            everybody = in_process(bench, self.shape, self.form)
+            self.dispatcher = everybody.pop(bench.rank)
+            self.others = everybody
         self.gate_up, self.down = self.weights(bench.rank)
         used = bench.size * load.tokens * load.top_k / load.experts / self.chunks
         self.tiling = self.tiles or choose_tiles(used, load.width // load.tp)
@@ -103,7 +105,7 @@ class LayerRun:
         for other in self.others:
             other.start_dispatch(*self.load.inputs(other.rank, self.bench.size, 0, self.bench.device))
         if self.others:
-            torch.cuda.synchronize()
+            self.bench.settle()  # they share the GPU, so nobody may wait on it for them
         return arriving.wait()
 
     def weigh(self, batch: ExpertBatch, y_XD: Tensor) -> None:
@@ -114,7 +116,7 @@ class LayerRun:
     def check(self) -> None:
         """Asserts that the layer gives what the definition does."""
         out_TD = torch.cat(self.forward())
-        torch.cuda.synchronize()
+        self.bench.settle()
         self.dispatcher.watch.check()
         self.compare(out_TD, self.x_TD, self.choice)
 

@@ -79,6 +79,11 @@ class OneGpu:
         if self.meeting is not None:
             self.meeting()
 
+    def settle(self) -> None:
+        """Returns when all that was given to the GPU is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def gathered(self, own: list[list[float]]) -> list[list[list[float]]]:
         """Every rank's."""
         return [own]
