@@ -164,10 +164,10 @@ def test_runs_of_our_own_engine_are_predicted_and_tell_its_costs(tmp_path: Path)
         )  # fmt: skip
         return msgspec.structs.replace(row, seconds=predict_run(row, used, known))
 
-    points = [run("mixtral-8x7b@4", layout, "decode", n, 192) for layout in ("ep2", "tp2") for n in (1, 32, 256)]
+    points = [run("qwen3-30b-a3b@8", layout, "decode", n, 192) for layout in ("ep2", "tp2") for n in (1, 32, 256)]
     found = fit_machine("mine", (own_runs(used),), points, used.machine).fitted["runs/soloist"]
     assert found.constants["layer_us"] == pytest.approx(40, rel=0.15)
-    far = run("qwen3-30b-a3b", "ep2", "decode", 128, 400)
+    far = run("mixtral-8x7b", "ep2", "decode", 128, 400)
     again = predict_run(far, used, Runtime(name="soloist", constants=found.constants))
     assert again == pytest.approx(far.seconds, rel=0.05)
 
