@@ -142,13 +142,57 @@ def export(
         typer.echo(line)
 
 
+def cluster(
+    name: Annotated[
+        str | None, typer.Argument(help="A preset, a file, or the output of `nvidia-smi topo -m` or NCCL's XML.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="The GPU that a topology does not name: H200.")] = "",
+    nic: Annotated[float, typer.Option(help="GB/s of a NIC, where a topology does not say it.")] = 50.0,
+    gpus: Annotated[int, typer.Option(help="How many to show; 0: a node, or two.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write it as a cluster file.")] = None,
+) -> None:
+    """What the planner knows of a cluster: rates, and bandwidth and latency from GPU to GPU."""
+    from soloist.planner import machines
+    from soloist.planner.commands import console
+    from soloist.specs.cluster import cluster as cluster_named
+    from soloist.specs.topology import read_topology
+
+    show = console()
+    if name is None:
+        show.print(machines.presets())
+        raise typer.Exit(0)
+    spec = read_topology(name, gpu, nic) if gpu else cluster_named(name)
+    count = gpus or min(spec.max_gpus or 16, 2 * spec.gpus_per_node if spec.nic_GBps else spec.gpus_per_node, 16)
+    for line in machines.description(spec, count):
+        show.print(line, highlight=False)
+    for table in machines.matrices(spec, count):
+        show.print(table)
+    if out:
+        machines.save_cluster(spec, out)
+        show.print(f"Written to {out}; use it: soloist plan MODEL --cluster {out} …", highlight=False)
+
+
 def calibrate(
     out: Annotated[Path, typer.Option(help="File of JSON lines to write.")] = Path("calibration.jsonl"),
     ranks: Annotated[int, typer.Option(help="Processes; 0: one for each GPU, or for each of up to four cores.")] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
+    logs: Annotated[
+        list[Path] | None, typer.Option("--nccl-tests", help="Read this log of nccl-tests instead of measuring.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="Whose links the logs are of.")] = "",
 ) -> None:
     """Measure this machine in about a minute, for `--calibration` and `--cluster` of the other commands."""
     from soloist.planner.commands import run_fit
+
+    if logs:
+        from soloist.planner.machines import calibration_of_logs
+        from soloist.specs.cluster import cluster as cluster_named
+
+        if not cluster:
+            raise ConfigurationError.of("--cluster", None, "name the cluster that the logs are of")
+        for note in calibration_of_logs(logs, cluster_named(cluster), out):
+            typer.echo(note, err=True)
+        raise typer.Exit(run_fit(out))
     from soloist.probes.calibrate import calibrate as measure
 
     if status := measure(out, ranks, cpu):

@@ -149,7 +149,8 @@ def load_clusters(path: str | Path) -> dict[str, ClusterSpec]:
 def cluster(name: str) -> ClusterSpec:
     """A preset by name, or the only cluster of a YAML file by path (`file.yaml#name` where it has several).
 
-    A file of `soloist calibrate` (`.jsonl`) stands for the machine that it was measured on.
+    A file of `soloist calibrate` (`.jsonl`) stands for the machine that it was measured on. The output of `nvidia-smi
+    topo -m` and NCCL's topology XML are read as a node of GPUs that they do not name: `topo.txt#H200`.
     """
     if name in preset_clusters():
         return preset_clusters()[name]
@@ -162,12 +163,24 @@ def cluster(name: str) -> ClusterSpec:
         if machine := measured_cluster(path):
             return machine
         raise ConfigurationError.of("cluster", name, "holds no record of a machine; `soloist calibrate` writes one")
+    if topology := _topology(path, wanted):
+        return topology
     found = load_clusters(path)
     if wanted in found:
         return found[wanted]
     if wanted or len(found) != 1:
         raise ConfigurationError.of("cluster", name, f"choose one of {sorted(found)}: {path}#NAME")
     return next(iter(found.values()))
+
+
+def _topology(path: str, gpu: str) -> ClusterSpec | None:
+    from soloist.specs.topology import is_topology, read_topology  # which is made of the classes of this module
+
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError.of("cluster file", path, f"cannot be read: {error}") from error
+    return read_topology(path, gpu) if is_topology(text) else None
 
 
 def measured_cluster(path: str | Path) -> ClusterSpec | None:

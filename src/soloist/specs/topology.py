@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import msgspec
 
@@ -16,6 +17,26 @@ from soloist.specs.cluster import ClusterSpec, preset_gpus
 
 LINKS_OF = {"A100-80GB": 12, "H100-80GB": 18, "H800": 8, "H200": 18, "H20": 18, "B200": 18, "GB200": 18}
 PATH_GBPS = {"PIX": 25.0, "PXB": 24.0, "PHB": 20.0, "NODE": 18.0, "SYS": 12.0}
+
+
+def is_topology(text: str) -> bool:
+    """Whether it may be one of the two."""
+    return text.lstrip().startswith("<") or re.search(r"^\s*(\x1b\[[0-9;]*m)?\s*GPU0\s", text, re.MULTILINE) is not None
+
+
+def read_topology(path: str | Path, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
+    """A node from a file of either kind. `nic_GBps` of a NIC, where the file does not say it.
+
+    Raises ConfigurationError for a file that cannot be read or is neither, and for an unknown GPU.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError.of("topology", str(path), f"cannot be read: {error}") from error
+    if gpu not in preset_gpus():
+        remedy = f"the file does not say which GPU it is; write {path}#GPU with one of {', '.join(preset_gpus())}"
+        raise ConfigurationError.of("gpu", gpu or None, remedy)
+    return from_nccl_xml(text, gpu) if text.lstrip().startswith("<") else from_nvidia_smi(text, gpu, nic_GBps)
 
 
 def from_nvidia_smi(text: str, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
