@@ -38,10 +38,8 @@ def test_written_and_read_again(tmp_path: Path, name: str) -> None:
 
 
 def test_a_gpu_of_one_s_own_is_written_out(tmp_path: Path) -> None:
-    gpu = preset_gpus()["card-400tf"]
-    spec = ClusterSpec(
-        name="lab", gpu=type(gpu)(name="mine", tflops={"bf16": 1.0}, memory_GB=2, memory_TBps=3), gpus_per_node=2
-    )
+    gpu = GpuSpec(name="mine", tflops={"bf16": 1.0}, memory_GB=2, memory_TBps=3)
+    spec = ClusterSpec(name="lab", gpu=gpu, gpus_per_node=2)
     save_cluster(spec, tmp_path / "own.yaml")
     assert cluster(str(tmp_path / "own.yaml")) == spec
 
