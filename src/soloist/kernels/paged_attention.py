@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soloist.kernels.linear import filled_keys, missing_rows
+
 
 @dataclass(frozen=True)
 class PagedBatch:
@@ -63,20 +65,21 @@ def paged_attention(
     out_THV = q_THQ.new_empty(*q_THQ.shape[:2], v_cache.shape[-1])
     if out_THV.numel() == 0:  # a rank without heads
         return out_THV
+    sinks = int(sinks_H is not None)
     for i, length in enumerate(batch.lengths):
         start, stop = batch.query_starts[i], batch.query_starts[i + 1]
-        slots = batch.slots(i)
-        k_HLQ = k_cache[slots][:, kv_head_H].transpose(0, 1)
-        v_HLV = v_cache[slots][:, kv_head_H].transpose(0, 1)
-        q_HTQ = q_THQ[start:stop].transpose(0, 1)
-        mask = _mask(stop - start, length, window, q_THQ)
+        queries, slots = stop - start, batch.slots(i)
+        around, below = (sinks, filled_keys(sinks + length) - sinks - length), missing_rows(q_THQ[start:stop, 0])
+        k_HLQ = F.pad(k_cache[slots][:, kv_head_H].transpose(0, 1), (0, 0, *around))
+        v_HLV = F.pad(v_cache[slots][:, kv_head_H].transpose(0, 1), (0, 0, *around))
+        q_HTQ = F.pad(q_THQ[start:stop].transpose(0, 1), (0, 0, 0, below))
+        mask = F.pad(_mask(queries, length, window, q_THQ), (*around, 0, below), value=float("-inf"))
         if sinks_H is not None:
-            # A key of zeros whose logit is the sink: it takes weight and gives nothing.
-            k_HLQ, v_HLV = F.pad(k_HLQ, (0, 0, 0, 1)), F.pad(v_HLV, (0, 0, 0, 1))
-            sinks = sinks_H.to(mask.dtype)[:, None, None].expand(-1, stop - start, 1)
-            mask = torch.cat([mask.expand(len(sinks_H), -1, -1), sinks], dim=-1)
+            # The sink is the logit of a first key of zeros: it takes weight and gives nothing.
+            mask = mask.repeat(len(sinks_H), 1, 1)
+            mask[:, :, 0] = sinks_H[:, None]
         mixed = F.scaled_dot_product_attention(q_HTQ[None], k_HLQ[None], v_HLV[None], attn_mask=mask[None], scale=scale)
-        out_THV[start:stop] = mixed[0].transpose(0, 1)
+        out_THV[start:stop] = mixed[0, :, :queries].transpose(0, 1)
     return out_THV
 
 

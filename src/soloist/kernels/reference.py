@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soloist.kernels.linear import linear
 from soloist.specs.model import ExpertSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -38,7 +39,7 @@ def grouped_linear_loop(x_XD: Tensor, weight_SND: Tensor, offsets_S: Tensor, bia
     for slot, (start, stop) in enumerate(pairwise([0, *offsets_S.tolist()])):
         if stop > start:
             bias_N = None if bias_SN is None else bias_SN[slot]
-            out_XN[start:stop] = F.linear(x_XD[start:stop], weight_SND[slot], bias_N)
+            out_XN[start:stop] = linear(x_XD[start:stop], weight_SND[slot], bias_N)
     return out_XN
 
 
@@ -54,11 +55,11 @@ def grouped_linear(x_XD: Tensor, weight_SND: Tensor, offsets_S: Tensor, bias_SN:
 def choose_grouped_linear(*weights_SND: Tensor) -> GroupedLinear:
     """The form that can take these weights.
 
-    `F.grouped_mm` wants strides that are multiples of 16 bytes; on CUDA only its bf16 form stays on the device.
+    `F.grouped_mm` wants strides that are multiples of 16 bytes, and only its bf16 form stays on a GPU. In fp32 the rows
+    of the loop do not depend on each other (kernels/linear.py), those of `F.grouped_mm` on a CPU do.
     """
     aligned = all(w.shape[-1] > 0 and w.shape[-1] * w.itemsize % 16 == 0 for w in weights_SND)
-    on_device = all(not w.is_cuda or w.dtype == torch.bfloat16 for w in weights_SND)
-    return grouped_linear if aligned and on_device else grouped_linear_loop
+    return grouped_linear if aligned and all(w.dtype == torch.bfloat16 for w in weights_SND) else grouped_linear_loop
 
 
 def activate(hidden_XF: Tensor, spec: ExpertSpec) -> Tensor:

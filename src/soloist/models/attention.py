@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from soloist.kernels.attention import attention_of
 from soloist.kernels.language import AVAILABLE
+from soloist.kernels.linear import linear
 from soloist.kernels.norm import fused_heads
 from soloist.models.layers import add_norm, rms_norm
 from soloist.models.rope import Rope
@@ -128,7 +128,7 @@ class GroupedQueryAttention:
 
     def __call__(self, h_TD: Tensor, step: StepInput, cache: LayerCache) -> Tensor:
         """Partial sums [T, D] over this rank's heads; writes this step's keys and values into the cache."""
-        qkv_TN = F.linear(h_TD, self.qkv, self.bias)
+        qkv_TN = linear(h_TD, self.qkv, self.bias)
         if self.fused and self.serves and qkv_TN.is_cuda:
             norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
             turned = (step.cos, step.sin, self.rope.spec.interleaved)
@@ -136,7 +136,7 @@ class GroupedQueryAttention:
         else:
             q_THQ = self._plain_heads(qkv_TN, step, cache)
         mixed_THV = self.attend(q_THQ, cache.keys, cache.values, step.paged)
-        return F.linear(mixed_THV.flatten(1), self.o, self.o_bias)
+        return linear(mixed_THV.flatten(1), self.o, self.o_bias)
 
     def _plain_heads(self, qkv_TN: Tensor, step: StepInput, cache: LayerCache) -> Tensor:
         """The queries, normed and rotated; keys and values go into the cache."""
@@ -215,20 +215,20 @@ class LatentAttention:
     def __call__(self, h_TD: Tensor, step: StepInput, cache: LayerCache) -> Tensor:
         """Partial sums [T, D] over this rank's heads; writes this step's latent rows into the cache."""
         a = self.spec
-        latent_TL, key_TW = F.linear(h_TD, self.kv_a, self.kv_a_bias).split([a.kv_rank, a.rope_dim], dim=-1)
+        latent_TL, key_TW = linear(h_TD, self.kv_a, self.kv_a_bias).split([a.kv_rank, a.rope_dim], dim=-1)
         key_T1W = self.rope.rotate(key_TW[:, None], step.cos, step.sin)
         latent_T1L = self._norm(latent_TL, self.kv_a_norm)[:, None]
         cache.keys[step.cache_slots_T] = torch.cat([latent_T1L, key_T1W], dim=-1)
 
         if self.q_a is not None:
-            h_TD = self._norm(F.linear(h_TD, self.q_a, self.q_a_bias), self.q_a_norm)
-        q_THQ = F.linear(h_TD, self.q_b).unflatten(-1, (-1, a.head_dim))
+            h_TD = self._norm(linear(h_TD, self.q_a, self.q_a_bias), self.q_a_norm)
+        q_THQ = linear(h_TD, self.q_b).unflatten(-1, (-1, a.head_dim))
         nope_THN, rope_THW = q_THQ.split([a.nope_dim, a.rope_dim], dim=-1)
         absorbed_THL = torch.einsum("thn,hnl->thl", nope_THN, self.k_up_HNL)
         q_THX = torch.cat([absorbed_THL, self.rope.rotate(rope_THW, step.cos, step.sin)], dim=-1)
         mixed_THL = self.attend(q_THX, cache.keys, cache.values, step.paged)
         mixed_THV = torch.einsum("thl,hvl->thv", mixed_THL, self.v_up_HVL)
-        return F.linear(mixed_THV.flatten(1), self.o, self.o_bias)
+        return linear(mixed_THV.flatten(1), self.o, self.o_bias)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return add_norm(x, None, weight, self.eps, self.fused)[1]

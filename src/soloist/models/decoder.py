@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soloist.kernels.linear import linear
 from soloist.models.attention import ATTENTION, Heads, LayerCache
 from soloist.models.layers import Added, FeedForward, TokenSplit, add_norm
 from soloist.models.rope import Rope
@@ -197,7 +198,7 @@ class Decoder:
         """logits_CV (fp32) of the tokens in `step.logits_rows`, on every rank of the last stage's attention group."""
         x_CD = split.gather(x_tD, f"{step.name}, output head")[step.logits_rows]
         _, h_CD = add_norm(x_CD, None, self.final_norm, self.spec.norm_eps)
-        part_CV = F.linear(h_CD, self.head)
+        part_CV = linear(h_CD, self.head)
         if self.group is None:
             return part_CV.float()
         shares = [share(self.spec.vocab, self.group.size, index) for index in range(self.group.size)]

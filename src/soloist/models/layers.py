@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from soloist.kernels.language import AVAILABLE
+from soloist.kernels.linear import linear
 from soloist.kernels.norm import fused_norm
 from soloist.kernels.reference import ACTIVATIONS
 from soloist.models.weights import WeightSource
@@ -140,9 +140,9 @@ class FeedForward:
         self.scale = source.read(Param("shared_expert_gate", layer)) if has_scale else None
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        up_TF = F.linear(x_TD, self.up)
-        hidden_TF = self.activation(up_TF) if self.gate is None else self.activation(F.linear(x_TD, self.gate)) * up_TF
-        out_TD = F.linear(hidden_TF, self.down)
+        up_TF = linear(x_TD, self.up)
+        hidden_TF = self.activation(up_TF) if self.gate is None else self.activation(linear(x_TD, self.gate)) * up_TF
+        out_TD = linear(hidden_TF, self.down)
         if self.scale is None:
             return out_TD
-        return torch.sigmoid(F.linear(x_TD, self.scale)) * out_TD
+        return torch.sigmoid(linear(x_TD, self.scale)) * out_TD

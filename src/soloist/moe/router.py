@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from soloist.dispatch.base import SlotChoice
+from soloist.kernels.linear import linear
 from soloist.moe.reader import Reader
 from soloist.placement.placement import Placement
 from soloist.placement.replicas import NEAREST, Closeness, turns
@@ -77,7 +77,7 @@ class Router:
         if _is_cuda_half(x_TD):
             logits_TE = torch.mm(x_TD, self.weight_ED.T, out_dtype=torch.float32)
             return logits_TE if self.bias_E is None else logits_TE + self.bias_E
-        return F.linear(x_TD.float(), self.weight_ED, self.bias_E)
+        return linear(x_TD.float(), self.weight_ED, self.bias_E)
 
     def _candidates(self, scores_TE: Tensor) -> Tensor:
         """The scores to choose by: corrected, and −inf outside the kept groups."""

@@ -1,0 +1,51 @@
+"""A row's result does not depend on the rows beside it, however many threads there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from soloist.kernels.linear import linear
+from soloist.kernels.paged_attention import PagedBatch, paged_attention
+
+ROWS = (1, 2, 3, 5, 6, 7, 11, 16, 33)
+BLOCK = 16
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(256, 16), (256, 512), (128, 256), (1000, 130)], ids=str)
+def test_linear(shape, threads):
+    inner, outer = shape
+    x_TD, weight_ND, bias_N = torch.randn(64, inner), torch.randn(outer, inner), torch.randn(outer)
+    whole = linear(x_TD, weight_ND, bias_N)
+    torch.testing.assert_close(whole, torch.nn.functional.linear(x_TD, weight_ND, bias_N))
+    for rows in ROWS:
+        assert torch.equal(linear(x_TD[:rows], weight_ND, bias_N), whole[:rows]), rows
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("length", [40, 300, 450])
+def test_attention(length, sinks, threads):
+    """Of a context in one chunk, in uneven chunks, and token by token at its end."""
+    heads, kv_heads, width = 4, 2, 64
+    q_THQ = torch.randn(length, heads, width)
+    k_cache, v_cache = torch.randn(2, -(-length // BLOCK) * BLOCK, kv_heads, width)
+    tables_NM = torch.arange(len(k_cache) // BLOCK)[None]
+    sinks_H = torch.randn(heads) if sinks else None
+
+    def attend(start: int, stop: int) -> torch.Tensor:
+        batch = PagedBatch.of([0, stop - start], [stop], tables_NM, BLOCK)
+        q_tHQ, kv_head_H = q_THQ[start:stop], torch.arange(heads) // (heads // kv_heads)
+        return paged_attention(q_tHQ, k_cache, v_cache, batch, kv_head_H, width**-0.5, sinks_H=sinks_H)
+
+    whole = attend(0, length)
+    cuts = [0, 1, 4, 23, *range(length - 9, length + 1)]
+    parts = [attend(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+    assert torch.equal(torch.cat(parts), whole)
