@@ -16,7 +16,7 @@ from soloist.specs.layout import Layout
 
 def figures(rank: int, **seconds: float) -> Figures:
     to_neighbour, to_other_node = (rank ^ 1, 300), ((rank + 2) % 4, 50)
-    return Figures(rank, seconds, 0.25, dict([to_neighbour, to_other_node]), 1000 + rank, 64, 7)
+    return Figures(rank, seconds, {0: 0.25}, dict([to_neighbour, to_other_node]), 1000 + rank, 64, 7)
 
 
 def run(layout: str = "ep4", outputs=((5, 6, 7), (8,)), wall_s: float = 2.0, margin: float = 0.5) -> Run:

@@ -95,8 +95,8 @@ class FakeExecutor:
         return Here([a for a in answers if a]) if seat.sampler == seat.rank else None
 
     def figures(self) -> Figures:
-        bytes_to, waited_s = self.world.take_traffic()
-        return Figures(self.world.seat.rank, {}, waited_s, bytes_to, 1000, 0, 0)
+        bytes_to, waited_for_s = self.world.take_traffic()
+        return Figures(self.world.seat.rank, {}, waited_for_s, bytes_to, 1000, 0, 0)
 
     def answer(self, chunk) -> Sampled | None:
         rows = np.array([chunk.blocks[p // self.block_size] * self.block_size + p % self.block_size

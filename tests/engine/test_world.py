@@ -63,7 +63,7 @@ def test_traffic_is_summed_over_groups_without_control():
     for thread in threads:
         thread.join(20)
     assert worlds[0].take_traffic()[0] == {2: 32, 1: 32}
-    assert worlds[0].take_traffic() == ({}, 0.0)
+    assert worlds[0].take_traffic() == ({}, {})
 
 
 def test_nodes_are_the_declared_ones():

@@ -44,9 +44,10 @@ def deployment(layout: str, layers: int, experts: int, per_node: int = 8) -> tup
     desk = Desk(Served("x", front), 10, 10.0)
     size = front.layout.size
     watch._take(Window(2.0, {
-        rank: Figures(rank, {"exchange": 0.2, "experts": 1.8}, 0.1, {(rank + 1) % size: 10}, 100, 50, 3,
-                      chosen={layer: [1] * experts for layer in range(3, layers)},
-                      rows=dict.fromkeys(range(3, layers), rank))
+        rank: Figures(
+            rank, {"exchange": 0.2, "experts": 1.8}, {(rank - 1) % size: 0.1}, {(rank + 1) % size: 10}, 100, 50, 3,
+            chosen={layer: [1] * experts for layer in range(3, layers)}, rows=dict.fromkeys(range(3, layers), rank),
+        )
         for rank in range(size)
     }))  # fmt: skip
     return Metrics(desk, tally, watch), Details(desk, tally, watch), watch
@@ -54,7 +55,7 @@ def deployment(layout: str, layers: int, experts: int, per_node: int = 8) -> tup
 
 def test_the_number_of_series_is_bounded():
     metrics, _, _ = deployment("ep128", 61, 256)
-    assert len(samples(metrics.page())) == 1331
+    assert len(samples(metrics.page())) == 1459
 
 
 def test_the_grafana_dashboard_asks_for_what_there_is():
@@ -82,10 +83,16 @@ def test_ranks_and_layers():
     record = details.record()
     assert record["experts"]["3"] == [4] * 8
     assert record["ranks"][1]["bytes_to"] == {"2": 10}
+    assert record["ranks"][1]["waited_for_s"] == {"0": 0.1}
+    assert record["ranks"][1]["kept_waiting_s"] == found["rank_kept_waiting_seconds_total", "1"] == 0.1
+    assert record["longest_waits"][0]["seconds"] == 0.1
     assert {alert["what"] for alert in record["alerts"]} == {
         "exchange's share of the ranks' time", "spread of the ranks' load",
     }  # fmt: skip
-    watch._take(Window(2.0, {0: Figures(0, {}, 0.0, {}, 0, 0, 0)}))  # nothing was done
+    pairs = json.loads(details.page(rank=1))["pairs"]
+    assert pairs["bytes_from"] == {"0": 10}
+    assert pairs["waited_for_it_s"] == {"2": 0.1}
+    watch._take(Window(2.0, {0: Figures(0, {}, {}, {}, 0, 0, 0)}))  # nothing was done
     assert details.record()["experts"] == record["experts"]
 
 
@@ -109,6 +116,8 @@ def test_a_request_is_counted_once(fake):
         assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
         found = samples(httpx.get(f"{server.url}/metrics").content)
         details = httpx.get(f"{server.url}/details").json()
+        assert httpx.get(f"{server.url}/details?rank=2").json()["error"]["param"] == "rank"
+        assert "pairs" in httpx.get(f"{server.url}/details?rank=1").json()
     assert found["generation_tokens_total",] == 10
     assert found["prompt_tokens_total",] == 6
     assert found["time_to_first_token_seconds_count",] == 2

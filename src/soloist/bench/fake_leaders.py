@@ -57,7 +57,7 @@ class FakeLeader:
             case Abort(sequence):
                 self.aborted += self.sequences.pop(sequence, None) is not None
             case Tell():
-                self.spoke.send(Figures(self.rank, {}, 0.0, {}, 0, 0, self.steps))
+                self.spoke.send(Figures(self.rank, {}, {}, {}, 0, 0, self.steps))
             case Shutdown():
                 self.stopping = True
 

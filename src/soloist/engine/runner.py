@@ -216,13 +216,13 @@ class Runner:
     @torch.inference_mode()
     def figures(self) -> Figures:
         """What this rank did since the last call."""
-        bytes_to, waited_s = self.world.take_traffic()
+        bytes_to, waited_for_s = self.world.take_traffic()
         seconds, steps, self.steps = self.watch.take(), self.steps, 0
         kv_bytes = sum(cache.nbytes for cache in self.caches)
         routing = self.recorder.take() if self.recorder else b""
         loads = self.stats.take()
         return Figures(
-            self.world.seat.rank, seconds, waited_s, bytes_to, self.weight_bytes, kv_bytes, steps, routing,
+            self.world.seat.rank, seconds, waited_for_s, bytes_to, self.weight_bytes, kv_bytes, steps, routing,
             chosen={layer: load.tokens_E.tolist() for layer, load in loads.items()},
             rows={layer: load.rows for layer, load in loads.items()},
             exchange=self.dispatchers.crossings.explain(),

@@ -118,15 +118,15 @@ class World:
         held = (self.experts, self.tp, self.attention, self.pipeline, self.rail, self.node)
         return [transport for transport in held if transport is not None]
 
-    def take_traffic(self) -> tuple[dict[int, int], float]:
-        """Bytes sent to each rank, and seconds waited for peers, since the last call; `control` does not count."""
-        bytes_to: Counter[int] = Counter()
-        waited_s = 0.0
+    def take_traffic(self) -> tuple[dict[int, int], dict[int, float]]:
+        """Bytes sent to each rank and seconds waited for it, since the last call; `control` does not count."""
+        bytes_to, waited_for_s = Counter[int](), Counter[int]()
         for transport in self.data_transports:
             bytes_to.update(dict(zip(transport.ranks, transport.traffic.bytes_to, strict=True)))
-            waited_s += transport.traffic.waited_s
+            for rank, seconds in zip(transport.ranks, transport.traffic.waited_for_s, strict=True):
+                waited_for_s[rank] += seconds
             transport.traffic.reset()
-        return {rank: sent for rank, sent in bytes_to.items() if sent}, waited_s
+        return {rank: sent for rank, sent in bytes_to.items() if sent}, {r: s for r, s in waited_for_s.items() if s}
 
     def close(self) -> None:
         """Release every transport; waits for nobody."""

@@ -94,7 +94,7 @@ class Figures(Message, frozen=True):
 
     rank: int
     seconds: dict[str, float]  # by phase; with options.measure only
-    waited_s: float  # for peers, inside the phase "exchange"
+    waited_for_s: dict[int, float]  # by peer, inside the phase "exchange"; by itself where it is not known for whom
     bytes_to: dict[int, int]
     weight_bytes: int
     kv_bytes: int
@@ -104,6 +104,10 @@ class Figures(Message, frozen=True):
     rows: dict[int, int] = {}  # by layer: rows that came for this rank's experts; with options.count_experts
     exchange: list[str] = []  # how its tokens crossed nodes, and why, where there was a choice
     memory: dict[str, int] = {}  # bytes by part (engine/memory.py)
+
+    @property
+    def waited_s(self) -> float:
+        return sum(self.waited_for_s.values())
 
 
 class WakeMe(Message, frozen=True):

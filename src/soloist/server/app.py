@@ -159,8 +159,15 @@ async def metrics(request: Request) -> Response:
 
 
 async def details(request: Request) -> Response:
-    """What the dashboard shows, as JSON: every layer's experts, every rank, who sends to whom."""
-    return Response(request.app.state.details.page(), media_type="application/json")
+    """What the dashboard shows, as JSON: every layer's experts, every rank, who sends to whom and waits for whom.
+
+    `?rank=17` adds all dealings of one rank.
+    """
+    given, ranks = request.query_params.get("rank"), _desk(request).front.ranks
+    if given is not None and given not in map(str, ranks):
+        raise RequestError(f"rank = {given!r}: must lie between 0 and {len(ranks) - 1}")
+    page = request.app.state.details.page(None if given is None else int(given))
+    return Response(page, media_type="application/json")
 
 
 async def dashboard() -> Response:

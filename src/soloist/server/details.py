@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from soloist.server.watch import Watch, max_over_mean
 
 RATE_S = 5.0  # over which rates are taken
 MOST_LINKS = 64  # ranks up to which every pair is told
+LONGEST_WAITS = 10
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Details:
         self.desk, self.tally, self.watch, self.thresholds = desk, tally, watch, thresholds
         self._seen: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
 
-    def page(self) -> bytes:
-        return msgspec.json.encode(self.record())
+    def page(self, rank: int | None = None) -> bytes:
+        """rank: one whose dealings with every other are told, however many ranks there are."""
+        return msgspec.json.encode(self.record() if rank is None else self.record() | {"pairs": self._pairs(rank)})
 
     def record(self) -> dict[str, Any]:
         served, window = self.desk.served, self.watch.window
@@ -61,6 +64,7 @@ class Details:
             "experts": {str(layer): load.tolist() for layer, load in window.chosen.items()},
             "balance": {str(layer): max_over_mean(load) for layer, load in window.rows.items()},
             "ranks": self._ranks(),
+            "longest_waits": self._longest_waits(),
         }
         return found | {"alerts": list(self._alerts(found))}
 
@@ -86,22 +90,48 @@ class Details:
         return [{"rank": rank} | msgspec.structs.asdict(one) for rank, one in stats.items()]
 
     def _ranks(self) -> list[dict[str, Any]]:
-        """What each did in the window. Bytes to every other rank only where the ranks are few."""
+        """What each did in the window. Bytes to and waits for every other rank only where the ranks are few."""
         few = len(self.watch.totals) <= MOST_LINKS
+        kept_waiting_s = self.watch.window.kept_waiting_s
         return [
             {
                 "rank": rank,
                 "steps": figures.steps,
                 "rows": sum(figures.rows.values()),
                 "waited_s": figures.waited_s,
+                "kept_waiting_s": kept_waiting_s[rank],
                 "seconds": figures.seconds,
                 "weight_bytes": figures.weight_bytes,
                 "kv_bytes": figures.kv_bytes,
                 "sent_bytes": sum(figures.bytes_to.values()),
-                "bytes_to": {str(target): sent for target, sent in figures.bytes_to.items()} if few else {},
+                "bytes_to": _named(figures.bytes_to) if few else {},
+                "waited_for_s": _named(figures.waited_for_s) if few else {},
             }
             for rank, figures in sorted(self.watch.window.figures.items())
         ]
+
+    def _longest_waits(self) -> list[dict[str, Any]]:
+        """Who waited longest for whom, in the window."""
+        waits = (
+            {"rank": rank, "for": peer, "seconds": seconds}
+            for rank, figures in self.watch.window.figures.items()
+            for peer, seconds in figures.waited_for_s.items()
+            if peer != rank
+        )
+        return heapq.nlargest(LONGEST_WAITS, waits, key=lambda wait: wait["seconds"])
+
+    def _pairs(self, rank: int) -> dict[str, dict[str, float]]:
+        """What one rank sent to every other and waited for it, and the other way round, in the window."""
+        told = self.watch.window.figures
+        mine = told.get(rank)
+        return {
+            "bytes_to": _named(mine.bytes_to if mine else {}),
+            "bytes_from": _named({peer: one.bytes_to[rank] for peer, one in told.items() if rank in one.bytes_to}),
+            "waited_for_s": _named(mine.waited_for_s if mine else {}),
+            "waited_for_it_s": _named(
+                {r: one.waited_for_s[rank] for r, one in told.items() if rank in one.waited_for_s}
+            ),
+        }
 
     def _alerts(self, found: dict[str, Any]) -> Iterable[dict[str, Any]]:
         """Each with what was found and the threshold that it is past."""
@@ -119,6 +149,10 @@ class Details:
         ):
             if value > limit:
                 yield {"what": what, "value": value, "limit": limit}
+
+
+def _named(by_rank: Mapping[int, float]) -> dict[str, float]:
+    return {str(rank): value for rank, value in by_rank.items()}
 
 
 def _quantiles(values_s: Iterable[float]) -> dict[str, float | None]:

@@ -153,6 +153,11 @@ class Metrics(Collector):
             ("rank_rows", "Rows that came for the rank's experts.", lambda t: t.rows),
             ("rank_waited_seconds", "In which the rank waited for peers.", lambda t: t.waited_s),
             (
+                "rank_kept_waiting_seconds",
+                "In which peers waited for the rank, all together.",
+                lambda t: t.kept_waiting_s,
+            ),
+            (
                 "rank_exchange_seconds",
                 "Of exchange that nothing hid, waiting included.",
                 lambda t: t.seconds["exchange"],

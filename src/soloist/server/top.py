@@ -19,6 +19,7 @@ from soloist.errors import ClusterError
 
 SHADES = " ░▒▓█"
 INTERVAL_S = 2.0
+MOST_WAITS = 4
 ANSWER_S = 10.0
 
 
@@ -43,7 +44,7 @@ def fetch(url: str, key: str | None) -> dict[str, Any]:
 
 def view(details: Mapping[str, Any]) -> Group:
     """Everything on one screen."""
-    return Group(_head(details), _alerts(details), _experts(details), _ranks(details))
+    return Group(_head(details), _alerts(details), _experts(details), _ranks(details), _waits(details))
 
 
 def _head(details: Mapping[str, Any]) -> Table:
@@ -84,12 +85,20 @@ def _experts(details: Mapping[str, Any]) -> Table:
 
 
 def _ranks(details: Mapping[str, Any]) -> Table:
-    shown = Table("rank", "rows", "steps", "waited", "sent, MB", "memory, MB", box=None)
+    """A rank that keeps others waiting longest is the slow one."""
+    shown = Table("rank", "rows", "steps", "waited", "kept waiting", "sent, MB", "memory, MB", box=None)
     for column in shown.columns:
         column.justify = "right"
+    window_s = details["window_s"] or 1.0
     for rank in details["ranks"]:
-        waited = rank["waited_s"] / details["window_s"] if details["window_s"] else 0.0
         memory = (rank["weight_bytes"] + rank["kv_bytes"]) / 1e6
-        cells = (rank["rank"], rank["rows"], rank["steps"], f"{waited:.0%}")
+        waits = (f"{rank['waited_s'] / window_s:.0%}", f"{rank['kept_waiting_s'] / window_s:.0%}")
+        cells = (rank["rank"], rank["rows"], rank["steps"], *waits)
         shown.add_row(*map(str, cells), f"{rank['sent_bytes'] / 1e6:.2f}", f"{memory:.1f}")
     return shown
+
+
+def _waits(details: Mapping[str, Any]) -> Text:
+    waits = details["longest_waits"][:MOST_WAITS]
+    found = ", ".join(f"rank {w['rank']} for {w['for']}: {w['seconds'] / details['window_s']:.1%}" for w in waits)
+    return Text(f"longest waits: {found}" if found else "")

@@ -25,12 +25,13 @@ class RankTotals:
     """One rank, from the start."""
 
     steps: int = 0
-    waited_s: float = 0.0
     rows: int = 0  # that came for its experts
     weight_bytes: int = 0
     kv_bytes: int = 0
     seconds: Counter[str] = field(default_factory=Counter[str])  # by phase
     bytes_to: Counter[int] = field(default_factory=Counter[int])  # by destination
+    waited_s: float = 0.0  # for others
+    kept_waiting_s: float = 0.0  # others, all together
 
     def add(self, figures: Figures) -> None:
         self.steps += figures.steps
@@ -65,6 +66,15 @@ class Window:
             for layer, rows in figures.rows.items():
                 layers.setdefault(layer, []).append(rows)
         return {layer: np.array(rows) for layer, rows in sorted(layers.items())}
+
+    @property
+    def kept_waiting_s(self) -> Counter[int]:
+        """By rank: seconds that others waited for it, all together."""
+        total = Counter[int]()
+        for rank, figures in self.figures.items():
+            for peer, seconds in figures.waited_for_s.items():
+                total[peer] += seconds if peer != rank else 0
+        return total
 
     @property
     def phases(self) -> dict[str, float]:
@@ -105,6 +115,8 @@ class Watch:
     def _take(self, window: Window) -> None:
         for rank, figures in window.figures.items():
             self.totals[rank].add(figures)
+        for rank, seconds in window.kept_waiting_s.items():
+            self.totals[rank].kept_waiting_s += seconds
         for layer, counts in window.chosen.items():
             self.chosen[layer] = self.chosen.get(layer, 0) + counts
         if any(figures.steps for figures in window.figures.values()):

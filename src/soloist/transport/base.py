@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -30,16 +30,35 @@ class Pending(Protocol[Result]):
 
 
 @dataclass
+class Wait:
+    """Under way; `last` is the member that it is laid to."""
+
+    last: int
+
+
+@dataclass
 class Traffic:
     """What a transport moved: filled by the transport, read and reset by whoever reports.
 
     `bytes_to[peer]` counts payload bytes by destination, its own rank left out. For reductions and gathers it counts
     what the usual ring would send, whatever the implementation does: (n − 1)/n of the tensor for a reduce-scatter or an
     all-gather, twice that for an all-reduce, all of it to the next rank.
+
+    `waited_for_s[peer]`: seconds in which this rank had nothing to do but wait, by the member that came last. Where
+    members are waited for one after the other (gloo, threads) each has those in which it was its turn. The own entry
+    holds what cannot be told apart: NCCL does not say whom it waits for. What kernels wait for on a GPU is not seen.
     """
 
     bytes_to: list[int]
-    waited_s: float = 0.0  # in which this rank had nothing to do but wait for peers
+    waited_for_s: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waited_for_s = [0.0] * len(self.bytes_to)
+
+    @property
+    def waited_s(self) -> float:
+        """For whomever."""
+        return sum(self.waited_for_s)
 
     def count_rows(self, rank: int, counts: Sequence[int], row_bytes: int) -> None:
         """Rows that `rank` sends: `counts[p]` to member p."""
@@ -57,16 +76,16 @@ class Traffic:
 
     def reset(self) -> None:
         self.bytes_to[:] = [0] * len(self.bytes_to)
-        self.waited_s = 0.0
+        self.waited_for_s[:] = [0.0] * len(self.bytes_to)
 
     @contextmanager
-    def waiting(self):
-        """Adds the time inside to `waited_s`."""
-        start = time.perf_counter()
+    def waiting(self, peer: int) -> Iterator[Wait]:
+        """Adds the time inside to what was waited for `peer`, or for whom else the block finds to come last."""
+        wait, start = Wait(peer), time.perf_counter()
         try:
-            yield
+            yield wait
         finally:
-            self.waited_s += time.perf_counter() - start
+            self.waited_for_s[wait.last] += time.perf_counter() - start
 
 
 @dataclass

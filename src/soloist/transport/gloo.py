@@ -117,14 +117,14 @@ class GlooTransport(ExchangeTransport):
     def finish(self, posted: Sequence[_Posted], where: str) -> None:
         """Wait until all have ended, for as long as one deadline in all."""
         until = time.monotonic() + self.deadline_s
-        with self.traffic.waiting():
-            for message in posted:
-                left = timedelta(seconds=max(until - time.monotonic(), 0.001))  # gloo takes 0 for no limit
-                assert message.work is not None, "the transport is closed"
-                try:
+        for message in posted:
+            left = timedelta(seconds=max(until - time.monotonic(), 0.001))  # gloo takes 0 for no limit
+            assert message.work is not None, "the transport is closed"
+            try:
+                with self.traffic.waiting(message.peer):
                     message.work.wait(left)
-                except RuntimeError as error:
-                    raise self._failure(message.peer, error, where) from error
+            except RuntimeError as error:
+                raise self._failure(message.peer, error, where) from error
 
     def _failure(self, peer: int, error: RuntimeError, where: str) -> CommunicationError:
         """Who is to blame. The group is dropped at once, so that whoever waits for this member learns of it."""

@@ -93,7 +93,7 @@ class LocalTransport(ExchangeTransport):
     def _take(self, source: int, kind: Hashable, where: str) -> Tensor:
         mailbox, key = self.group.mailboxes[self.rank], (source, kind)
         until = time.monotonic() + self.deadline_s
-        with self.traffic.waiting(), mailbox.changed:
+        with self.traffic.waiting(source), mailbox.changed:
             while not mailbox.letters[key]:
                 if source in self.group.closed:
                     raise CommunicationError(self.ranks[self.rank], self.ranks[source], where, "has closed")

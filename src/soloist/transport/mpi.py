@@ -56,6 +56,7 @@ class MpiTransport(ExchangeTransport):
         self._started = 0
         self._sent: defaultdict[int, deque[_Outgoing]] = defaultdict(deque)
         self._left: dict[int, int] = {}  # member that has left: CLOSED or the world rank that it has given up on
+        self._last = rank  # member that was waited for
         self._closed = False
         self._unfinished: set[Transfer] = set()
 
@@ -131,6 +132,8 @@ class MpiTransport(ExchangeTransport):
         left = list(messages)
 
         def ended() -> bool:
+            if left:
+                self._last = left[0].peer
             left[:] = [message for message in left if not message.advance()]
             return not left
 
@@ -148,7 +151,7 @@ class MpiTransport(ExchangeTransport):
                 return True
         start = time.perf_counter()
         waited = checked = 0.0
-        with self.traffic.waiting():
+        with self.traffic.waiting(self._last) as wait:
             while waited < self.deadline_s:
                 if waited < YIELD_S:
                     os.sched_yield()
@@ -159,6 +162,7 @@ class MpiTransport(ExchangeTransport):
                     if waited > checked + CHECK_S:
                         checked = waited
                         self._read_last_words()
+                    wait.last = self._last
                     # Only now: a peer may have sent everything just before it left.
                     if done():
                         return True

@@ -183,7 +183,7 @@ class NcclTransport(Transport):
     def _wait_for(self, event: torch.cuda.Event, where: str) -> None:
         """The host waits, as long as one deadline."""
         until = time.monotonic() + self.deadline_s
-        with self.traffic.waiting():
+        with self.traffic.waiting(self.rank):
             while not event.query():
                 if time.monotonic() > until:
                     raise self._broken(f"no answer within {self.deadline_s:g} s", where)

@@ -79,8 +79,9 @@ class SharedMemoryTransport(ExchangeTransport):
         """Returns when all flags have reached the target. Whoever gives up on a peer says so to the others."""
         if min(flags.tolist()) >= target:  # for some tens of flags quicker than numpy's
             return
-        with self.traffic.waiting():
+        with self.traffic.waiting(self.rank) as wait:
             lost = self._watch.until(flags, target, peers)
+            wait.last = self._watch.last
         if lost:
             culprit, reason = lost
             self._leave(1 + culprit)

@@ -134,6 +134,7 @@ class Watch:
 
     def __init__(self, segment: Segment, ranks: Sequence[int], deadline_s: float) -> None:
         self.segment, self.ranks, self.deadline_s = segment, ranks, deadline_s
+        self.last = 0  # member that the last wait ended with
         self._pidfds: list[int] = []
         self._ended: dict[int, select.poll] = {}
 
@@ -144,7 +145,8 @@ class Watch:
         """
         start = time.perf_counter()
         waited = checked = 0.0
-        while min(flags.tolist()) < target:
+        while (least := min(raised := flags.tolist())) < target:
+            self.last = peers[raised.index(least)]
             if waited < YIELD_S:
                 os.sched_yield()
             else:
