@@ -20,6 +20,14 @@ def settle(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
+def device_bytes(device: torch.device) -> tuple[int, int]:
+    """Of a GPU: used by whomever, and in all. (0, 0) on a CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free, total
+
+
 def held(
     decoder: Decoder, caches: Sequence[LayerCache], dispatchers: Dispatchers, settled: int
 ) -> dict[str, int]:  # fmt: skip

@@ -18,7 +18,7 @@ from soloist.engine.feedback import Feedback
 from soloist.engine.graphs import Shape, StaticStep, StaticSteps
 from soloist.engine.host_copy import HostCopy
 from soloist.engine.kv_cache import allocate, blocks_that_fit
-from soloist.engine.memory import held, settle
+from soloist.engine.memory import device_bytes, held, settle
 from soloist.engine.options import EngineOptions
 from soloist.engine.replica_loads import ReplicaLoads
 from soloist.engine.sampler import Drawn, ScoredPrompt, draw, score_prompt, takes_plain_choice
@@ -227,6 +227,7 @@ class Runner:
             rows={layer: load.rows for layer, load in loads.items()},
             exchange=self.dispatchers.crossings.explain(),
             memory=held(self.decoder, self.caches, self.dispatchers, self.settled),
+            device_bytes=device_bytes(self.device),
         )  # fmt: skip
 
     def _dispatched(self, split: TokenSplit) -> tuple[int, int] | None:

@@ -104,10 +104,16 @@ class Figures(Message, frozen=True):
     rows: dict[int, int] = {}  # by layer: rows that came for this rank's experts; with options.count_experts
     exchange: list[str] = []  # how its tokens crossed nodes, and why, where there was a choice
     memory: dict[str, int] = {}  # bytes by part (engine/memory.py)
+    device_bytes: tuple[int, int] = (0, 0)  # of its GPU, whoever holds them: used, and in all
 
     @property
     def waited_s(self) -> float:
         return sum(self.waited_for_s.values())
+
+    @property
+    def busy_s(self) -> float:
+        """Of the phases in which it neither exchanged nor waited for another stage."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase not in ("exchange", "waiting"))
 
 
 class WakeMe(Message, frozen=True):

@@ -29,6 +29,8 @@ class Thresholds:
     exchange_share: float = 0.05  # of the ranks' time
     load_spread: float = 0.05  # standard deviation of the ranks' rows over their mean
     kv_share: float = 0.95
+    device_share: float = 0.98  # of a GPU's memory; the KV cache takes 90 % of what is free from the start
+    idle_share: float = 0.5  # of the ranks' time, while requests wait for their first token
     refused: int = 0
 
 
@@ -100,9 +102,11 @@ class Details:
                 "rows": sum(figures.rows.values()),
                 "waited_s": figures.waited_s,
                 "kept_waiting_s": kept_waiting_s[rank],
+                "busy_s": figures.busy_s,
                 "seconds": figures.seconds,
                 "weight_bytes": figures.weight_bytes,
                 "kv_bytes": figures.kv_bytes,
+                "device_bytes": figures.device_bytes,
                 "sent_bytes": sum(figures.bytes_to.values()),
                 "bytes_to": _named(figures.bytes_to) if few else {},
                 "waited_for_s": _named(figures.waited_for_s) if few else {},
@@ -135,7 +139,7 @@ class Details:
 
     def _alerts(self, found: dict[str, Any]) -> Iterable[dict[str, Any]]:
         """Each with what was found and the threshold that it is past."""
-        limits = self.thresholds
+        limits, ranks, leaders = self.thresholds, found["ranks"], found["leaders"]
         if found["failure"]:
             yield {"what": f"the engine has failed: {found['failure']}", "value": 1, "limit": 0}
         slo = self.desk.served.slo
@@ -143,8 +147,14 @@ class Details:
             ("TTFT p90, s", found["ttft_s"]["p90"] or 0.0, slo.ttft_s or math.inf),
             ("TPOT p90, s", found["tpot_s"]["p90"] or 0.0, slo.tpot_s or math.inf),
             ("exchange's share of the ranks' time", _share(found["phases_s"], "exchange"), limits.exchange_share),
-            ("spread of the ranks' load", _spread(rank["rows"] for rank in found["ranks"]), limits.load_spread),
-            ("KV cache in use", _kv_share(found["leaders"]), limits.kv_share),
+            ("spread of the ranks' load", _spread(rank["rows"] for rank in ranks), limits.load_spread),
+            ("ranks idle while requests wait", _idle(found), limits.idle_share),
+            (
+                "KV cache in use",
+                _fullest((one["blocks_used"], one["blocks_total"]) for one in leaders),
+                limits.kv_share,
+            ),
+            ("memory of a GPU in use", _fullest(rank["device_bytes"] for rank in ranks), limits.device_share),
             ("requests refused", found["requests"]["refused"], limits.refused),
         ):
             if value > limit:
@@ -160,6 +170,13 @@ def _quantiles(values_s: Iterable[float]) -> dict[str, float | None]:
     return {f"p{percent}": float(np.percentile(values, percent)) if values else None for percent in (50, 90, 99)}
 
 
+def _idle(found: dict[str, Any]) -> float:
+    """The share of the window that the ranks did not compute in, on average; 0 where no request waits."""
+    if not (found["requests"]["waiting"] and found["phases_s"]):
+        return 0.0
+    return 1 - sum(rank["busy_s"] for rank in found["ranks"]) / len(found["ranks"]) / found["window_s"]
+
+
 def _share(phases: dict[str, float], phase: str) -> float:
     total = sum(phases.values())
     return phases.get(phase, 0.0) / total if total else 0.0
@@ -170,5 +187,6 @@ def _spread(loads: Iterable[int]) -> float:
     return float(values.std() / values.mean()) if values.sum() else 0.0
 
 
-def _kv_share(leaders: list[dict[str, Any]]) -> float:
-    return max((one["blocks_used"] / one["blocks_total"] for one in leaders), default=0.0)
+def _fullest(pairs: Iterable[tuple[int, int]]) -> float:
+    """The largest share that is used, of pairs (used, in all)."""
+    return max((used / total for used, total in pairs if total), default=0.0)
