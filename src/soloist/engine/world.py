@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -120,7 +120,8 @@ class World:
 
     def take_traffic(self) -> tuple[dict[int, int], dict[int, float]]:
         """Bytes sent to each rank and seconds waited for it, since the last call; `control` does not count."""
-        bytes_to, waited_for_s = Counter[int](), Counter[int]()
+        bytes_to: Counter[int] = Counter()
+        waited_for_s: defaultdict[int, float] = defaultdict(float)
         for transport in self.data_transports:
             bytes_to.update(dict(zip(transport.ranks, transport.traffic.bytes_to, strict=True)))
             for rank, seconds in zip(transport.ranks, transport.traffic.waited_for_s, strict=True):

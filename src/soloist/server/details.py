@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import heapq
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from soloist.server.alerts import Thresholds, alerts
 from soloist.server.desk import Desk
 from soloist.server.metrics import Tally
 from soloist.server.watch import Watch, max_over_mean
@@ -20,18 +19,6 @@ from soloist.server.watch import Watch, max_over_mean
 RATE_S = 5.0  # over which rates are taken
 MOST_LINKS = 64  # ranks up to which every pair is told
 LONGEST_WAITS = 10
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What is worth an alert."""
-
-    exchange_share: float = 0.05  # of the ranks' time
-    load_spread: float = 0.05  # standard deviation of the ranks' rows over their mean
-    kv_share: float = 0.95
-    device_share: float = 0.98  # of a GPU's memory; the KV cache takes 90 % of what is free from the start
-    idle_share: float = 0.5  # of the ranks' time, while requests wait for their first token
-    refused: int = 0
 
 
 class Details:
@@ -68,7 +55,7 @@ class Details:
             "ranks": self._ranks(),
             "longest_waits": self._longest_waits(),
         }
-        return found | {"alerts": list(self._alerts(found))}
+        return found | {"alerts": list(alerts(found, served.slo, self.thresholds))}
 
     def _rates(self) -> dict[str, float]:
         now = time.monotonic()
@@ -137,29 +124,6 @@ class Details:
             ),
         }
 
-    def _alerts(self, found: dict[str, Any]) -> Iterable[dict[str, Any]]:
-        """Each with what was found and the threshold that it is past."""
-        limits, ranks, leaders = self.thresholds, found["ranks"], found["leaders"]
-        if found["failure"]:
-            yield {"what": f"the engine has failed: {found['failure']}", "value": 1, "limit": 0}
-        slo = self.desk.served.slo
-        for what, value, limit in (
-            ("TTFT p90, s", found["ttft_s"]["p90"] or 0.0, slo.ttft_s or math.inf),
-            ("TPOT p90, s", found["tpot_s"]["p90"] or 0.0, slo.tpot_s or math.inf),
-            ("exchange's share of the ranks' time", _share(found["phases_s"], "exchange"), limits.exchange_share),
-            ("spread of the ranks' load", _spread(rank["rows"] for rank in ranks), limits.load_spread),
-            ("ranks idle while requests wait", _idle(found), limits.idle_share),
-            (
-                "KV cache in use",
-                _fullest((one["blocks_used"], one["blocks_total"]) for one in leaders),
-                limits.kv_share,
-            ),
-            ("memory of a GPU in use", _fullest(rank["device_bytes"] for rank in ranks), limits.device_share),
-            ("requests refused", found["requests"]["refused"], limits.refused),
-        ):
-            if value > limit:
-                yield {"what": what, "value": value, "limit": limit}
-
 
 def _named(by_rank: Mapping[int, float]) -> dict[str, float]:
     return {str(rank): value for rank, value in by_rank.items()}
@@ -168,25 +132,3 @@ def _named(by_rank: Mapping[int, float]) -> dict[str, float]:
 def _quantiles(values_s: Iterable[float]) -> dict[str, float | None]:
     values = list(values_s)
     return {f"p{percent}": float(np.percentile(values, percent)) if values else None for percent in (50, 90, 99)}
-
-
-def _idle(found: dict[str, Any]) -> float:
-    """The share of the window that the ranks did not compute in, on average; 0 where no request waits."""
-    if not (found["requests"]["waiting"] and found["phases_s"]):
-        return 0.0
-    return 1 - sum(rank["busy_s"] for rank in found["ranks"]) / len(found["ranks"]) / found["window_s"]
-
-
-def _share(phases: dict[str, float], phase: str) -> float:
-    total = sum(phases.values())
-    return phases.get(phase, 0.0) / total if total else 0.0
-
-
-def _spread(loads: Iterable[int]) -> float:
-    values = np.array(list(loads), float)
-    return float(values.std() / values.mean()) if values.sum() else 0.0
-
-
-def _fullest(pairs: Iterable[tuple[int, int]]) -> float:
-    """The largest share that is used, of pairs (used, in all)."""
-    return max((used / total for used, total in pairs if total), default=0.0)

@@ -70,8 +70,7 @@ def _ms(seconds: float | None) -> str:
 def _alerts(details: Mapping[str, Any]) -> Text:
     if not details["alerts"]:
         return Text("all within their thresholds", style="green")
-    lines = [f"▲ {alert['what']}: {alert['value']:.3g}, limit {alert['limit']:.3g}" for alert in details["alerts"]]
-    return Text("\n".join(lines), style="red")
+    return Text("\n".join(f"▲ {alert['text']}" for alert in details["alerts"]), style="red")
 
 
 def _experts(details: Mapping[str, Any]) -> Table:
@@ -85,14 +84,14 @@ def _experts(details: Mapping[str, Any]) -> Table:
 
 
 def _ranks(details: Mapping[str, Any]) -> Table:
-    """A rank that keeps others waiting longest is the slow one."""
-    shown = Table("rank", "rows", "steps", "waited", "kept waiting", "sent, MB", "memory, MB", box=None)
+    """`waited for`: the share of their time that the others, on average, waited for this rank; the slowest has most."""
+    shown = Table("rank", "rows", "steps", "waited", "waited for", "sent, MB", "memory, MB", box=None)
     for column in shown.columns:
         column.justify = "right"
-    window_s = details["window_s"] or 1.0
+    window_s, others = details["window_s"] or 1.0, max(1, len(details["ranks"]) - 1)
     for rank in details["ranks"]:
         memory = (rank["weight_bytes"] + rank["kv_bytes"]) / 1e6
-        waits = (f"{rank['waited_s'] / window_s:.0%}", f"{rank['kept_waiting_s'] / window_s:.0%}")
+        waits = (f"{rank['waited_s'] / window_s:.0%}", f"{rank['kept_waiting_s'] / others / window_s:.0%}")
         cells = (rank["rank"], rank["rows"], rank["steps"], *waits)
         shown.add_row(*map(str, cells), f"{rank['sent_bytes'] / 1e6:.2f}", f"{memory:.1f}")
     return shown

@@ -68,12 +68,13 @@ class Window:
         return {layer: np.array(rows) for layer, rows in sorted(layers.items())}
 
     @property
-    def kept_waiting_s(self) -> Counter[int]:
+    def kept_waiting_s(self) -> dict[int, float]:
         """By rank: seconds that others waited for it, all together."""
-        total = Counter[int]()
+        total = dict.fromkeys(self.figures, 0.0)
         for rank, figures in self.figures.items():
             for peer, seconds in figures.waited_for_s.items():
-                total[peer] += seconds if peer != rank else 0
+                if peer != rank:
+                    total[peer] = total.get(peer, 0.0) + seconds
         return total
 
     @property
