@@ -92,10 +92,10 @@ def _partial_logits(
 
 @triton.jit
 def _best(score, taken, SIZE: tl.constexpr):
-    """Index of the greatest score of each row among those not taken, the lowest of equal ones; and `taken` with it."""
+    """The greatest score of each row among those not taken, its index, the lowest of equal ones; `taken` with it."""
     index = tl.arange(0, SIZE)[None, :]
-    found = tl.argmax(tl.where(taken, LOWEST, score), 1, tie_break_left=True)
-    return found, taken | (index == found[:, None])
+    best, found = tl.max(tl.where(taken, LOWEST, score), 1, return_indices=True, return_indices_tie_break_left=True)
+    return best, found, taken | (index == found[:, None])
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def _kept(score_TE, BT: tl.constexpr, EP: tl.constexpr, GROUPS: tl.constexpr, KE
         group_TG += tl.max(tl.where(member == first_TG[:, :, None], LOWEST, score_TGM), 2)
     kept_TG = tl.zeros((BT, GROUPS), tl.int1)
     for _ in tl.static_range(KEPT):
-        _, kept_TG = _best(group_TG, kept_TG, GROUPS)
+        _, _, kept_TG = _best(group_TG, kept_TG, GROUPS)
     return tl.broadcast_to(kept_TG[:, :, None], (BT, GROUPS, EP // GROUPS)).reshape(BT, EP)
 
 
@@ -161,8 +161,9 @@ def route_kernel(
         id_TK, weight_TK = tl.zeros((BT, KP), tl.int32), tl.zeros((BT, KP), tl.float32)
         taken = tl.broadcast_to(expert[None, :] >= E, (BT, EP))
         for j in tl.static_range(K):
-            found, taken = _best(candidate, taken, EP)
-            chosen = tl.sum(tl.where(expert[None, :] == found[:, None], score, 0.0), 1)
+            chosen, found, taken = _best(candidate, taken, EP)
+            if CORRECTED:
+                chosen = tl.sum(tl.where(expert[None, :] == found[:, None], score, 0.0), 1)
             id_TK = tl.where(k == j, found[:, None], id_TK)
             weight_TK = tl.where(k == j, chosen[:, None], weight_TK)
         if SCORING == "softmax_of_chosen":
