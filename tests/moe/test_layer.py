@@ -125,6 +125,28 @@ def test_replicated_tokens(layout: str) -> None:
         torch.testing.assert_close(seen.out_TD.double(), dense(seen.x_TD), rtol=1e-5, atol=1e-5)
 
 
+def run_own_part(transport: Transport, layout: Layout, placement: Placement) -> Seen:
+    """All ranks have the same tokens; each does what its group has to do, and counts two of them."""
+    layer, alone = make_layer(transport, layout, placement, torch.float32), transport.subgroup([transport.rank])
+    slots = len(placement.slots[0][layout.at(transport.rank).group])
+    layer = replace(layer, replicated=RaggedDispatcher(alone, Topology((0,)), slots), own=True)
+    transport.traffic.reset()
+    x_TD, counted = tokens_of(4), slice(transport.rank, transport.rank + 2)
+    part_TD = layer.own_part(x_TD, torch.arange(len(x_TD)) != 3, counted)
+    assert sum(transport.traffic.bytes_to) == 0
+    return Seen(x_TD, transport.all_reduce(part_TD), layer.stats)
+
+
+@pytest.mark.parametrize("layout", ["ep4", "ep2tp2"])
+def test_equal_tokens_on_all_ranks_need_no_exchange(layout: str) -> None:
+    chosen = Layout.parse(layout)
+    for seen in run_threads(4, run_own_part, chosen, Placement.round_robin(SPEC, chosen.ep)):
+        expected = dense(seen.x_TD)
+        expected[3] = 0  # a row that only fills up a batch
+        torch.testing.assert_close(seen.out_TD.double(), expected, rtol=1e-5, atol=1e-5)
+        assert seen.stats.take()[0].tokens_E.sum() in (SPEC.router.top_k, 2 * SPEC.router.top_k)
+
+
 def test_bf16_over_two_nodes() -> None:
     layout = Layout.parse("ep3tp2")
     placement = Placement.linear(SPEC, 3)

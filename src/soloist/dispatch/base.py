@@ -30,6 +30,11 @@ class SlotChoice:
     slot_TK: Tensor  # int64: slot within the group
     weight_TK: Tensor  # fp32 gate weight
 
+    def of_group(self, group: int) -> SlotChoice:
+        """What one group is to do, as group 0 of a world where there is no other."""
+        is_own_TK = self.group_TK == group
+        return SlotChoice(is_own_TK.long() - 1, self.slot_TK.where(is_own_TK, -1), self.weight_TK)
+
 
 @dataclass(frozen=True)
 class ExpertBatch:

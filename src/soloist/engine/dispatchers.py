@@ -1,6 +1,7 @@
 """Which dispatchers a rank's MoE layers use, and the memory that the layers share, since they take turns.
 
-tokens stay on this rank            local       one expert group, or one GPU
+tokens stay on this rank            local       one expert group, or one GPU; and replicated tokens of a stage that is
+                                                one attention group: each rank does what its own experts have to do
 peers in one NVLink domain          one_sided   kernels write and read the peers' memory
 anything else, and CPUs             ragged, or hierarchical across nodes, over the transports (engine/crossing.py)
 """
@@ -11,15 +12,18 @@ from collections.abc import Sequence
 
 import torch
 
-from soloist.dispatch.base import Dispatcher
+from soloist.dispatch.base import Dispatcher, Topology
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
 from soloist.dispatch.local import LocalDispatcher, LocalIndex
 from soloist.dispatch.one_sided import OneSidedDispatcher
+from soloist.dispatch.ragged import RaggedDispatcher
 from soloist.engine.crossing import Crossings
 from soloist.engine.options import EngineOptions
 from soloist.engine.world import World
 from soloist.kernels.language import AVAILABLE
+from soloist.placement.placement import Placement
 from soloist.specs.model import ModelSpec
+from soloist.transport.local import LocalGroup, LocalTransport
 
 
 class Dispatchers:
@@ -28,6 +32,7 @@ class Dispatchers:
     def __init__(
         self,
         spec: ModelSpec,
+        placement: Placement,
         slots: Sequence[int],
         world: World,
         options: EngineOptions,
@@ -40,33 +45,44 @@ class Dispatchers:
         layout, seat = world.seat.layout, world.seat
         self.tokens = -(-options.max_batch_tokens // layout.attention_ranks)
         few = min(options.max_batch_tokens, options.replicate_below)
+        # All ranks of the stage have the same replicated tokens, and only one group the expert of a choice.
+        self.own = layout.ep > 1 and layout.attention_ranks == layout.stage_ranks and not placement.has_replicas
         self.crossings = Crossings(spec, world, options, dtype)
         self.index = None
-        if device.type == "cuda" and AVAILABLE and layout.ep == 1 and self.most:
-            self.index = LocalIndex.of(options.max_batch_tokens, spec.router.top_k, self.most, device)
+        if device.type == "cuda" and AVAILABLE and (layout.ep == 1 or self.own) and self.most:
+            tokens = options.max_batch_tokens if layout.ep == 1 else few
+            self.index = LocalIndex.of(tokens, spec.router.top_k, self.most, device)
         stage = tuple(range(seat.stage_start, seat.stage_start + layout.stage_ranks))
         self.sharded = self._one_sided(stage, layout.tp, self.tokens)
         self.replicated = None
-        if layout.attention_ranks > 1 and layout.ep > 1:
+        if layout.attention_ranks > 1 and layout.ep > 1 and not self.own:
             self.replicated = self._one_sided(seat.expert_peers, 1, -(-few * layout.tp // layout.attention_ranks))
 
     @property
     def capturable(self) -> bool:
         """Whether no call asks the host for anything, so that a CUDA graph can hold it."""
-        local = self.index is not None or not self.spec.moe_layers
+        if not self.spec.moe_layers:
+            return True
+        local = self.index is not None
         shared = self.world.attention is None or local or self.replicated is not None
-        return shared and (local or self.sharded is not None)
+        return shared and ((local and not self.own) or self.sharded is not None)
 
     def of(self, slots: int) -> tuple[Dispatcher, Dispatcher]:
         """For tokens that differ between the ranks of a TP group, and for tokens that are the same on all of them."""
-        world, tp = self.world, self.world.seat.layout.tp
+        world, layout = self.world, self.world.seat.layout
         local = LocalDispatcher(slots, self.index) if self.index else None
-        sharded = _resized(self.sharded, slots) or (local if tp == 1 else None)
-        replicated = local or _resized(self.replicated, slots)
+        sharded = _resized(self.sharded, slots) or (local if layout.stage_ranks == 1 else None)
+        replicated = local or _resized(self.replicated, slots) or (self._here(slots) if self.own else None)
         return (
             sharded or self.crossings.of(slots, world.tp),
             replicated or self.crossings.of(slots),
         )
+
+    def _here(self, slots: int) -> Dispatcher:
+        """Within this rank, without kernels."""
+        world = self.world
+        alone = LocalTransport(LocalGroup((world.seat.rank,)), 0, world.root.deadline_s)
+        return RaggedDispatcher(alone, Topology((0,)), slots)
 
     @property
     def nbytes(self) -> int:

@@ -80,7 +80,7 @@ class Runner:
             layer: placement.slots[index][seat.group] for index, layer in enumerate(spec.moe_layers) if layer in stage
         }
         slots = [len(expert_ids) for expert_ids in slots_of.values()]
-        self.dispatchers = Dispatchers(spec, slots, self.world, self.options, self.dtype, self.device)
+        self.dispatchers = Dispatchers(spec, placement, slots, self.world, self.options, self.dtype, self.device)
         nodes, closeness = self.world.topology.node_of_group, Closeness.parse(self.options.replicas)
         for layer, expert_ids in slots_of.items():
             experts = Experts.load(spec, source, layer, expert_ids, seat.tp_index, layout.tp)
@@ -92,6 +92,7 @@ class Runner:
                     table=SlotTable(placement, spec.moe_layers.index(layer), seat.group, self.device, nodes, closeness),
                     dispatcher=sharded,
                     replicated=replicated,
+                    own=self.dispatchers.own,
                     experts=experts,
                     layer=layer,
                     stats=self.stats,

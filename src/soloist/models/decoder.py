@@ -105,9 +105,13 @@ class Block:
             return network(h_TD)
 
     def _replicated(self, h_TD: Tensor, split: TokenSplit) -> Tensor:
-        """Partial sums: every rank has all tokens, the ranks of each `tp` dispatch a slice of them."""
+        """Partial sums: every rank has all tokens. Each uses its own experts, if all groups' ranks are here; otherwise
+        the ranks of each `tp` dispatch a slice of the tokens."""
         slices, index = split.size // self.seat.layout.tp, self.seat.attention_index // self.seat.layout.tp
         start, stop = share(split.tokens, slices, index)
+        if self.moe.own:
+            part_TD = self.moe.own_part(h_TD, split.live_T, slice(start, stop))
+            return self.shared(h_TD) + part_TD if self.shared else part_TD
         live_t, most = split.live(slices, index), split.most(slices)
         part_tD = self.moe(h_TD[start:stop], gather_in_group=False, live_T=live_t, most=most)
         if slices == 1:

@@ -25,7 +25,8 @@ class MoELayer:
     """Router, experts, and the dispatchers that join them.
 
     dispatcher: for tokens that differ between the ranks of a TP group. replicated: for tokens that are the same on all
-    of them; with TP inside the experts its results are partial sums, which the caller adds up over the group.
+    of them; with TP inside the experts its results are partial sums, which the caller adds up over the group. own: it
+    takes the choices of this rank's own group and moves nothing (`own_part`).
     """
 
     router: Router
@@ -34,6 +35,7 @@ class MoELayer:
     replicated: Dispatcher
     experts: Experts
     layer: int = 0
+    own: bool = False
     stats: LoadStats = field(default_factory=lambda: LoadStats(0))
     watch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -80,6 +82,22 @@ class MoELayer:
         with self.watch("exchange"):
             out_TD = returning.wait()
         return out_TD if other_TD is None else out_TD + other_TD
+
+    def own_part(self, x_TD: Tensor, live_T: Tensor | None, counted: slice) -> Tensor:
+        """Partial sums over the groups, where all ranks of the stage have the same tokens: nothing travels.
+
+        counted: the tokens whose choices this rank counts; every token has one rank that does.
+        """
+        where = f"layer {self.layer}"
+        with self.watch("router"):
+            routing, choice = self.choose(x_TD, live_T)
+            choice = choice.of_group(self.table.group)
+        batch, returning = self._through_experts(
+            self.replicated, self.replicated.start_dispatch(x_TD, choice, where), where
+        )
+        live_t = None if live_T is None else live_T[counted]
+        self.stats.record(self.layer, routing.of(counted), batch, live_t)
+        return returning.wait()
 
     def _in_rounds(
         self, x_TD: Tensor, meanwhile: Callable[[], Tensor] | None, gather_in_group: bool, live_T: Tensor | None,

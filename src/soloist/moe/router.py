@@ -30,6 +30,10 @@ class Routing:
     expert_ids_TK: Tensor  # int64: logical experts
     weights_TK: Tensor  # fp32
 
+    def of(self, tokens: slice) -> Routing:
+        """That of some tokens."""
+        return Routing(self.expert_ids_TK[tokens], self.weights_TK[tokens])
+
 
 class Router:
     """Scores every expert for every token and keeps the best `top_k`.

@@ -60,6 +60,7 @@ class Placement(Spec, frozen=True, kw_only=True):
 
     @property
     def has_replicas(self) -> bool:
+        """Whether some expert lies in more than one slot."""
         return any(sum(map(len, groups)) > self.experts for groups in self.slots)
 
     @classmethod
