@@ -15,7 +15,7 @@ from soloist.cli import bench, placement
 from soloist.cli.doctor import doctor
 from soloist.cli.generate import generate
 from soloist.cli.launch import launch
-from soloist.cli.planning import calibrate, cluster, export, plan, scenarios, simulate, validate
+from soloist.cli.planning import calibrate, cluster, crossovers, export, plan, scenarios, simulate, validate
 from soloist.cli.serve import serve, top
 from soloist.errors import ConfigurationError, RequestError, SoloistError
 
@@ -55,7 +55,7 @@ def soloist_(
     """Plan, run and serve Mixture-of-Experts language models with large expert parallelism."""
 
 
-for command in (plan, simulate, scenarios, validate, calibrate, cluster, export, generate):
+for command in (plan, simulate, scenarios, validate, crossovers, calibrate, cluster, export, generate):
     app.command()(command)
 app.command()(serve)
 app.command()(top)

@@ -142,6 +142,13 @@ def export(
         typer.echo(line)
 
 
+def crossovers(as_json: JsonOption = False) -> None:
+    """Where one layout or setting overtakes another: measured by others, with sources, and predicted."""
+    from soloist.planner.commands import run_crossovers
+
+    raise typer.Exit(run_crossovers(as_json))
+
+
 def cluster(
     name: Annotated[
         str | None, typer.Argument(help="A preset, a file, or the output of `nvidia-smi topo -m` or NCCL's XML.")

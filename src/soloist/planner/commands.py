@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from soloist.errors import ConfigurationError
+from soloist.planner import crossovers
 from soloist.planner.calibration import Calibration
 from soloist.planner.claims import Finding, findings
 from soloist.planner.explain import exchange_lines, headline, name_of, one_expert_per_gpu, why
@@ -218,6 +219,24 @@ def run_validate(
     else:
         _print_validation(report, console())
     return int(any(table.bar is not None and table.mape > table.bar for table in report.tables))
+
+
+def run_crossovers(as_json: bool = False) -> int:
+    """Where one setting overtakes another: measured by others and predicted. Status 1 where they differ unexplained."""
+    names = ("crossover", "what", "measured", "predicted", "agrees", "source", "known miss")
+    rows = [
+        (p.crossover, f"{p.first} / {p.second}, {p.at}", f"{p.measured:.2f} x", f"{p.predict():.2f} x", p)
+        for p in crossovers.POINTS
+    ] + [
+        (c.crossover, f"crosses, {c.unit}", f"{c.low:g} to {c.high:g}", f"{c.predicted():.0f}", c)
+        for c in crossovers.CROSSINGS
+    ]
+    texts = [[*texts, "yes" if found.agrees else "no", found.source, found.off] for *texts, found in rows]
+    if as_json:
+        print(msgspec.json.encode([dict(zip(names, text, strict=True)) for text in texts]).decode())
+    else:
+        console().print(_grid(names, texts))
+    return int(any(text[4] == "no" and not text[6] for text in texts))
 
 
 def run_fit(measurements: str | Path) -> int:
