@@ -114,7 +114,43 @@ def test_deepseek_as_released(deepseek: tuple[Path, ModelSpec]) -> None:
         assert torch.equal(source.read(param), weight * wide)
 
 
-@pytest.mark.parametrize("form", ["gpt_oss", "deepseek"])
+@pytest.fixture(scope="module")
+def by_row(tmp_path_factory) -> tuple[Path, ModelSpec]:
+    """A tiny Qwen3-MoE in fp8 with a scale for each row, as compressed-tensors keeps it."""
+    folder = tmp_path_factory.mktemp("by_row")
+    save_tiny("qwen3_moe", folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = (tensors[name] * 60).to(torch.float8_e4m3fn)
+        tensors[name + "_scale"] = torch.rand(len(tensors[name]), 1, generator=generator).bfloat16() / 60
+    save_file(tensors, folder / "model.safetensors")
+    return folder, read_config(folder)
+
+
+def test_rows_with_a_scale_each(by_row: tuple[Path, ModelSpec]) -> None:
+    folder, spec = by_row
+    tensors, source = load_file(folder / "model.safetensors"), Checkpoint(folder, spec, torch.float32)
+    name, param = f"{EXPERT}2.down_proj.weight", Param("down", 1, 2)
+    weight, scale = tensors[name], tensors[name + "_scale"].float()
+    assert torch.equal(source.read(param), weight.float() * scale)
+    found, scales = source.read_fp8(param, rows=(3, 9), columns=(2, 7))
+    assert torch.equal(found.float(), weight[3:9, 2:7].float())
+    assert torch.equal(scales, scale[3:9, 0])
+    assert source.fp8_form(param) == "row"
+    assert source.fp8_form(Param("router", 1)) is None
+
+
+def test_blocks_as_they_are_stored(deepseek: tuple[Path, ModelSpec]) -> None:
+    folder, spec = deepseek
+    source, param = Checkpoint(folder, spec, torch.float32), Param("up", 1, 3)
+    weight, scale = source.read_fp8(param, rows=(0, 128))
+    assert source.fp8_form(param) == "block"
+    assert scale.shape == (1, 2)
+    assert torch.equal(dequantise_fp8(weight, scale), source.read(param, rows=(0, 128)))
+
+
+@pytest.mark.parametrize("form", ["gpt_oss", "deepseek", "by_row"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_rectangles_off_the_blocks(request: pytest.FixtureRequest, form: str, data: st.DataObject) -> None:
@@ -174,5 +210,7 @@ def test_a_quantised_value_that_is_not_finite(deepseek, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(torch.uint8)[3, 4] = 0x7F  # e4m3fn's NaN
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"{name}: expected finite numbers .* found 1 "):
-        Checkpoint(tmp_path, spec, torch.float32).read(Param("up", 1, 0))
+    source = Checkpoint(tmp_path, spec, torch.float32)
+    for read in (source.read, source.read_fp8):
+        with pytest.raises(CheckpointError, match=rf"{name}: expected finite numbers .* found 1 "):
+            read(Param("up", 1, 0))

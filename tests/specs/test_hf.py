@@ -163,6 +163,8 @@ def test_folder_without_config(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+BY_ROW = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
 
 
@@ -239,6 +241,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_oss", {"quantization_config": FP8}, r"quantization_config\.quant_method = 'fp8'"),
     ("deepseek_v3", {"quantization_config": FP8 | {"weight_block_size": [64, 64]}}, r"weight_block_size = \[64, 64\]"),
     ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, r"weight_block_size = None"),
+    (
+        "mixtral",
+        {"quantization_config": COMPRESSED | {"config_groups": {"a": {"weights": BY_ROW | {"strategy": "tensor"}}}}},
+        r"config_groups\.a\.weights\.strategy = 'tensor': only 'channel'",
+    ),
+    ("mixtral", {"quantization_config": COMPRESSED | {"format": "int-quantized"}}, r"format = 'int-quantized'"),
     ("deepseek_v3", {"quantization_config": FP8 | {"activation_scheme": "static"}}, r"activation_scheme = 'static'"),
 ]
 

@@ -37,6 +37,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     exchange_buffer_MB: float = 64.0  # of a chunk under way, on a rank
     network_link: str | None = None  # "MB/s,µs" of a rank's exchange across nodes; None: measured at the start
     inside_link: str | None = None  # the same inside a node
+    keep_fp8: bool = True  # experts of an fp8 checkpoint stay in fp8 where a GPU's kernels serve them
     block_size: int = 0  # tokens of a KV block; 0: 64 on a GPU, 16 on a CPU
     kv_tokens: int | None = None  # KV cache of each attention group; None: what memory allows, on a CPU 32 k at most
     gpu_memory_fraction: float = 0.9

@@ -30,7 +30,7 @@ from soloist.models.layers import TokenSplit
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput, to_device
 from soloist.models.weights import WeightSource
-from soloist.moe.experts import Experts
+from soloist.moe.fp8_experts import load_experts
 from soloist.moe.layer import MoELayer
 from soloist.moe.recorder import RoutingRecorder
 from soloist.moe.router import Router, SlotTable
@@ -83,7 +83,8 @@ class Runner:
         self.dispatchers = Dispatchers(spec, placement, slots, self.world, self.options, self.dtype, self.device)
         nodes, closeness = self.world.topology.node_of_group, Closeness.parse(self.options.replicas)
         for layer, expert_ids in slots_of.items():
-            experts = Experts.load(spec, source, layer, expert_ids, seat.tp_index, layout.tp)
+            keep = self.options.keep_fp8 and self.device.type == "cuda"
+            experts = load_experts(spec, source, layer, expert_ids, seat.tp_index, layout.tp, keep)
             sharded, replicated = self.dispatchers.of(len(expert_ids))
             yield (
                 layer,

@@ -22,7 +22,7 @@ from soloist.kernels.quantise import FP8, quantise
 
 @dataclass(frozen=True)
 class ExpertTiles:
-    """How the two GEMMs of a batch are cut."""
+    """How the two GEMMs of a batch are cut. gather: the first one reads rows through the index, not expanded ones."""
 
     gate_up: Tile
     down: Tile
@@ -37,6 +37,8 @@ MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), gath
 MANY_ROWS_NARROW = ExpertTiles(MANY_ROWS.gate_up, Tile(128, 256, 64, 8, 3, hopper=True), gather=False)
 NARROW = 1024
 FP32_ROWS = ExpertTiles(Tile(32, 32, 32, 4, 3, 2), Tile(32, 64, 32, 4, 3, 2), gather=True)  # not measured: for tests
+# fp8 weights: few rows (not measured), and many, with a scale a row or one for a block.
+FP8_FEW_ROWS = ExpertTiles(Tile(64, 64, BLOCK, 4, 4), Tile(64, 128, BLOCK, 4, 4), gather=True)
 FP8_ROWS = ExpertTiles(Tile(128, 128, 128, 8, 4), Tile(128, 256, 128, 8, 4), gather=False)
 FP8_BLOCKS = ExpertTiles(
     Tile(128, 64, BLOCK, stages=4, hopper=True), Tile(128, 128, BLOCK, stages=4, hopper=True), gather=False
@@ -52,6 +54,13 @@ def choose_tiles(rows_per_slot: float, width: int, dtype: torch.dtype = torch.bf
     if rows_per_slot <= 96:
         return SOME_ROWS
     return MANY_ROWS_NARROW if width <= NARROW else MANY_ROWS
+
+
+def choose_fp8_tiles(rows_per_slot: float, in_blocks: bool) -> ExpertTiles:
+    """The same for weights in fp8 with a scale a row, or one for a block."""
+    if rows_per_slot <= 96:
+        return FP8_FEW_ROWS
+    return FP8_BLOCKS if in_blocks else FP8_ROWS
 
 
 def fits(tiles: ExpertTiles, d_model: int, width: int) -> bool:
@@ -113,10 +122,11 @@ class Fp8Experts:
 
     def forward(self, rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, tiles: ExpertTiles) -> Tensor:
         """y_XD in rows_RD's dtype. Rows and hidden activations are quantised on the way."""
-        q_RD, scale_RB = quantise(rows_RD, self.width)
-        q_XD, scale_XB = expand_rows(q_RD, row_X, offsets_S, scale_RB)
+        q, scale = quantise(rows_RD, self.width)
+        if not tiles.gather:
+            q, scale = expand_rows(q, row_X, offsets_S, scale)
         hidden_XF = grouped_gemm(
-            q_XD, self.gate_up_SND, offsets_S, tiles.gate_up, gated=True, scale_R=scale_XB,
+            q, self.gate_up_SND, offsets_S, tiles.gate_up, row_X if tiles.gather else None, gated=True, scale_R=scale,
             scale_SN=self.gate_up_scale, dtype=rows_RD.dtype,
         )  # fmt: skip
         q_XF, scale_XB = quantise(hidden_XF, self.width, offsets_S)

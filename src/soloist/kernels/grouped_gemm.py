@@ -87,6 +87,8 @@ def _is_hopper(device: torch.device) -> bool:
 def _programs(tile: Tile, device: torch.device) -> int:
     if tile.programs is not None:
         return tile.programs
+    if device.type != "cuda":
+        return 1  # in the interpreter
     return tile.per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -19,6 +19,7 @@ from soloist.models.quantised import FP8_BLOCK, dequantise_fp8, dequantise_mxfp4
 from soloist.models.reading import THREADS
 from soloist.models.shards import Shards
 from soloist.models.weights import Span, dtype_of
+from soloist.moe.reader import Fp8Form
 from soloist.specs.hub import locate
 from soloist.specs.model import ModelSpec
 from soloist.specs.parameters import Param, Shape, parameters
@@ -76,6 +77,26 @@ class Checkpoint:
             self._refuse_not_finite(out, place.tensor)
         return out
 
+    def fp8_form(self, param: Param) -> Fp8Form | None:
+        """See `Fp8Reader`."""
+        place, _ = self._places[param]
+        form = self._form_of(place)
+        return form if form == "row" or (form == "block" and place.first % FP8_BLOCK == 0) else None
+
+    def read_fp8(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> tuple[Tensor, Tensor]:
+        """See `Fp8Reader`."""
+        place, shape = self._places[param]
+        (start, stop), across = (span or (0, n) for n, span in zip(shape, (rows, columns), strict=True))
+        weight, scale = self._fetch_fp8(place, (place.first + start, place.first + stop), across)
+        self._refuse_not_finite(weight.bfloat16(), place.tensor)
+        self._refuse_not_finite(scale, self._scales(place.tensor))
+        return weight, scale.float().squeeze(1) if self._form_of(place) == "row" else scale.float()
+
+    def _form_of(self, place: Stored) -> Fp8Form | None:
+        if self._shards.tensors[place.tensor].dtype != "F8_E4M3":
+            return None
+        return "row" if self._scales(place.tensor).endswith("_scale") else "block"
+
     def _values(self, place: Stored, spans: list[Span]) -> Tensor:
         """The wanted rectangle in any float dtype; may be a view of memory that is not the caller's."""
         (start, stop), *inner = spans
@@ -105,15 +126,20 @@ class Checkpoint:
         return self._fetch(place.tensor, place.index, [outer, *inner])
 
     def _read_fp8(self, place: Stored, rows: Span, columns: Span) -> Tensor:
-        blocks = [_touched(span, FP8_BLOCK) for span in (rows, columns)]
-        weight = self._fetch(place.tensor, place.index, [rows, columns])
-        scale = self._fetch(_scales(place.tensor), place.index, blocks)
+        weight, scale = self._fetch_fp8(place, rows, columns)
         return dequantise_fp8(weight, scale, rows[0] % FP8_BLOCK, columns[0] % FP8_BLOCK)
+
+    def _fetch_fp8(self, place: Stored, rows: Span, columns: Span) -> tuple[Tensor, Tensor]:
+        """Values, and the scales of all blocks that they touch, or of their rows `[rows, 1]`."""
+        by_row = self._form_of(place) == "row"
+        scaled = [rows, (0, 1)] if by_row else [_touched(span, FP8_BLOCK) for span in (rows, columns)]
+        scale = self._fetch(self._scales(place.tensor), place.index, scaled).clone()  # the next read may overwrite it
+        return self._fetch(place.tensor, place.index, [rows, columns]), scale
 
     def _read_mxfp4(self, place: Stored, rows: Span, columns: Span) -> Tensor:
         groups = _touched(columns, MXFP4_GROUP)
         blocks = self._fetch(place.tensor, place.index, [rows, groups])
-        values = dequantise_mxfp4(blocks, self._fetch(_scales(place.tensor), place.index, [rows, groups]))
+        values = dequantise_mxfp4(blocks, self._fetch(self._scales(place.tensor), place.index, [rows, groups]))
         start = columns[0] - groups[0] * MXFP4_GROUP
         return values[:, start : start + columns[1] - columns[0]]
 
@@ -151,18 +177,27 @@ class Checkpoint:
     def _tensors(self, place: Stored) -> list[str]:
         """The tensors that hold a weight: itself, and its scales where it is quantised."""
         quantised = place.form == "mxfp4" or self._shards.tensors[place.tensor].dtype == "F8_E4M3"
-        return [place.tensor, _scales(place.tensor)] if quantised else [place.tensor]
+        return [place.tensor, self._scales(place.tensor)] if quantised else [place.tensor]
+
+    def _scales(self, tensor: str) -> str:
+        """The name of what holds a tensor's scales; that of blocks where none is there."""
+        if tensor.endswith("_blocks"):
+            return tensor.removesuffix("_blocks") + "_scales"
+        by_block, by_row = f"{tensor}_scale_inv", f"{tensor}_scale"
+        return by_row if by_row in self._shards.tensors and by_block not in self._shards.tensors else by_block
 
     def _check_tensor(self, place: Stored, is_matrix: bool) -> None:
         if place.form == "mxfp4":
             self._expect(place.tensor, place.shape, ("U8",))
-            self._expect(_scales(place.tensor), place.shape[:-1], ("U8",))
+            self._expect(self._scales(place.tensor), place.shape[:-1], ("U8",))
             return
         may_be_fp8 = is_matrix and not place.transposed
         self._expect(place.tensor, place.shape, (*_PLAIN, "F8_E4M3") if may_be_fp8 else _PLAIN)
         if self._shards.tensors[place.tensor].dtype == "F8_E4M3":
             *head, rows, columns = place.shape
-            self._expect(_scales(place.tensor), (*head, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)), _PLAIN)
+            of_blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+            size = (rows, 1) if self._form_of(place) == "row" else of_blocks
+            self._expect(self._scales(place.tensor), (*head, *size), _PLAIN)
 
     def _expect(self, name: str, shape: Shape, dtypes: tuple[str, ...]) -> None:
         found = self._shards.tensors.get(name)
@@ -178,10 +213,6 @@ class Checkpoint:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             shown = ", ".join(names[:_SHOWN])
             raise CheckpointError(f"{self._shards.folder}: {len(names)} tensors {what}: {shown}{more}")
-
-
-def _scales(tensor: str) -> str:
-    return tensor.removesuffix("_blocks") + "_scales" if tensor.endswith("_blocks") else f"{tensor}_scale_inv"
 
 
 def _touched(span: Span, block: int) -> Span:

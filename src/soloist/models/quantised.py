@@ -1,7 +1,8 @@
 """Released weights in eight and four bits, turned into numbers.
 
-fp8: float8_e4m3fn with one fp32 factor for each block of 128 × 128 (DeepSeek-V3). MXFP4: e2m1 values, two in a byte,
-the low nibble first, with one e8m0 exponent for each 32 values of a row (OCP Microscaling Formats 1.0).
+fp8: float8_e4m3fn with one factor for each block of 128 × 128 (DeepSeek-V3), or for each row (compressed-tensors).
+MXFP4: e2m1 values, two in a byte, the low nibble first, with one e8m0 exponent for each 32 values of a row (OCP
+Microscaling Formats 1.0).
 Shape legend: R rows, C columns, G groups of 32 columns.
 """
 
@@ -16,10 +17,12 @@ _E8M0_BIAS, _E8M0_NAN = 127, 255
 
 
 def dequantise_fp8(weight_RC: Tensor, scale: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
-    """fp32 values of a rectangle of a matrix, given the factors of all blocks that it touches.
+    """fp32 values of a rectangle of a matrix, given the factors of all blocks that it touches, or `[rows, 1]`.
 
     `first_row` and `first_column` say where the rectangle starts within its first block.
     """
+    if scale.shape == (len(weight_RC), 1):
+        return weight_RC.float() * scale.float()
     rows_R = _blocks(weight_RC.shape[0], first_row, weight_RC)
     columns_C = _blocks(weight_RC.shape[1], first_column, weight_RC)
     return weight_RC.float() * scale.float()[rows_R][:, columns_C]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from soloist.moe.reader import Reader, Span
 from soloist.specs.layout import share
 from soloist.specs.model import ExpertSpec, ModelSpec
 from soloist.specs.parameters import Param
+
+
+def span_of(spec: ModelSpec, tp: int, tp_index: int) -> Span:
+    """A rank's share of the experts' width."""
+    if tp > spec.expert.width:
+        raise ConfigurationError.of("layout.tp", tp, f"experts have a width of {spec.expert.width}; use a lower tp")
+    return share(spec.expert.width, tp, tp_index)
 
 
 class Experts:
@@ -48,11 +56,9 @@ class Experts:
     @classmethod
     def load(
         cls, spec: ModelSpec, source: Reader, layer: int, expert_ids: Sequence[int], tp_index: int = 0, tp: int = 1
-    ) -> Experts:
+    ) -> Self:
         """`expert_ids` are the logical experts in the slots of this rank's group; `layer` counts all layers."""
-        if tp > spec.expert.width:
-            raise ConfigurationError.of("layout.tp", tp, f"experts have a width of {spec.expert.width}; use a lower tp")
-        span = share(spec.expert.width, tp, tp_index)
+        span = span_of(spec, tp, tp_index)
         experts = cls.empty(spec, source, len(expert_ids), span, has_down_bias=tp_index == 0)
         mode = torch.is_inference_mode_enabled()  # each thread has its own
 
@@ -66,7 +72,7 @@ class Experts:
         return experts
 
     @classmethod
-    def empty(cls, spec: ModelSpec, source: Reader, slots: int, span: Span, has_down_bias: bool) -> Experts:
+    def empty(cls, spec: ModelSpec, source: Reader, slots: int, span: Span, has_down_bias: bool) -> Self:
         """Slots that hold nothing yet, in the dtype and on the device of the source."""
 
         def make(*shape: int) -> Tensor:
@@ -123,6 +129,10 @@ class Experts:
             return None
         tiles = choose_tiles(rows_per_slot, self.down.shape[2], self.down.dtype)
         return tiles if fits(tiles, *self.down.shape[1:]) else None
+
+    def takes_rows(self, tiles: ExpertTiles) -> bool:
+        """Whether `expanded` works from the rows as they came, and nobody needs to expand them."""
+        return tiles.gather
 
     def expanded(self, batch: ExpertBatch, tiles: ExpertTiles, x_XD: Tensor | None = None) -> Tensor:
         """y_XD: what each expanded row's expert makes of it. `x_XD`: the expanded rows, where they are made already."""

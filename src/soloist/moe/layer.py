@@ -121,7 +121,8 @@ class MoELayer:
             tiles = self.experts.tiles(coming.rows * self.router.spec.top_k / self.router.experts)
             if tiles is not None:
                 with self.watch("exchange"):
-                    batch, x_XD = (coming.wait(), None) if tiles.gather else coming.wait_expanded()
+                    as_they_come = self.experts.takes_rows(tiles)
+                    batch, x_XD = (coming.wait(), None) if as_they_come else coming.wait_expanded()
                 with self.watch("experts"):
                     y_XD = self.experts.expanded(batch, tiles, x_XD)
                 with self.watch("exchange"):

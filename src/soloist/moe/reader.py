@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,3 +24,19 @@ class Reader(Protocol):
         ...
 
     def read(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> Tensor: ...
+
+
+Fp8Form = Literal["row", "block"]  # what has a scale of its own: a row, or a block of 128 × 128
+
+
+@runtime_checkable
+class Fp8Reader(Protocol):
+    """A reader that can also give weights in fp8 (e4m3) as they are stored."""
+
+    def fp8_form(self, param: Param) -> Fp8Form | None:
+        """How a weight's scales are kept; None where the weight is not in fp8, or can only be read as numbers."""
+        ...
+
+    def read_fp8(self, param: Param, rows: Span | None = None, columns: Span | None = None) -> tuple[Tensor, Tensor]:
+        """Values and scales (fp32): `[rows]`, or `[rows / 128, columns / 128]` of spans that end where blocks do."""
+        ...

@@ -46,11 +46,26 @@ _KEYS = {
 }
 
 
+class _QuantisedWeights(msgspec.Struct):
+    """Of compressed-tensors."""
+
+    num_bits: int = 0
+    type: str = "int"
+    strategy: str | None = None
+    symmetric: bool = True
+
+
+class _QuantisedGroup(msgspec.Struct):
+    weights: _QuantisedWeights = msgspec.field(default_factory=_QuantisedWeights)
+
+
 class _Quantisation(msgspec.Struct):
     quant_method: str
     weight_block_size: list[int] | None = None
     fmt: str = "e4m3"
     activation_scheme: str = "dynamic"
+    format: str | None = None
+    config_groups: dict[str, _QuantisedGroup] = {}
 
 
 class _Quantised(msgspec.Struct):
@@ -126,18 +141,30 @@ def _refuse_unread(raw: dict[str, Any], kind: type[Family]) -> None:
 
 
 def _check_quantisation(raw: dict[str, Any]) -> None:
-    """Only the released forms that the checkpoint reader dequantises: 128×128-block fp8, and gpt-oss's MXFP4."""
+    """Only the released forms that the checkpoint reader knows: fp8 with a scale for 128×128 values or for a row, and
+    gpt-oss's MXFP4."""
     if "quantization_config" not in raw:
         return
     given = convert({"quantization_config": raw["quantization_config"]}, _Quantised).quantization_config
-    if given.quant_method != ("mxfp4" if raw["model_type"] == "gpt_oss" else "fp8"):
-        remedy = "is not supported: fp8 in blocks of 128×128 is, and mxfp4 for gpt_oss; or take the bfloat16 weights"
+    known = ("mxfp4",) if raw["model_type"] == "gpt_oss" else ("fp8", "compressed-tensors")
+    if given.quant_method not in known:
+        remedy = "is not supported: fp8 in blocks of 128×128 or by row is, mxfp4 for gpt_oss; or take bfloat16 weights"
         raise ConfigurationError.of("quantization_config.quant_method", given.quant_method, remedy)
     if given.quant_method == "fp8":
-        for key, value in {"weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}.items():
-            if getattr(given, key) != value:
-                remedy = f"only {value!r} is supported: take the bfloat16 weights"
-                raise ConfigurationError.of(f"quantization_config.{key}", getattr(given, key), remedy)
+        wanted = {"weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
+        _expect_quantised("quantization_config", given, wanted)
+    if given.quant_method == "compressed-tensors":
+        _expect_quantised("quantization_config", given, {"format": "float-quantized"})
+        for name, group in given.config_groups.items():
+            wanted = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+            _expect_quantised(f"quantization_config.config_groups.{name}.weights", group.weights, wanted)
+
+
+def _expect_quantised(where: str, given: msgspec.Struct, wanted: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        if getattr(given, key) != value:
+            remedy = f"only {value!r} is supported: take the bfloat16 weights"
+            raise ConfigurationError.of(f"{where}.{key}", getattr(given, key), remedy)
 
 
 def _eos_ids(value: object) -> tuple[int, ...]:
