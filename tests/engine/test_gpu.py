@@ -9,16 +9,21 @@ from statistics import mean
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from soloist.engine.llm import LLM, Prompt
 from soloist.engine.outputs import RequestOutput
 from soloist.scheduling.request import SamplingParams
+from tests.models.tiny import save_tiny
 
 NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
 PROMPTS = ["It was a dark and stormy night, and", "The old house upon the hill", "My dear Watson,", "She"]
 GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
 SCORED = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
 BF16_NATS = 0.08  # mean over tokens; transformers' own bf16 differs from its fp32 by 0.05 on these prompts
+
+FP8_NATS = 0.3  # activations of the experts keep three bits behind the point
 
 
 def answer(
@@ -81,6 +86,40 @@ def test_a_layer_of_the_reference_model_runs_in_bf16() -> None:
     assert len(first.outputs[0].tokens) == 8
     assert first.outputs[0].tokens == second.outputs[0].tokens
     assert all(math.isfinite(token.logprob) for token in first.outputs[0].logprobs)
+
+
+FP8_SIZES = {"hidden_size": 256, "moe_intermediate_size": 256, "n_shared_experts": 1, "num_experts_per_tok": 3}
+
+
+def in_fp8(folder: Path, by_row: bool, **sizes: int) -> Path:
+    """A tiny DeepSeek-V3 whose experts are in fp8, with a scale for 128 × 128 values or for a row."""
+    save_tiny("deepseek_v3", folder, **sizes)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        weight = tensors[name].float()
+        high, wide = (1, weight.shape[1]) if by_row else (128, 128)
+        blocks = weight.unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+        scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+        tensors[name] = (blocks / scale).view(weight.shape).to(torch.float8_e4m3fn)
+        tensors[name + ("_scale" if by_row else "_scale_inv")] = scale[:, 0, :, 0].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_row", [False, True], ids=["blocks", "rows"])
+def test_experts_that_stay_in_fp8_are_within_its_rounding(tmp_path: Path, by_row: bool) -> None:
+    """Prefill of long and short prompts and captured decoding, against the same weights as numbers in bf16."""
+    folder = in_fp8(tmp_path, by_row, **FP8_SIZES)
+    prompts = [[(5 * i + 3 * n) % 131 for i in range(length)] for n, length in enumerate((200, 7, 60))]
+    greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+    found = []
+    for keep in (True, False):
+        with LLM(folder, device="cuda", dtype="bfloat16", keep_fp8=keep, show_progress=False) as llm:
+            answers = llm.generate(prompts, greedy)
+        assert all(len(answer.outputs[0].tokens) == 8 for answer in answers)
+        found.append([token.logprob for answer in answers for token in answer.prompt_logprobs])
+    assert 0 < mean_difference(*found) < FP8_NATS
 
 
 @pytest.mark.multigpu

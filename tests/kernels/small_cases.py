@@ -26,6 +26,7 @@ from soloist.kernels.choose_triton import choose_fused
 from soloist.kernels.experts import (
     FEW_ROWS,
     FP8_BLOCKS,
+    FP8_FEW_ROWS,
     FP8_ROWS,
     MANY_ROWS,
     MANY_ROWS_NARROW,
@@ -232,6 +233,8 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, many rows": lambda: experts(MANY_ROWS),
     "experts, many rows, narrow": lambda: experts(MANY_ROWS_NARROW),
     "fp8 experts, a scale a row": lambda: fp8_experts(None, FP8_ROWS),
+    "fp8 experts, a scale a row, few rows": lambda: fp8_experts(None, FP8_FEW_ROWS),
+    "fp8 experts, blocks, few rows": lambda: fp8_experts(BLOCK, FP8_FEW_ROWS),
     "fp8 experts, blocks": lambda: fp8_experts(BLOCK, FP8_BLOCKS),
     "router": router,
     "norms": norms,
