@@ -59,7 +59,8 @@ def test_every_part_is_what_was_predicted(spec: ModelSpec, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "top_k", "slots"), [("ep4", 2, 4), ("ep2tp2", 2, 8), ("attn2ep4", 8, 2), ("tp2", 2, 8), ("ep1", 3, 4)]
+    ("text", "top_k", "slots"),
+    [("ep4", 2, 4), ("ep2tp2", 2, 8), ("attn2ep4", 8, 2), ("attn4ep4", 8, 2), ("tp2", 2, 8), ("ep1", 3, 4)],
 )
 def test_windows_of_the_one_sided_exchange(text: str, top_k: int, slots: int) -> None:
     """The prediction against lanes over memory of one process; 1 %: flags and alignment are left out."""
@@ -69,9 +70,11 @@ def test_windows_of_the_one_sided_exchange(text: str, top_k: int, slots: int) ->
     few = -(-REPLICATED * layout.tp // layout.attention_ranks)
     each = -(-load.step_tokens // layout.attention_ranks)
     capacities = [(layout.stage_ranks, layout.tp, each)] if layout.stage_ranks > 1 else []
-    capacities += [(layout.ep, 1, few)] if layout.attention_ranks > 1 and layout.ep > 1 else []
-    if layout.ep == 1:
-        index = LocalIndex.of(load.step_tokens, top_k, slots, torch.device("cpu"))
+    stays = layout.ep == 1 or layout.attention_groups == 1
+    capacities += [(layout.ep, 1, few)] if layout.attention_ranks > 1 and not stays else []
+    if stays:
+        tokens = load.step_tokens if layout.ep == 1 else REPLICATED
+        index = LocalIndex.of(tokens, top_k, slots, torch.device("cpu"))
         found += sum(tensor.nbytes for tensor in vars(index).values())
     for ranks, tp, capacity in capacities:
         shape = ExchangeShape(ranks, tp, slots, top_k, spec.d_model, capacity, torch.float32)

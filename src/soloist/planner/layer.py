@@ -219,13 +219,15 @@ def _exchange_parts(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kern
 def _own_exchange(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, runtime: Runtime) -> Parts:
     """Inside a node, by our own kernels (engine/dispatchers.py).
 
-    Few tokens: every rank of an attention group has all of them, each expert group takes a slice, and a sum follows.
+    Few tokens: every rank of an attention group has all of them, and a sum follows. If it is the whole stage, each rank
+    does what its own experts have to do; otherwise, or with replicas, each expert group takes a slice and sends it off.
     More: each rank sends its own to all ranks of the groups that they chose, and gets their sums back.
     """
     layout, skew = d.layout, load.fullest if d.skew else 1.0
     replicated = layout.attention_ranks > 1 and batch.tokens < kernels.replicates_below
-    ranks, tp = (layout.ep, 1) if replicated else (layout.stage_ranks, layout.tp)
-    slices = layout.attention_ranks // layout.tp if replicated else layout.attention_ranks
+    stays = replicated and layout.attention_groups == 1 and not d.replicas
+    ranks, tp = (1 if stays else layout.ep, 1) if replicated else (layout.stage_ranks, layout.tp)
+    slices = 1 if stays else layout.attention_ranks // layout.tp if replicated else layout.attention_ranks
     tokens, parts = batch.tokens / slices, {}
     for phase, dtype in (("dispatch", d.precision.dispatch), ("combine", d.precision.combine)):
         mode = "local" if ranks == 1 else "pushed" if tokens <= PADDED_TOKENS else "ragged"

@@ -95,8 +95,8 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
     """A window has room for every token that any rank could send: rows there, results of the experts, rows home.
 
     Beside it lie choices and weights, and the index of expanded rows. Attention groups of several ranks have a second
-    one for steps of few tokens, which all of their ranks have. A single expert group has an index of its own tokens
-    (dispatch/local.py), and a GPU by itself nothing else.
+    one for steps of few tokens, which all of their ranks have. Where these tokens need not travel (one expert group, or
+    one attention group and no replicas), there is an index (dispatch/local.py) instead; a GPU by itself has only that.
     """
     top_k, size = spec.router.top_k, BYTES[precision.combine]
 
@@ -107,9 +107,10 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
 
     attention = layout.attention_ranks
     found = window(layout.stage_ranks, -(-load.step_tokens // attention)) if layout.stage_ranks > 1 else 0.0
-    if layout.ep == 1:
-        tokens, expanded = load.step_tokens, load.step_tokens * min(top_k, max(slots, 1))
-        return found + 12 * expanded + 4 * (tokens * top_k + slots)
+    has_replicas = slots * layout.ep > spec.experts
+    if layout.ep == 1 or (layout.attention_groups == 1 and not has_replicas):
+        tokens = load.step_tokens if layout.ep == 1 else min(load.step_tokens, REPLICATED)
+        return found + 12 * tokens * min(top_k, max(slots, 1)) + 4 * (tokens * top_k + slots)
     if attention > 1:
         found += window(layout.ep, -(-REPLICATED * layout.tp // attention))
     return found

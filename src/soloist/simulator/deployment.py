@@ -11,7 +11,7 @@ from soloist.errors import CapacityError
 from soloist.placement.balance import balance
 from soloist.placement.placement import Placement
 from soloist.planner.calibration import Calibration
-from soloist.planner.kernels import Kernels
+from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import Plan, placement_of
 from soloist.planner.precision import Precision
@@ -43,7 +43,7 @@ class Setup(Spec, frozen=True, kw_only=True):
     options: Options = Options()
     max_sequences: int = 256  # of a batch
     calibration: Calibration | None = None  # over the published one
-    library: str = "deepep-v1"  # whose exchange kernels
+    library: str = ""  # whose exchange kernels; the system's own by default
     system: str = "soloist"  # whose fixed costs and overlap
 
     @classmethod
@@ -73,7 +73,8 @@ class Setup(Spec, frozen=True, kw_only=True):
         """The planner's view of this deployment under a load."""
         published = Calibration.published()
         used = self.calibration.over(published) if self.calibration else published
-        return Scorer(Kernels(self.cluster, used, self.library), Runtime.named(self.system, used), load)
+        library = self.library or library_of(self.system, used)
+        return Scorer(Kernels(self.cluster, used, library), Runtime.named(self.system, used), load)
 
 
 def simulate(
