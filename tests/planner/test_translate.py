@@ -46,7 +46,17 @@ def test_what_does_not_work_is_noted() -> None:
     assert "cuts each expert" in read_command("vllm serve M -tp 1 -dp 8").notes[0]
 
 
-@pytest.mark.parametrize("text", ["", "llama-server -m x", "vllm bench M", "vllm serve M -tp zero"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "llama-server -m x",
+        "vllm bench M",
+        "vllm serve M -tp zero",
+        'vllm serve "M',
+        "vllm serve M --eplb-config {bad",
+    ],
+)
 def test_other_commands_are_refused(text: str) -> None:
     with pytest.raises(ConfigurationError):
         read_command(text)
@@ -75,6 +85,15 @@ def test_advice_names_flags_and_gain() -> None:
     assert advice.gain > 0.2
     assert "--attn-dp-size" in advice.flags
     assert any("GPU time of a token" in note for note in advice.notes)
+
+
+def test_advice_compares_like_with_like() -> None:
+    """A limit of the command holds for the change, too; what does not fit at once is said."""
+    text = f"{SGLANG} deepseek-ai/DeepSeek-V3 --tp 16 --ep 16 --max-running-requests 512"
+    advice = advise(text, cluster("hgx-h100"), Load.parse("prompt=1000,output=1000"), Calibration.published())
+    assert advice.best is not None
+    assert advice.best.sequences == 512
+    assert any("sequences only" in note for note in advice.notes)
 
 
 def test_models_by_hub_id() -> None:

@@ -24,7 +24,7 @@ from soloist.planner.report import CASE_COLUMNS, CLAIM_COLUMNS, case_row, claim_
 from soloist.planner.runtime import Runtime
 from soloist.planner.scenarios import Case, Scenario, cases, load_scenarios
 from soloist.planner.score import Options, Score, Scorer
-from soloist.planner.search import Found, batches, search
+from soloist.planner.search import Found, at_best, search
 from soloist.planner.sweep import SweepPoint, sweep
 from soloist.planner.tables import PUBLISHED
 from soloist.planner.translate import advise
@@ -56,7 +56,7 @@ def run_plan(
     found = search(model, spec, gpus, wanted, scorer, dtypes, options)
     show = console()
     _print_front(found, show)
-    for line in _conclusions(found, _baseline(baseline, gpus, found.best, scorer)):
+    for line in _conclusions(found, _baseline(baseline, gpus, found.best, scorer), wanted):
         show.print(line, highlight=False)
     for line in exchange_lines(found.best, spec) if explain else []:
         show.print(line, highlight=False)
@@ -97,14 +97,12 @@ def _baseline(text: str, gpus: int, best: Score, scorer: Scorer) -> Score | None
         layout = msgspec.structs.replace(layout, dp=times)
     d = best.deployment
     other = Deployment(model=d.model, layout=layout, precision=d.precision, skew=d.skew)
-    most = scorer.most_sequences(other, best.options)
-    sizes = batches(scorer.load, layout, most)
-    if isinstance(sizes, str) or not sizes:
-        raise ConfigurationError.of("baseline", text, sizes if isinstance(sizes, str) else "does not fit into memory")
-    return max((scorer.score(other, best.options, size) for size in sizes), key=lambda s: s.rate_per_gpu)
+    if scorer.most_sequences(other, best.options) < 1:
+        raise ConfigurationError.of("baseline", text, "does not fit into memory")
+    return at_best(other, best.options, scorer)
 
 
-def _conclusions(found: Found, baseline: Score | None) -> list[str]:
+def _conclusions(found: Found, baseline: Score | None, load: Load) -> list[str]:
     """What the search says, in sentences."""
     best, rivals = found.best, [s for s in found.scores if s.deployment.layout != found.best.deployment.layout]
     lines = ["", f"Best: {headline(best)}"]
@@ -113,11 +111,18 @@ def _conclusions(found: Found, baseline: Score | None) -> list[str]:
     if baseline:
         total, per_gpu = best.output_rate.value / baseline.output_rate.value, best.rate_per_gpu / baseline.rate_per_gpu
         lines += [
-            f"Baseline {headline(baseline)}",
+            f"Baseline {headline(baseline)}" + _beyond(baseline, load),
             f"Against the baseline: {total:.2f} x in all, {per_gpu:.2f} x per GPU.",
         ]
     memory = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in best.memory.items() if size >= 5e7)
     return [*lines, f"Memory of the fullest GPU, GB: {memory}; {sum(best.memory.values()) / 1e9:.1f} in all."]
+
+
+def _beyond(score: Score, load: Load) -> str:
+    """What of the SLO a score misses."""
+    slow = load.tpot_s and score.tpot.value > load.tpot_s
+    late = load.ttft_s and score.ttft.value > load.ttft_s
+    return "; misses the SLO at every batch" if slow or late else ""
 
 
 def _print_front(found: Found, show: Console) -> None:

@@ -39,7 +39,10 @@ class Command(NamedTuple):
 
 def read_command(text: str) -> Command:
     """`vllm serve M …` or `python -m sglang.launch_server …`. Raises ConfigurationError for anything else."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigurationError.of("from", text[:60], f"cannot be read as a command: {error}") from error
     if "vllm" in words[:1] and words[1:2] == ["serve"]:
         return _vllm(*_flags(words[2:], SHORT))
     if any(word.startswith("sglang") for word in words):
@@ -86,12 +89,22 @@ def _vllm(positional: list[str], flags: dict[str, str]) -> Command:
         notes.append("vLLM cuts each expert over tp x dp ranks here; stated as whole experts on these ranks")
     if "enable-dbo" in flags and "deepep" not in flags.get("all2all-backend", ""):
         notes.append("--enable-dbo needs a DeepEP backend; without it nothing overlaps")
-    redundant = json.loads(flags.get("eplb-config", "{}")).get("num_redundant_experts", 0)
+    redundant = _redundant(flags.get("eplb-config", "{}"))
     return Command(
         "vllm", (positional or [flags.get("model", "")])[0], layout,
         "enable-dbo" in flags and "deepep" in flags.get("all2all-backend", ""), redundant,
         _count(flags, "max-num-seqs", 0) * dp, flags.get("quantization", ""), tuple(notes),
     )  # fmt: skip
+
+
+def _redundant(text: str) -> int:
+    try:
+        found = json.loads(text).get("num_redundant_experts", 0)
+    except (ValueError, AttributeError):
+        found = None
+    if not isinstance(found, int) or found < 0:
+        raise ConfigurationError.of("--eplb-config", text, "write JSON like '{\"num_redundant_experts\": 32}'")
+    return found
 
 
 def _sglang(positional: list[str], flags: dict[str, str]) -> Command:

@@ -58,7 +58,8 @@ def one_expert_per_gpu(best: Score, single: Score | None) -> str:
 def headline(score: Score) -> str:
     """One line on a score."""
     return (
-        f"{name_of(score.deployment)}: {score.output_rate.value:,.0f} output tok/s ({score.rate_per_gpu:,.0f} a GPU), "
+        f"{name_of(score.deployment)}: {score.output_rate.value:,.0f} output tok/s ({score.rate_per_gpu:,.0f} a GPU) "
+        f"with {score.sequences:,.0f} sequences, "
         f"TPOT {1e3 * score.tpot.value:.1f} ms ± {score.tpot.band:.0%} ({score.tpot.origin}), "
         f"bottleneck {score.decode.bottleneck}"
     )

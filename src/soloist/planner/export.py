@@ -54,6 +54,8 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
         flags = launch_flags(engine, deployment, overlapped)
         start = f"vllm serve {name}" if engine == "vllm" else f"python -m sglang.launch_server --model-path {name}"
         yield f"command: {start} {flags}" if flags else f"no command: {cannot(engine, deployment)}"
+        if flags and "--attn-dp-size" in flags:
+            yield f"  (older releases: --enable-dp-attention --dp-size {layout.attention_groups} for --attn-dp-size)"
     elif engine == "tensorrt":
         yield from _tensorrt(plan)
 
@@ -64,8 +66,14 @@ def _tensorrt(plan: Plan) -> Iterator[str]:
         yield f"no command: attention is cut over all {layout.stage_ranks} GPUs or none, not {layout.attention_ranks}"
         return
     flags = f"--tp_size {layout.stage_ranks} --ep_size {layout.ep} --pp_size {layout.pp}"
-    yield f"command: trtllm-serve {plan.model.name} {flags} --extra_llm_api_options options.yaml"
+    flags += f" --max_num_tokens {plan.options.chunk_tokens}"
+    yield f"command: trtllm-serve {plan.model.name} {flags} --config options.yaml"
+    yield "  (--config is spelled --extra_llm_api_options in older releases)"
     yield f"  options.yaml: enable_attention_dp: {str(layout.attention_ranks == 1).lower()}"
+    yield f"  options.yaml: moe_expert_parallel_size: {layout.ep}"
+    yield f"  options.yaml: moe_tensor_parallel_size: {layout.tp}"
+    if plan.options.overlap == "on":
+        yield "  not said there: two half batches that overlap; TensorRT-LLM has no such option"
 
 
 def _placement(plan: Plan, engine: str, folder: Path) -> Iterator[str]:

@@ -150,6 +150,19 @@ def _scored(deployment: Deployment, options: Options, scorer: Scorer, load: Load
     return scores
 
 
+def at_best(deployment: Deployment, options: Options, scorer: Scorer) -> Score:
+    """A given deployment at the load's batch, or as much of it as fits; else at the batch with most tokens within the
+    SLO, or with the least TPOT where none is. `most_sequences` must be 1 or more."""
+    load, most = scorer.load, scorer.most_sequences(deployment, options)
+    sizes = batches(load, deployment.layout, most)
+    scores = [scorer.score(deployment, options, size) for size in ([most] if isinstance(sizes, str) else sizes)]
+    quick = [score for score in scores if score.tpot.value <= limit_of(load)]
+    quick = [score for score in quick if not load.ttft_s or score.ttft.value <= load.ttft_s]
+    if not quick:
+        return min(scores, key=lambda score: score.tpot.value)
+    return max(quick, key=lambda score: score.rate_per_gpu)
+
+
 def limit_of(load: Load) -> float:
     """The largest TPOT in seconds that is of use."""
     return load.tpot_s or (float("inf") if load.sequences else TPOT_LIMIT_S)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.engines import Command, cannot, launch_flags, read_command
@@ -13,7 +15,7 @@ from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
 from soloist.planner.runtime import Runtime
 from soloist.planner.score import Options, Score, Scorer
-from soloist.planner.search import search
+from soloist.planner.search import at_best, search
 from soloist.specs.cluster import ClusterSpec
 from soloist.specs.model import ModelSpec
 from soloist.specs.presets import names, preset
@@ -34,14 +36,20 @@ class Advice(NamedTuple):
 def advise(
     text: str, cluster: ClusterSpec, load: Load, calibration: Calibration, model: ModelSpec | None = None
 ) -> Advice:
-    """Raises ConfigurationError for a command, model or layout that cannot be read, or that does not fit."""
+    """Both at the load's sequences, or the command's limit of them; without either, each at its own best batch.
+
+    Raises ConfigurationError for a command, model or layout that cannot be read, or that does not fit.
+    """
     command = read_command(text)
+    if command.sequences and not load.sequences and not load.rate:
+        load = msgspec.structs.replace(load, sequences=command.sequences)
     spec = model or model_of(command.model)
     precision = Precision.named(command.precision) if command.precision else _released(spec)
     scorer = Scorer(Kernels(cluster, calibration), Runtime.named(command.engine, calibration), load)
-    current = _current(command, spec, precision, scorer)
+    current, notes = _current(command, spec, precision, scorer), [*command.notes]
+    if load.sequences > current.sequences + 1:
+        notes.append(f"Of {load.sequences} sequences only {current.sequences:.0f} fit at once as it is.")
     found = search(spec, cluster, command.layout.size, load, scorer, precision)
-    notes = [*command.notes]
     able = [s for s in found.scores if launch_flags(command.engine, s.deployment, s.decode.is_overlapped)]
     if found.best not in able:
         notes.append(
@@ -64,7 +72,8 @@ def model_of(name: str) -> ModelSpec:
     if short.startswith("deepseek-r1"):
         known = ["deepseek-v3"]
     if not known:
-        raise ConfigurationError.of("model", name, f"is no preset ({', '.join(names())}); give its config.json")
+        remedy = f"is no preset ({', '.join(names())}); give its config.json's folder as MODEL"
+        raise ConfigurationError.of("model", name, remedy)
     return preset(max(known, key=len))
 
 
@@ -74,14 +83,11 @@ def _released(spec: ModelSpec) -> Precision:
 
 
 def _current(command: Command, spec: ModelSpec, precision: Precision, scorer: Scorer) -> Score:
-    """The deployment as it stands, at the load's batch, its own limit, or the largest that fits."""
+    """The deployment as it stands, at the load's batch, or the one that serves it best."""
     layout, experts = command.layout, spec.experts
     slots = -(-(experts + command.redundant) // layout.ep) if command.redundant else 0
     deployment = Deployment(model=spec, layout=layout, precision=precision, slots=slots, skew=scorer.load.skew)
     options = Options(overlap="on" if command.is_overlapped else "off")
-    most = scorer.most_sequences(deployment, options)
-    if most < 1:
+    if scorer.most_sequences(deployment, options) < 1:
         raise ConfigurationError.of("from", str(layout), f"{spec.name} does not fit on these GPUs in this layout")
-    wanted = scorer.load.sequences or command.sequences
-    groups = layout.dp * layout.attention_groups
-    return scorer.score(deployment, options, min(most, wanted / groups if wanted else 128.0))
+    return at_best(deployment, options, scorer)
