@@ -11,7 +11,7 @@ import multiprocessing
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -25,7 +25,7 @@ from soloist.bench.serve import Planned, send
 from soloist.bench.sse import Client, run
 from soloist.engine.llm import LLM
 from soloist.engine.options import EngineOptions
-from soloist.errors import ClusterError, RequestError
+from soloist.errors import ClusterError, ConfigurationError, RequestError
 from soloist.scheduling.request import SamplingParams
 from soloist.server.app import Limits, make_app
 from soloist.server.served import Served
@@ -36,9 +36,13 @@ ANSWER_S = 600.0
 
 
 def measure(
-    model: str, layout: str, options: EngineOptions, streams: int, prompt: int, tokens: int, runs: int
-) -> dict[str, Any]:
-    """One start of the ranks; `runs` times each way in ABBA order after a rehearsal of both."""
+    model: str, layout: str, options: EngineOptions, streams: int, prompt: int, tokens: int, runs: int,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """One start of the ranks; `runs` times each way in ABBA order after a rehearsal of both.
+
+    `say` is told each figure as it comes. Raises ConfigurationError where not all sequences ever decode at once.
+    """
     cut = Layout.parse(layout)
     most = -(-streams // (cut.attention_groups * cut.dp))
     sized = msgspec.structs.replace(
@@ -52,7 +56,8 @@ def measure(
             way(4)
         for turn in range(runs):
             for name in ("offline", "http") if turn % 2 == 0 else ("http", "offline"):
-                found[name].append(steady_tpot_s(ways[name](tokens)) or float("nan"))
+                found[name].append(steady_tpot_s(ways[name](tokens)))
+                say(f"{name}: {found[name][-1] * 1e3:.3f} ms a token")
     offline_s, http_s = median(found["offline"]), median(found["http"])
     return {
         "what": "overhead", "model": model, "layout": layout, "streams": streams, "prompt": prompt, "tokens": tokens,
@@ -74,12 +79,18 @@ def _offline(llm: LLM, prompts: Sequence[Sequence[int]], output: int) -> list[li
     return list(times.values())
 
 
-def steady_tpot_s(times: list[list[float]]) -> float | None:
-    """Mean seconds between tokens while every sequence decodes: after the last first token, before the first end."""
+def steady_tpot_s(times: list[list[float]]) -> float:
+    """Mean seconds between tokens while every sequence decodes: after the last first token, before the first end.
+
+    Raises ConfigurationError where that window is empty.
+    """
     begin_s, end_s = max(one[0] for one in times), min(one[-1] for one in times)
     inside = [[moment for moment in one if begin_s <= moment <= end_s] for one in times]
     gaps = [(one[-1] - one[0]) / (len(one) - 1) for one in inside if len(one) > 1]
-    return float(np.mean(gaps)) if gaps else None
+    if not gaps:
+        late = f"the last of {len(times)} sequences began {begin_s - end_s:.2f} s after the first had ended"
+        raise ConfigurationError.of("tokens", max(map(len, times)), f"{late}; ask for more tokens or fewer streams")
+    return float(np.mean(gaps))
 
 
 class Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,7 @@ def overhead(
     from soloist.bench.overhead import measure
 
     options = engine_options(device, dtype, transport, None, random_weights, settings)
-    record = measure(model, layout, options, streams, prompt, tokens, runs)
+    record = measure(model, layout, options, streams, prompt, tokens, runs, partial(typer.echo, err=True))
     typer.echo(json.dumps(record))
     if lines:
         with lines.open("a") as file:
