@@ -7,7 +7,7 @@ from collections import deque
 from fake_executor import Here, continuation, next_token
 
 from soloist.engine.leader import IDLE_STEPS, Leader, State
-from soloist.frontend.wire import Shutdown, Submit, Wake, WakeMe
+from soloist.frontend.wire import Abort, Shutdown, Submit, Wake, WakeMe
 from soloist.scheduling.config import SchedulerConfig
 from soloist.scheduling.request import Sampled, SamplingParams, StepBatch
 from soloist.scheduling.scheduler import Scheduler
@@ -100,6 +100,17 @@ def test_serving_reports_once_a_step():
     assert [[delta.sequence for delta in step.deltas] for step in steps] == [[4, 9]] * 3
     assert [step.deltas[0].tokens[0] for step in steps] == continuation([1, 2], 3, ignore_eos=True)
     assert steps[-1].deltas[0].finish_reason == "length"
+
+
+def test_blocks_of_aborted_sequences_are_told_without_a_step():
+    one = leader(submit(), Wake(0, 1))
+    one.sleep()
+    one.launch(one.scheduler.schedule())
+    one.land()
+    one.inbox.messages.append(Abort(0))
+    one.read_inbox()
+    one.read_inbox()
+    assert [(told.step, told.stats.blocks_used) for told in one.inbox.sent[1:]] == [(1, 1), (0, 0)]
 
 
 def end_when_done(one: Leader) -> Shutdown | None:

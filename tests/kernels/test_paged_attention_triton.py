@@ -56,7 +56,10 @@ class Case:
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator).to(self.dtype).to(DEVICE)
 
-        keys, used = draw(slots, count, self.key), torch.cat([batch.slots(i) for i in range(len(self.chunks))])
+        keys, used = (
+            draw(slots, count, self.key),
+            torch.cat([batch.slots([i], batch.lengths[i])[0] for i in range(len(self.chunks))]),
+        )
         values = keys[..., : self.value] if self.shared else draw(slots, count, self.value)
         unused = torch.ones(slots, dtype=torch.bool, device=DEVICE).index_fill_(0, used.long(), False)
         keys[unused], values[unused] = torch.nan, torch.nan

@@ -83,7 +83,7 @@ def test_half_precision_within_its_rounding(dtype: torch.dtype) -> None:
 
 def test_the_form_follows_the_strides() -> None:
     for width, dtype, form in (
-        (24, torch.float32, grouped_linear_loop),
+        (24, torch.float32, grouped_linear),
         (23, torch.float32, grouped_linear_loop),
         (12, torch.bfloat16, grouped_linear_loop),
         (16, torch.bfloat16, grouped_linear),

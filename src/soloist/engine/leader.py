@@ -54,6 +54,7 @@ class Leader:
         self.control, self.tokenizer = control, tokenizer
         self.texts: dict[int, TextStream] = {}  # of the sequences that are not finished
         self.flying: deque[tuple[StepBatch, Answer | None]] = deque()  # as long for every leader
+        self.told = scheduler.stats  # what the front end knows
         self.idle_steps = 0
         self.sleeps = self.woken = 0  # number of the last sleep begun, and of the last that the front end ended
         self.stopping = False
@@ -120,7 +121,8 @@ class Leader:
         )  # fmt: skip
 
     def report(self, step: int, deltas: list[Delta]) -> None:
-        self.inbox.send(Tokens(step, tuple(deltas), self.scheduler.stats))
+        self.told = self.scheduler.stats
+        self.inbox.send(Tokens(step, tuple(deltas), self.told))
 
     # -- sleep ------------------------------------------------------------------------------------------------------
     def rest(self) -> None:
@@ -144,6 +146,8 @@ class Leader:
     def read_inbox(self) -> None:
         while message := self.inbox.receive(0):
             self.handle(message)
+        if not self.scheduler.has_work and self.scheduler.stats != self.told:
+            self.report(0, [])  # the last sequences were aborted: no step comes that would tell of their blocks
 
     def handle(self, message: ToLeader) -> None:
         match message:

@@ -1,6 +1,6 @@
 """Products and contexts filled up on the CPU, so that a row's result does not depend on how many rows stand beside it.
 
-Shape legend: T rows, D and N widths of a weight.
+Shape legend: T rows, D and N widths of a weight, S weights, X rows of all weights.
 
 BLAS chooses its loops by the shapes. For a handful of rows it adds up in another order than for many, and one that
 hands rows to threads leaves some of them a handful. Where two experts score alike to the last bit, another order is
@@ -10,6 +10,7 @@ threads: tests/kernels/test_linear.py). GPUs have kernels of their own.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +24,27 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Ten
     if not (missing := missing_rows(x_TD)):
         return F.linear(x_TD, weight_ND, bias_N)
     return F.linear(F.pad(x_TD, (0, 0, 0, missing)), weight_ND, bias_N)[: len(x_TD)]
+
+
+def grouped_mm(x_XD: Tensor, weight_SND: Tensor, offsets_S: Tensor) -> Tensor:
+    """out_XN: rows `offsets_S[s - 1] … offsets_S[s]` by weight s, of groups that are filled up on the CPU.
+
+    What stands behind the last offset may be anything.
+    """
+    if not x_XD.is_cpu:
+        return F.grouped_mm(x_XD, weight_SND.transpose(1, 2), offs=offsets_S)
+    if len(weight_SND) == 1:
+        return linear(x_XD, weight_SND[0])
+    sizes_S = offsets_S.diff(prepend=offsets_S.new_zeros(1))
+    ends_S = (-(-sizes_S // ROWS) * ROWS).cumsum(0, dtype=torch.int32)
+    added_S = ends_S - offsets_S  # rows added in front of the end of each group, its own behind its rows
+    before_S = added_S.roll(1)
+    before_S[0] = 0
+    used = int(offsets_S[-1])
+    place_X = torch.arange(used) + before_S.repeat_interleave(sizes_S, output_size=used)
+    filled = x_XD.new_zeros(int(ends_S[-1]), x_XD.shape[1]).index_copy_(0, place_X, x_XD[:used])
+    out = F.grouped_mm(filled, weight_SND.transpose(1, 2), offs=ends_S).index_select(0, place_X)
+    return F.pad(out, (0, 0, 0, len(x_XD) - used)) if used < len(x_XD) else out
 
 
 def missing_rows(x_TD: Tensor) -> int:

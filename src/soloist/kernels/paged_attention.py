@@ -1,11 +1,13 @@
 """Attention over a paged KV cache, in plain PyTorch: the definition, and what the CPU runs.
 
-Shape legend: T tokens of the step, N sequences, H query heads, C KV heads, L tokens of a sequence's context,
-Q and V widths of keys and values, M blocks of the longest table.
+Shape legend: T tokens of the step, N sequences, G those of them that one product serves, H query heads, C KV heads,
+L tokens of a sequence's context, Q and V widths of keys and values, M blocks of the longest table.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +40,25 @@ class PagedBatch:
         """Tokens of the step of each sequence."""
         return [stop - start for start, stop in zip(self.query_starts[:-1], self.query_starts[1:], strict=True)]
 
-    def slots(self, index: int) -> Tensor:
-        """Rows of the flat cache that hold a sequence's context, in order of position."""
-        blocks = -(-self.lengths[index] // self.block_size)
-        first = self.tables_NM[index, :blocks, None] * self.block_size
-        inside = torch.arange(self.block_size, device=first.device)
-        return (first + inside).flatten()[: self.lengths[index]]
+    def slots(self, members: Sequence[int], keys: int) -> Tensor:
+        """slots_GL: rows of the flat cache that hold the contexts of sequences G, in order of position.
+
+        The row of position 0 stands again where a context has fewer than `keys` tokens.
+        """
+        device = self.tables_NM.device
+        lengths_G = torch.tensor([self.lengths[i] for i in members], device=device)
+        position_L = torch.arange(keys, device=device)
+        position_GL = position_L.where(position_L < lengths_G[:, None], 0)
+        blocks_GL = self.tables_NM[list(members)].gather(1, position_GL // self.block_size)
+        return blocks_GL * self.block_size + position_GL % self.block_size
+
+    def alike(self, before: int) -> dict[tuple[int, int], list[int]]:
+        """Sequences that one product serves, by their tokens of the step and by how many keys their contexts are
+        filled up to, `before` others standing in front of them."""
+        found: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, (count, length) in enumerate(zip(self.counts, self.lengths, strict=True)):
+            found[count, filled_keys(before + length) - before].append(i)
+        return found
 
 
 def paged_attention(
@@ -65,29 +80,34 @@ def paged_attention(
     out_THV = q_THQ.new_empty(*q_THQ.shape[:2], v_cache.shape[-1])
     if out_THV.numel() == 0:  # a rank without heads
         return out_THV
-    sinks = int(sinks_H is not None)
-    for i, length in enumerate(batch.lengths):
-        start, stop = batch.query_starts[i], batch.query_starts[i + 1]
-        queries, slots = stop - start, batch.slots(i)
-        around, below = (sinks, filled_keys(sinks + length) - sinks - length), missing_rows(q_THQ[start:stop, 0])
-        k_HLQ = F.pad(k_cache[slots][:, kv_head_H].transpose(0, 1), (0, 0, *around))
-        v_HLV = F.pad(v_cache[slots][:, kv_head_H].transpose(0, 1), (0, 0, *around))
-        q_HTQ = F.pad(q_THQ[start:stop].transpose(0, 1), (0, 0, 0, below))
-        mask = F.pad(_mask(queries, length, window, q_THQ), (*around, 0, below), value=float("-inf"))
+    device, sinks = q_THQ.device, int(sinks_H is not None)
+    for (queries, keys), members in batch.alike(sinks).items():
+        rows_GT = torch.tensor([[batch.query_starts[i]] for i in members], device=device)
+        rows_GT = rows_GT + torch.arange(queries, device=device)
+        at = batch.slots(members, keys)[:, None].long(), kv_head_H[:, None]
+        # The sink is the logit of a first key of zeros: it takes weight and gives nothing.
+        k_GHLQ, v_GHLV = (F.pad(cache[at], (0, 0, sinks, 0)) if sinks else cache[at] for cache in (k_cache, v_cache))
+        q_GHTQ = q_THQ[rows_GT].transpose(1, 2)
+        q_GHTQ = F.pad(q_GHTQ, (0, 0, 0, missing_rows(q_GHTQ)))
+        first_G = [batch.lengths[i] - queries for i in members]
+        mask_GHTL = _mask(first_G, q_GHTQ.shape[2], keys, window, q_THQ)
         if sinks_H is not None:
-            # The sink is the logit of a first key of zeros: it takes weight and gives nothing.
-            mask = mask.repeat(len(sinks_H), 1, 1)
-            mask[:, :, 0] = sinks_H[:, None]
-        mixed = F.scaled_dot_product_attention(q_HTQ[None], k_HLQ[None], v_HLV[None], attn_mask=mask[None], scale=scale)
-        out_THV[start:stop] = mixed[0, :, :queries].transpose(0, 1)
+            sinks_GHT1 = sinks_H[:, None, None].expand(len(members), -1, q_GHTQ.shape[2], 1).to(mask_GHTL.dtype)
+            mask_GHTL = torch.cat([sinks_GHT1, mask_GHTL.expand(-1, len(sinks_H), -1, -1)], dim=-1)
+        mixed_GHTV = F.scaled_dot_product_attention(q_GHTQ, k_GHLQ, v_GHLV, attn_mask=mask_GHTL, scale=scale)
+        out_THV[rows_GT] = mixed_GHTV[:, :, :queries].transpose(1, 2)
     return out_THV
 
 
-def _mask(queries: int, length: int, window: int | None, like: Tensor) -> Tensor:
-    """[1, queries, length], 0 where a query sees a key, −inf elsewhere; the queries are the last positions."""
-    query = torch.arange(length - queries, length, device=like.device)[:, None]
-    key = torch.arange(length, device=like.device)
-    seen = key <= query
+def _mask(first_G: list[int], queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """[G, 1, queries, keys], 0 where a query sees a key, −inf elsewhere; queries are positions from `first_G` on."""
+    query_GT1 = (
+        torch.tensor(first_G, device=like.device)[:, None, None] + torch.arange(queries, device=like.device)[:, None]
+    )
+    key_L = torch.arange(keys, device=like.device)
+    seen_GTL = key_L <= query_GT1
     if window is not None:
-        seen &= key > query - window
-    return torch.zeros(1, queries, length, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+        seen_GTL &= key_L > query_GT1 - window
+    return torch.zeros(seen_GTL.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen_GTL, float("-inf"))[
+        :, None
+    ]

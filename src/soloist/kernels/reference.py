@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soloist.kernels.linear import linear
+from soloist.kernels.linear import grouped_mm, linear
 from soloist.specs.model import ExpertSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -45,7 +45,7 @@ def grouped_linear_loop(x_XD: Tensor, weight_SND: Tensor, offsets_S: Tensor, bia
 
 def grouped_linear(x_XD: Tensor, weight_SND: Tensor, offsets_S: Tensor, bias_SN: Tensor | None) -> Tensor:
     """The same with `F.grouped_mm`, which reads the offsets on the device. `choose_grouped_linear` knows its limits."""
-    out_XN = F.grouped_mm(x_XD, weight_SND.transpose(1, 2), offs=offsets_S)
+    out_XN = grouped_mm(x_XD, weight_SND, offsets_S)
     if bias_SN is None:
         return out_XN
     slot_X = torch.searchsorted(offsets_S, _count_to(len(x_XD), offsets_S), right=True)
@@ -55,11 +55,11 @@ def grouped_linear(x_XD: Tensor, weight_SND: Tensor, offsets_S: Tensor, bias_SN:
 def choose_grouped_linear(*weights_SND: Tensor) -> GroupedLinear:
     """The form that can take these weights.
 
-    `F.grouped_mm` wants strides that are multiples of 16 bytes, and only its bf16 form stays on a GPU. In fp32 the rows
-    of the loop do not depend on each other (kernels/linear.py), those of `F.grouped_mm` on a CPU do.
+    `F.grouped_mm` wants strides that are multiples of 16 bytes; on CUDA only its bf16 form stays on the device.
     """
     aligned = all(w.shape[-1] > 0 and w.shape[-1] * w.itemsize % 16 == 0 for w in weights_SND)
-    return grouped_linear if aligned and all(w.dtype == torch.bfloat16 for w in weights_SND) else grouped_linear_loop
+    on_device = all(not w.is_cuda or w.dtype == torch.bfloat16 for w in weights_SND)
+    return grouped_linear if aligned and on_device else grouped_linear_loop
 
 
 def activate(hidden_XF: Tensor, spec: ExpertSpec) -> Tensor:

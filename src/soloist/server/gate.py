@@ -44,7 +44,8 @@ class Gate:
             if self._admits(scope):
                 await self.app(scope, receive, send_with_id)
             else:
-                refusal = Refusal(401, "give a valid key: Authorization: Bearer KEY", "invalid_api_key")
+                how = {"WWW-Authenticate": "Bearer"}
+                refusal = Refusal(401, "give a valid key: Authorization: Bearer KEY", "invalid_api_key", headers=how)
                 await refusal.response(scope, receive, send_with_id)
         finally:
             entry.write()
