@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from soloist.dispatch.lane import ExchangeShape
+from soloist.kernels.language import next_power
 
 STREAMING = 256  # elements a warp: many small programs, where a kernel is bound by this GPU's own memory
 
@@ -43,7 +44,7 @@ class Form:
 
 def cut(d_model: int, block: int, per_warp: int = 1024) -> tuple[int, int, int]:
     """BLOCK (a power of two), CHUNKS and warps for rows of `d_model` of which a program moves `block` at a time."""
-    block = 1 << (min(block, d_model) - 1).bit_length()
+    block = next_power(min(block, d_model))
     return block, -(-d_model // block), max(1, min(16, block // per_warp))
 
 

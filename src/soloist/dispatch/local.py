@@ -18,7 +18,8 @@ from soloist.dispatch.forms import STREAMING, cut
 from soloist.errors import CapacityError
 from soloist.kernels.experts import expand_rows
 from soloist.kernels.home import weigh_kernel
-from soloist.kernels.index import index_kernel
+from soloist.kernels.index import index_block, index_kernel
+from soloist.kernels.language import next_power
 
 BLOCK = 2048  # elements of a row that a program of the weighted sum takes
 PROGRAMS = 4224
@@ -71,11 +72,11 @@ class LocalDispatcher(Dispatcher):
     def make_index(self, x_TD: Tensor, choice: SlotChoice) -> ExpertBatch:
         index, (tokens, top_k) = self.index, choice.slot_TK.shape
         expanded = tokens * min(top_k, self.slots)
-        block = min(2048 if tokens > 4096 else 1024, max(16, _power(tokens)))
+        block = index_block(tokens)
         index_kernel[(self.slots,)](
             choice.slot_TK.contiguous(), choice.weight_TK.contiguous(), None, None, None, None, 0, 0,
             index.row_X, index.weight_X, index.place_TK, index.offsets_S, tokens,
-            K=top_k, KP=_power(top_k), RANKS=0, BLOCK=block, num_warps=max(4, block // 128),
+            K=top_k, KP=next_power(top_k), RANKS=0, BLOCK=block, num_warps=max(4, block // 128),
         )  # fmt: skip
         ticket = Ticket(choice, index)
         return ExpertBatch(
@@ -98,7 +99,7 @@ class LocalDispatcher(Dispatcher):
             weigh_kernel[(min(PROGRAMS, tokens * chunks),)](
                 y_XD, choice.slot_TK, ticket.index.place_TK, ticket.index.weight_X, None, None, out_TD,
                 tokens, tokens, 0, 1, 1, 0, 0,
-                D=d_model, K=top_k, KP=_power(top_k), MOST=min(top_k, self.slots), RANKS=1, BLOCK=block,
+                D=d_model, K=top_k, KP=next_power(top_k), MOST=min(top_k, self.slots), RANKS=1, BLOCK=block,
                 CHUNKS=chunks, WEIGH=True, PUSH=False, SIGNAL=False, num_warps=warps,
             )  # fmt: skip
         return Done(out_TD)
@@ -140,8 +141,3 @@ class Done:
 
     def wait(self) -> Tensor:
         return self.out_TD
-
-
-def _power(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()

@@ -19,7 +19,8 @@ from soloist.dispatch.forms import STREAMING, Form, SideStream, choose_form, cut
 from soloist.dispatch.lane import ExchangeShape, Lane
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
 from soloist.kernels.home import home_kernel, weigh_kernel
-from soloist.kernels.index import index_kernel, spread_kernel
+from soloist.kernels.index import index_block, index_kernel, spread_kernel
+from soloist.kernels.language import next_power
 from soloist.kernels.push import SPAN, push_kernel
 from soloist.transport.symmetric import Watch
 
@@ -141,7 +142,7 @@ class OneSidedDispatcher(Dispatcher):
             x_TD, group_TK, choice.slot_TK, choice.weight_TK, lane.window.bases, lane.calls,
             len(x_TD), room, shape.order(self.rank) * shape.capacity + start, self.rank, shape.tp,
             at.rows, at.scales, at.slots, at.weights, at.flags,
-            D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks,
+            D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks,
             CHOICES=choices, ROWS=rows, QUANTISE=shape.fp8, SIGNAL=rows not in ("own", "stage"),
             PIECES=self.form.pieces, STAGES=self.form.stages, num_warps=2 if rows == "none" else warps,
         )  # fmt: skip
@@ -149,11 +150,11 @@ class OneSidedDispatcher(Dispatcher):
     def _receive(self, ticket: Ticket) -> ExpertBatch:
         """The index, which needs the choices alone."""
         lane, shape = ticket.lane, ticket.shape
-        block = min(2048 if shape.rows > 4096 else 1024, max(16, _power(shape.rows)))
+        block = index_block(shape.rows)
         index_kernel[(max(shape.slots, 1),)](
             lane.slots_RK, lane.weights_RK, lane.flags, lane.calls, *self._watching(ticket),
             lane.row_X, lane.weight_X, lane.place_RK, lane.offsets_S, shape.rows,
-            K=shape.top_k, KP=_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=max(4, block // 128),
+            K=shape.top_k, KP=next_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=max(4, block // 128),
         )  # fmt: skip
         expanded = shape.rows * shape.most
         return ExpertBatch(
@@ -208,7 +209,7 @@ class OneSidedDispatcher(Dispatcher):
         if count:
             spread_kernel[(min(SPREAD_PROGRAMS, count * chunks),)](
                 rows, scale_R, lane.slots_RK, lane.place_RK, x_XD, base, first, count, span, shape.capacity, skip,
-                D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), MOST=shape.most, BLOCK=block, CHUNKS=chunks,
+                D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), MOST=shape.most, BLOCK=block, CHUNKS=chunks,
                 SCALED=scale_R is not None, num_warps=warps,
             )  # fmt: skip
 
@@ -248,7 +249,7 @@ class OneSidedDispatcher(Dispatcher):
         weigh_kernel[(max(1, min(WEIGH_PROGRAMS, shape.rows * chunks)),)](
             y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.calls, lane.y_RD(shape),
             shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags,
-            D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), MOST=shape.most, RANKS=shape.ranks, BLOCK=block,
+            D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), MOST=shape.most, RANKS=shape.ranks, BLOCK=block,
             CHUNKS=chunks, WEIGH=weigh, PUSH=push, SIGNAL=push, num_warps=warps,
         )  # fmt: skip
 
@@ -270,7 +271,7 @@ class OneSidedDispatcher(Dispatcher):
             out_TD, ticket.choice.group_TK, lane.window.bases, lane.flags, lane.calls, *self._watching(ticket),
             ticket.tokens, shape.capacity, shape.order(self.rank) * shape.capacity, self.rank,
             lane.at.y if pulled else lane.at.home,
-            D=shape.d_model, K=shape.top_k, KP=_power(shape.top_k), GROUPS=shape.groups, TP=shape.tp,
+            D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), GROUPS=shape.groups, TP=shape.tp,
             RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks, PULL=pulled, STAGES=self.form.stages, num_warps=warps,
         )  # fmt: skip
         lane.busy = False
@@ -347,8 +348,3 @@ class Returning:
 
     def wait(self) -> Tensor:
         return self.dispatcher._sum(self.ticket, self.pulled, self.sent)
-
-
-def _power(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soloist.kernels.choose import COLDEST
-from soloist.kernels.language import tl, triton
+from soloist.kernels.language import next_power, tl, triton
 
 BLOCK = 8192  # ids at a time
 
@@ -20,7 +20,7 @@ def choose_fused(logits_CV: Tensor, temperature_C1: Tensor, keys_C2: Tensor) -> 
     rows, vocab = logits_CV.shape
     token_C = torch.empty(rows, dtype=torch.int64, device=logits_CV.device)
     margin_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
-    block = min(BLOCK, 1 << (vocab - 1).bit_length())
+    block = min(BLOCK, next_power(vocab))
     if rows:
         choose_kernel[(rows,)](
             logits_CV, temperature_C1, keys_C2, token_C, margin_C, logits_CV.stride(0), *keys_C2.stride(), vocab,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from soloist.kernels.grouped_gemm import BLOCK, Tile, grouped_gemm
 from soloist.kernels.index import expand_kernel
+from soloist.kernels.language import next_power
 from soloist.kernels.quantise import FP8, quantise
 
 
@@ -77,11 +78,11 @@ def expand_rows(
     x_XD = torch.empty(x, d, dtype=rows_RD.dtype, device=rows_RD.device)
     scales = 0 if scale_RB is None else scale_RB.shape[1]
     scale_XB = None if scale_RB is None else scale_RB.new_empty(x, scales)
-    block = min(2048, 1 << (d - 1).bit_length())
+    block = min(2048, next_power(d))
     chunks = -(-d // block)
     expand_kernel[(max(1, min(programs, x * chunks)),)](
-        rows_RD, scale_RB, row_X, offsets_S, x_XD, scale_XB, SLOTS=len(offsets_S), SP=_power(len(offsets_S)), D=d,
-        BLOCK=block, CHUNKS=chunks, SCALES=scales, SCALES_P=_power(scales), num_warps=max(1, block // 256),
+        rows_RD, scale_RB, row_X, offsets_S, x_XD, scale_XB, SLOTS=len(offsets_S), SP=next_power(len(offsets_S)), D=d,
+        BLOCK=block, CHUNKS=chunks, SCALES=scales, SCALES_P=next_power(scales), num_warps=max(1, block // 256),
     )  # fmt: skip
     return x_XD, scale_XB
 
@@ -147,8 +148,3 @@ def _quantised(weight_SND: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
         q_ND.copy_((blocks / scale).view(n, d))
         scales.append(scale[:, 0, :, 0].squeeze(1) if width is None else scale[:, 0, :, 0])
     return q_SND, torch.stack(scales)
-
-
-def _power(size: int) -> int:
-    """The next power of two."""
-    return 1 << (max(size, 1) - 1).bit_length()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from soloist.kernels.language import TensorDescriptor, tl, triton
+from soloist.kernels.language import TensorDescriptor, next_power, tl, triton
 
 BLOCK = 128  # side of the blocks of weights that share a scale
 
@@ -73,7 +73,7 @@ def grouped_gemm(
     grouped_gemm_kernel[(_programs(tile, x.device),)](
         TensorDescriptor.from_tensor(x, [tile.bm, tile.bk]) if row_X is None else x,
         row_X, scale_R, weight, scale_SN, out_XN, offsets_S,
-        SLOTS=slots, SP=1 << (slots - 1).bit_length(), D=d, N=n, BM=tile.bm, BN=tile.bn, BK=tile.bk,
+        SLOTS=slots, SP=next_power(slots), D=d, N=n, BM=tile.bm, BN=tile.bn, BK=tile.bk,
         GATED=gated, GATHER=row_X is not None, SCALED=scaled and not blocked, BLOCKED=blocked,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from soloist.kernels.language import next_power
 from soloist.kernels.quantise import FP8
 
 if TYPE_CHECKING:  # a kernel's types are Gluon's, not Python's
@@ -256,6 +257,6 @@ def grouped_gemm_hopper(
         TensorDescriptor.from_tensor(x_XD, [128, bk], layout),
         TensorDescriptor.from_tensor(weight_SND.view(slots * height, d), [bn, bk], layout),
         out_XN, scale_XB, scale_SN, offsets_S,
-        SLOTS=slots, SP=max(128, 1 << (slots - 1).bit_length()), D=d, N=n, BN=bn, BK=bk, GATED=gated,
+        SLOTS=slots, SP=max(128, next_power(slots)), D=d, N=n, BN=bn, BK=bk, GATED=gated,
         BLOCKED=x_XD.dtype == FP8, STAGES=stages, num_warps=4,
     )  # fmt: skip

@@ -6,7 +6,7 @@ Shape legend: R rows, K top-k, X expanded rows, S slots, D width. `KP` and `BLOC
 from __future__ import annotations
 
 from soloist.kernels.flags import PHASE_CHOICES, await_all
-from soloist.kernels.language import tl, triton
+from soloist.kernels.language import next_power, tl, triton
 
 
 @triton.jit
@@ -44,6 +44,11 @@ def index_kernel(
         tl.store(place_RK + row * K + nth, at, mask=chosen > 0)
         place += tl.sum(chosen, 0)
     tl.store(offsets_S + slot, place)
+
+
+def index_block(rows: int) -> int:
+    """BLOCK of `index_kernel`."""
+    return min(2048 if rows > 4096 else 1024, max(16, next_power(rows)))
 
 
 @triton.jit

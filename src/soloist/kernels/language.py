@@ -44,3 +44,8 @@ else:
         TensorDescriptor = None
 
 AVAILABLE = importlib.util.find_spec("triton") is not None
+
+
+def next_power(size: int) -> int:
+    """The next power of two, at least 1: what Triton's ranges want."""
+    return 1 << (max(size, 1) - 1).bit_length()

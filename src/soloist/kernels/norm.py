@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soloist.kernels.language import tl, triton
+from soloist.kernels.language import next_power, tl, triton
 
 HEADS = 8  # that a program of `heads_kernel` takes
 
@@ -25,7 +25,7 @@ def fused_norm(x_TD: Tensor, added_TD: Tensor | None, weight_D: Tensor, eps: flo
     tokens, d = x_TD.shape
     normed_TD = torch.empty(tokens, d, dtype=x_TD.dtype, device=x_TD.device)
     sum_TD = x_TD if added_TD is None else torch.empty_like(normed_TD)
-    block = 1 << (d - 1).bit_length()
+    block = next_power(d)
     if tokens:
         norm_kernel[(tokens,)](
             x_TD, x_TD if added_TD is None else added_TD, weight_D, sum_TD, normed_TD,
@@ -80,7 +80,7 @@ def fused_heads(
         heads_kernel[(tokens, -(-(heads + 2 * kv_heads) // HEADS))](
             qkv_TN, q_norm_Q, k_norm_Q, cos, sin, slots_T, q_THQ, keys, values,
             qkv_TN.stride(0), keys.stride(0), values.stride(0), eps,
-            H=heads, C=kv_heads, Q=width, QP=1 << (width - 1).bit_length(), W=2 * cos.shape[-1], HEADS=HEADS,
+            H=heads, C=kv_heads, Q=width, QP=next_power(width), W=2 * cos.shape[-1], HEADS=HEADS,
             NORM=norms is not None, INTERLEAVED=interleaved, num_warps=4,
         )  # fmt: skip
     return q_THQ

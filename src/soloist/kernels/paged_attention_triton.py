@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soloist.kernels.language import TensorDescriptor
+from soloist.kernels.language import TensorDescriptor, next_power
 from soloist.kernels.paged_attention import PagedBatch
 from soloist.kernels.paged_attention_kernels import merge_kernel, tile_kernel
 
@@ -67,7 +67,7 @@ class Widths:
 
 
 def _power_of_two(number: int, least: int = 16) -> int:
-    return max(least, 1 << (number - 1).bit_length())
+    return max(least, next_power(number))
 
 
 def tiling(widths: Widths, group: int, decode: bool) -> Tiling:

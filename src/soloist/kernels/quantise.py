@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soloist.kernels.language import tl, triton
+from soloist.kernels.language import next_power, tl, triton
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = tl.constexpr(448.0)  # largest e4m3
@@ -52,13 +52,9 @@ def quantise(x_XD: Tensor, width: int | None = None, offsets_S: Tensor | None = 
     q_XD = torch.empty_like(x_XD, dtype=FP8)
     scale_XB = torch.empty(len(x_XD), d // width, dtype=torch.float32, device=x_XD.device)
     used = None if offsets_S is None else offsets_S[-1:]
-    blocks, columns = _power(d // width), _power(width)
+    blocks, columns = next_power(d // width), next_power(width)
     quantise_kernel[(max(1, min(len(x_XD), 2112)),)](
         x_XD, q_XD, scale_XB, used, len(x_XD), D=d, WIDTH=width, BP=blocks, WP=columns, COUNTED=used is not None,
         num_warps=max(1, min(8, blocks * columns // 1024)),
     )  # fmt: skip
     return q_XD, scale_XB
-
-
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soloist.kernels.language import tl, triton
+from soloist.kernels.language import next_power, tl, triton
 
 FEW_TOKENS = 256  # up to here the logits are made in the same kernel, above by a GEMM before it
 BT, BE, BD = 16, 32, 128
@@ -52,7 +52,7 @@ def route(
     ids_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=x_TD.device)
     group_TK, slot_TK = torch.empty_like(ids_TK), torch.empty_like(ids_TK)
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=x_TD.device)
-    padded = max(16, 1 << (experts - 1).bit_length())
+    padded = max(16, next_power(experts))
     splits, be = (-(-d // SPLIT), min(BE, padded)) if logits_TE is None else (1, padded)
     logits_STE, made = logits_TE, logits_TE is not None
     if logits_STE is None:
@@ -63,7 +63,7 @@ def route(
         route_kernel[(-(-tokens // BT), padded // be * splits)](
             x_TD, weight_ED, bias_E, correction_E, logits_STE, arrived, group_EN, slot_EN, live_T,
             ids_TK, weights_TK, group_TK, slot_TK, tokens, own_group, scaling,
-            D=d, E=experts, EP=padded, K=top_k, KP=1 << (top_k - 1).bit_length(), TURNS=group_EN.shape[1], BT=BT, BE=be,
+            D=d, E=experts, EP=padded, K=top_k, KP=next_power(top_k), TURNS=group_EN.shape[1], BT=BT, BE=be,
             BD=BD, SPLITS=splits, SPLIT=SPLIT, GROUPS=groups, KEPT=kept_groups, TWO=sums_two, SCORING=scoring,
             RENORMALISE=renormalise, BIAS=bias_E is not None and not made, CORRECTED=correction_E is not None,
             LIVE=live_T is not None, MADE=made, num_warps=4,
