@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from soloist.engine.sampler import sample, score_prompt
+from soloist.engine.sampler import draw, sample, score_prompt
 from soloist.scheduling.request import Chunk, SamplingParams
 
 V = 64
@@ -257,3 +257,18 @@ def test_a_gpu_draws_what_the_cpu_draws() -> None:
     chunks = [chunk(wishes[i % len(wishes)], sequence=i, stop=i + 1, history=(1, 2, 2)) for i in range(60)]
     on_cpu, on_gpu = sample(logits_CV, chunks), sample(logits_CV.cuda(), chunks)
     assert [s.token for s in on_gpu] == [s.token for s in on_cpu]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_host_does_not_wait_for_a_gpu_that_draws() -> None:
+    logits_CV = logits_of(30, vocab=5000).cuda()
+    wishes = [GREEDY, *FILTERS, replace(GREEDY, logprobs=4), replace(GREEDY, prompt_logprobs=2)]
+    chunks = [chunk(wishes[i % len(wishes)], sequence=i, stop=i + 1, history=(1, 2, 2)) for i in range(30)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn, scored = draw(logits_CV, chunks), score_prompt(logits_CV[:1], replace(chunks[-1], params=wishes[-1]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(drawn.sampled()) == 30
+    assert scored.logprobs() == ()

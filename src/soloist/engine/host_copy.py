@@ -1,9 +1,10 @@
-"""Numbers on their way from a device to the host, while the device goes on."""
+"""Numbers on their way between host and device, while the device goes on and the host waits for nothing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from soloist.errors import ClusterError
 
 _POLL_S = 20e-6
+
+
+def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, nested or not, as a tensor on the device.
+
+    From page-locked memory: of any other the host would wait until the device has finished all that it was given.
+    """
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class HostCopy:

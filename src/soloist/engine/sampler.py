@@ -27,7 +27,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from soloist.engine.host_copy import HostCopy
+from soloist.engine.host_copy import HostCopy, sent
 from soloist.kernels.choose import best_of, gumbel, tempered
 from soloist.scheduling.request import Chunk, Sampled, SamplingParams, TokenLogprob
 
@@ -72,7 +72,7 @@ def draw(logits_CV: Tensor, chunks: Sequence[Chunk], input_C: Tensor | None = No
     token_C, margin_C = best_of(_draw_scores(_penalised(logits_CV, chunks, input_C), chunks))
     parts = [token_C, margin_C]
     if wanted:
-        rows_L = torch.tensor(wanted, device=logits_CV.device)
+        rows_L = sent(wanted, torch.int64, logits_CV.device)
         count = max(_params(chunks[row]).logprobs or 0 for row in wanted)
         parts.append(_logprobs(logits_CV[rows_L], token_C[rows_L, None], count))
     return Drawn(token_C, chunks, wanted, HostCopy(parts))
@@ -103,7 +103,7 @@ def score_prompt(logits_NV: Tensor, chunk: Chunk) -> ScoredPrompt:
     """By the logits (fp32) before each token. `logits_NV` holds those of all of the chunk's tokens."""
     targets = [*chunk.tokens[1:], *([chunk.following] if chunk.following >= 0 else [])]
     count = _params(chunk).prompt_logprobs or 0
-    target_N1 = torch.tensor(targets, device=logits_NV.device, dtype=torch.int64)[:, None]
+    target_N1 = sent(targets, torch.int64, logits_NV.device)[:, None]
     pieces = zip(logits_NV[: len(targets)].split(ROWS_AT_ONCE), target_N1.split(ROWS_AT_ONCE), strict=True)
     rows_NX = torch.cat([_logprobs(logits, target, count) for logits, target in pieces])
     return ScoredPrompt(targets, count, HostCopy([rows_NX]))
@@ -125,11 +125,11 @@ def _penalised(logits_CV: Tensor, chunks: Sequence[Chunk], input_C: Tensor | Non
         return logits_CV
     device = logits_CV.device
     pairs = [(row, token) for row in penalised for token in set(chunks[row].history)]
-    rows_P, tokens_P = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).T.to(device)
+    rows_P, tokens_P = sent(pairs, torch.int64, device).view(-1, 2).T
     if input_C is not None:  # a token that is seen twice is still divided once
-        last_P = torch.tensor(penalised, device=device)
+        last_P = sent(penalised, torch.int64, device)
         rows_P, tokens_P = torch.cat([rows_P, last_P]), torch.cat([tokens_P, input_C[last_P]])
-    penalty_C = torch.tensor([_params(chunk).repetition_penalty for chunk in chunks], device=device)
+    penalty_C = sent([_params(chunk).repetition_penalty for chunk in chunks], torch.float32, device)
     seen_P, penalty_P = logits_CV[rows_P, tokens_P], penalty_C[rows_P]
     return logits_CV.index_put((rows_P, tokens_P), torch.where(seen_P < 0, seen_P * penalty_P, seen_P / penalty_P))
 
@@ -141,11 +141,11 @@ def _draw_scores(logits_CV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
         return logits_CV
     device, vocab = logits_CV.device, logits_CV.shape[1]
     params = [_params(chunks[row]) for row in drawn]
-    settings_R4 = torch.tensor([(p.temperature, p.top_p, p.min_p, p.top_k or vocab) for p in params], device=device)
+    settings_R4 = sent([(p.temperature, p.top_p, p.min_p, p.top_k or vocab) for p in params], torch.float32, device)
     temperature_R1, top_p_R1, min_p_R1, top_k_R1 = settings_R4.split(1, dim=1)
-    keys_R2 = torch.tensor([key_of(chunks[row]) for row in drawn], device=device, dtype=torch.int32)
+    keys_R2 = sent([key_of(chunks[row]) for row in drawn], torch.int32, device)
 
-    rows_R = torch.tensor(drawn, device=device)
+    rows_R = sent(drawn, torch.int64, device)
     scores_RV = tempered(logits_CV[rows_R], temperature_R1)
     threshold_R1 = min_p_R1.log()  # the best score is 0
     ranked = [p.top_k or vocab for p in params if p.top_k or p.top_p < 1]
