@@ -23,6 +23,7 @@ from soloist.dispatch.local import LocalDispatcher, LocalIndex
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.kernels.choose import choose
 from soloist.kernels.choose_triton import choose_fused
+from soloist.kernels.count import count_choices
 from soloist.kernels.experts import (
     FEW_ROWS,
     FP8_BLOCKS,
@@ -189,6 +190,20 @@ def choices() -> None:
     assert torch.equal(choose(*arguments)[0], choose_fused(*arguments)[0])
 
 
+def counters() -> None:
+    """More tokens than rows, and the other way round; added to what stands there."""
+    for tokens, rows, has_padding in ((300, 5, True), (1, 200, False)):
+        generator = torch.Generator().manual_seed(tokens)
+        ids_TK = torch.rand(tokens, 12, generator=generator).argsort(1)[:, :3].contiguous()
+        slots_RK = torch.randint(-1, 2, (rows, 3), generator=generator, dtype=torch.int32)
+        live_T = torch.rand(tokens, generator=generator) < (0.5 if has_padding else 1)
+        came = (slots_RK >= 0).any(1).sum()[None]
+        wanted = torch.arange(13) + torch.cat([ids_TK[live_T].flatten().bincount(minlength=12), came])
+        counts, padding = torch.arange(13).to(DEVICE), live_T.to(DEVICE) if has_padding else None
+        count_choices(ids_TK.to(DEVICE), padding, slots_RK.to(DEVICE), counts)
+        assert torch.equal(counts.cpu(), wanted)
+
+
 def collectives() -> None:
     """Everybody sends, then everybody receives."""
     windows = windows_in_process(RANKS, Channels.size(RANKS), DEVICE)
@@ -239,6 +254,7 @@ CASES: dict[str, Callable[[], None]] = {
     "router": router,
     "norms": norms,
     "choices": choices,
+    "counters": counters,
     "collectives": collectives,
 }
 

@@ -50,6 +50,7 @@ class ExpertBatch:
     offsets_S: Tensor  # int32: end of each slot's expanded rows
     ticket: object  # opened by `combine` alone
     dense: bool = True  # every row came; otherwise those that `row_X` does not name hold anything
+    slots_RK: Tensor | None = None  # what kernels made the index of, until combine: local slots chosen, −1 elsewhere
 
 
 class PendingBatch(Protocol):

@@ -72,16 +72,17 @@ class LocalDispatcher(Dispatcher):
     def make_index(self, x_TD: Tensor, choice: SlotChoice) -> ExpertBatch:
         index, (tokens, top_k) = self.index, choice.slot_TK.shape
         expanded = tokens * min(top_k, self.slots)
-        block = index_block(tokens)
+        block, slots_TK = index_block(tokens), choice.slot_TK.contiguous()
         index_kernel[(self.slots,)](
-            choice.slot_TK.contiguous(), choice.weight_TK.contiguous(), None, None, None, None, 0, 0,
+            slots_TK, choice.weight_TK.contiguous(), None, None, None, None, 0, 0,
             index.row_X, index.weight_X, index.place_TK, index.offsets_S, tokens,
             K=top_k, KP=next_power(top_k), RANKS=0, BLOCK=block, num_warps=max(4, block // 128),
         )  # fmt: skip
         ticket = Ticket(choice, index)
         return ExpertBatch(
-            x_TD, index.row_X[:expanded], index.weight_X[:expanded], index.offsets_S[: self.slots], ticket, dense=False
-        )
+            x_TD, index.row_X[:expanded], index.weight_X[:expanded], index.offsets_S[: self.slots], ticket, dense=False,
+            slots_RK=slots_TK,
+        )  # fmt: skip
 
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Done:
         """The rows are the tokens' sums already."""

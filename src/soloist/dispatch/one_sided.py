@@ -164,6 +164,7 @@ class OneSidedDispatcher(Dispatcher):
             lane.offsets_S[: shape.slots],
             ticket,
             dense=False,
+            slots_RK=lane.slots_RK[: shape.rows],
         )
 
     def _receive_rows(self, ticket: Ticket, sent: torch.Event | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from soloist.dispatch.base import Dispatcher, ExpandedDispatcher, ExpertBatch, PendingBatch, PendingRows, PendingTokens
 from soloist.moe.choice import Chooser
 from soloist.moe.experts import Experts
-from soloist.moe.router import Router, SlotTable
+from soloist.moe.router import Router, Routing, SlotTable
 from soloist.moe.stats import LoadStats
 from soloist.timing import Stopwatch
 
@@ -76,8 +77,7 @@ class MoELayer:
         with self.watch("experts"):
             other_TD = meanwhile() if meanwhile else None
         # 3. Run the local experts, and send the results home.
-        batch, returning = self._through_experts(dispatcher, arriving, where)
-        self.stats.record(self.layer, routing, batch, live_T)
+        returning = self._through_experts(dispatcher, arriving, where, partial(self._count, routing, live_T))
         # 4. Each token sums up its own.
         with self.watch("exchange"):
             out_TD = returning.wait()
@@ -92,12 +92,9 @@ class MoELayer:
         with self.watch("router"):
             routing, choice = self.choose(x_TD, live_T)
             choice = choice.of_group(self.table.group)
-        batch, returning = self._through_experts(
-            self.replicated, self.replicated.start_dispatch(x_TD, choice, where), where
-        )
-        live_t = None if live_T is None else live_T[counted]
-        self.stats.record(self.layer, routing.of(counted), batch, live_t)
-        return returning.wait()
+        arriving = self.replicated.start_dispatch(x_TD, choice, where)
+        count = partial(self._count, routing.of(counted), None if live_T is None else live_T[counted])
+        return self._through_experts(self.replicated, arriving, where, count).wait()
 
     def _in_rounds(
         self, x_TD: Tensor, meanwhile: Callable[[], Tensor] | None, gather_in_group: bool, live_T: Tensor | None,
@@ -112,10 +109,16 @@ class MoELayer:
         out_TD = torch.cat(parts)
         return out_TD if meanwhile is None else out_TD + meanwhile()
 
+    def _count(self, routing: Routing, live_T: Tensor | None, batch: ExpertBatch) -> None:
+        self.stats.record(self.layer, routing, batch, live_T)
+
     def _through_experts(
-        self, dispatcher: Dispatcher, arriving: PendingBatch, where: str
-    ) -> tuple[ExpertBatch, PendingTokens]:
-        """By the fused kernels where experts and dispatcher both can, otherwise row by row."""
+        self, dispatcher: Dispatcher, arriving: PendingBatch, where: str, count: Callable[[ExpertBatch], None]
+    ) -> PendingTokens:
+        """By the fused kernels where experts and dispatcher both can, otherwise row by row.
+
+        `count` gets the batch before its results go home: from then on peers may send the next one into its memory.
+        """
         if isinstance(dispatcher, ExpandedDispatcher):
             coming = cast(PendingRows, arriving)
             tiles = self.experts.tiles(coming.rows * self.router.spec.top_k / self.router.experts)
@@ -123,13 +126,15 @@ class MoELayer:
                 with self.watch("exchange"):
                     as_they_come = self.experts.takes_rows(tiles)
                     batch, x_XD = (coming.wait(), None) if as_they_come else coming.wait_expanded()
+                count(batch)
                 with self.watch("experts"):
                     y_XD = self.experts.expanded(batch, tiles, x_XD)
                 with self.watch("exchange"):
-                    return batch, dispatcher.start_combine_expanded(y_XD, batch, where)
+                    return dispatcher.start_combine_expanded(y_XD, batch, where)
         with self.watch("exchange"):
             batch = arriving.wait()
+        count(batch)
         with self.watch("experts"):
             y_RD = self.experts.forward(batch)
         with self.watch("exchange"):
-            return batch, dispatcher.start_combine(y_RD, batch, where)
+            return dispatcher.start_combine(y_RD, batch, where)

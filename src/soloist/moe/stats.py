@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from soloist.dispatch.base import ExpertBatch
+from soloist.kernels.count import count_choices
+from soloist.kernels.language import AVAILABLE
 from soloist.moe.recorder import RoutingRecorder
 from soloist.moe.router import Routing
 
@@ -46,6 +48,9 @@ class LoadStats:
         if layer not in self._counts:
             self._counts[layer] = ids_TK.new_zeros(self.experts + 1)
         counts = self._counts[layer]
+        if AVAILABLE and ids_TK.is_cuda and batch.slots_RK is not None:
+            count_choices(ids_TK.contiguous(), live_T, batch.slots_RK, counts)
+            return
         live_TK = torch.ones_like(ids_TK) if live_T is None else live_T[:, None].expand_as(ids_TK).to(ids_TK.dtype)
         counts.index_add_(0, ids_TK.flatten(), live_TK.flatten())
         counts[-1] += len(batch.rows_RD) if batch.dense else _rows_named(batch)
