@@ -46,7 +46,8 @@ class Dispatchers:
         self.tokens = -(-options.max_batch_tokens // layout.attention_ranks)
         few = min(options.max_batch_tokens, options.replicate_below)
         # All ranks of the stage have the same replicated tokens, and only one group the expert of a choice.
-        self.own = layout.ep > 1 and layout.attention_ranks == layout.stage_ranks and not placement.has_replicas
+        whole = layout.ep > 1 and layout.attention_ranks == layout.stage_ranks
+        self.own = whole and not placement.has_replicas and not placement.has_empty_groups
         self.crossings = Crossings(spec, world, options, dtype)
         self.index = None
         if device.type == "cuda" and AVAILABLE and (layout.ep == 1 or self.own) and self.most:

@@ -63,6 +63,11 @@ class Placement(Spec, frozen=True, kw_only=True):
         """Whether some expert lies in more than one slot."""
         return any(sum(map(len, groups)) > self.experts for groups in self.slots)
 
+    @property
+    def has_empty_groups(self) -> bool:
+        """Whether some group holds no expert of some layer."""
+        return not all(members for groups in self.slots for members in groups)
+
     @classmethod
     def linear(cls, spec: ModelSpec, groups: int) -> Placement:
         """Neighbouring experts together; with more groups than experts, replicas: group g holds expert g mod E."""

@@ -49,7 +49,8 @@ def _shown(value: float, unit: str) -> str:
 
 
 def _share(phases_s: Mapping[str, float], phase: str) -> float:
-    total = sum(phases_s.values())
+    """Of the time that is known by phase: a step in a CUDA graph is timed as a whole, in the phase "graph"."""
+    total = sum(phases_s.values()) - phases_s.get("graph", 0.0)
     return phases_s.get(phase, 0.0) / total if total else 0.0
 
 
