@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 
-from soloist.planner.memory import MemoryLoad, memory_parts, worst_rank
+from soloist.planner.memory import MemoryLoad, memory_parts, pushed_tokens, worst_rank
 from soloist.planner.precision import Precision
 from soloist.planner.weights import PARTS, held_kv_heads, rank_weights
 from soloist.specs.layout import Layout
@@ -65,3 +65,11 @@ def test_low_latency_buffers_grow_with_slots() -> None:
     two = worst_rank(spec, Layout(ep=256), Precision.named("fp8"), load, "low_latency", slots=2)
     assert two["exchange buffers"] == 2 * one["exchange buffers"]
     assert two["experts"] == 2 * one["experts"]
+
+
+def test_a_pushed_call_leaves_room_for_what_it_expands() -> None:
+    """Eight choices of 7168 bf16 there and back and 2048 between them, of each token of eight ranks: 2.1 MB."""
+    spec, tokens = preset("deepseek-v3"), pushed_tokens(preset("deepseek-v3"), Layout(ep=8), 8192, 2)
+    assert tokens == int(6e9 / (8 * 8 * (2 * 7168 + 2048) * 2)) == 2861
+    assert pushed_tokens(spec, Layout(ep=8), 128, 2) == 128
+    assert pushed_tokens(preset("ref-16l"), Layout(ep=2), 8192, 2) == 8192

@@ -22,6 +22,7 @@ from soloist.engine.options import EngineOptions
 from soloist.engine.world import World
 from soloist.kernels.language import AVAILABLE
 from soloist.placement.placement import Placement
+from soloist.planner.memory import pushed_tokens
 from soloist.specs.model import ModelSpec
 from soloist.transport.local import LocalGroup, LocalTransport
 
@@ -54,7 +55,9 @@ class Dispatchers:
             tokens = options.max_batch_tokens if layout.ep == 1 else few
             self.index = LocalIndex.of(tokens, spec.router.top_k, self.most, device)
         stage = tuple(range(seat.stage_start, seat.stage_start + layout.stage_ranks))
-        self.sharded = self._one_sided(stage, layout.tp, self.tokens)
+        self.sharded = self._one_sided(
+            stage, layout.tp, pushed_tokens(spec, layout, self.tokens, dtype.itemsize)
+        )  # fmt: skip
         self.replicated = None
         if layout.attention_ranks > 1 and layout.ep > 1 and not self.own:
             self.replicated = self._one_sided(seat.expert_peers, 1, -(-few * layout.tp // layout.attention_ranks))

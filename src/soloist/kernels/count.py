@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from soloist.kernels.language import tl, triton
+from soloist.kernels.language import next_power, tl, triton
 
 BLOCK = 128  # tokens and rows of a program
 
@@ -21,7 +21,7 @@ def count_choices(ids_TK: Tensor, live_T: Tensor | None, slots_RK: Tensor, count
     if tokens or rows:
         count_kernel[(-(-max(tokens, rows) // BLOCK),)](
             ids_TK, live_T, slots_RK, counts, tokens, rows, len(counts) - 1,
-            K=top_k, KP=1 << (top_k - 1).bit_length(), BLOCK=BLOCK, LIVE=live_T is not None, num_warps=4,
+            K=top_k, KP=next_power(top_k), BLOCK=BLOCK, LIVE=live_T is not None, num_warps=4,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from soloist.specs.model import ModelSpec, Spec
 CONTEXT_BYTES = 0.6e9  # CUDA context and loaded kernels
 NCCL_BYTES = 0.4e9  # communicators' own buffers, where there are any
 GEMM_WORKSPACE_BYTES = 32e6 * 2
+PUSHED_BYTES, FEWEST_PUSHED = 6e9, 512  # of a pushed call's expanded rows on a rank; tokens that go whatever they take
 REPLICATED = 64  # tokens of a step below which all ranks of an attention group have all of them (engine/options.py)
 
 
@@ -91,6 +92,16 @@ def exchange_bytes(
     return 2 * (own + received) * (there + back)
 
 
+def pushed_tokens(spec: ModelSpec, layout: Layout, tokens: int, itemsize: float) -> int:
+    """Of `tokens` that each rank brings to a step, how many go in one call of the pushed exchange; the others follow.
+
+    A call has room for every token of every rank at each of its choices, before, between and behind the two products
+    of the experts. Most of it stays empty, but a KV cache of 90 % of the memory must leave that much.
+    """
+    each = spec.router.top_k * (2 * spec.d_model + -(-spec.expert.width // layout.tp)) * itemsize
+    return min(tokens, max(FEWEST_PUSHED, int(PUSHED_BYTES / (layout.stage_ranks * each))))
+
+
 def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: MemoryLoad, slots: int) -> float:
     """A window has room for every token that any rank could send: rows there, results of the experts, rows home.
 
@@ -106,7 +117,8 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
         return rows * (row + 12 * most + 4 * top_k)
 
     attention = layout.attention_ranks
-    found = window(layout.stage_ranks, -(-load.step_tokens // attention)) if layout.stage_ranks > 1 else 0.0
+    pushed = pushed_tokens(spec, layout, -(-load.step_tokens // attention), size)
+    found = window(layout.stage_ranks, pushed) if layout.stage_ranks > 1 else 0.0
     has_replicas = slots * layout.ep > spec.experts
     if layout.ep == 1 or (layout.attention_groups == 1 and not has_replicas):
         tokens = load.step_tokens if layout.ep == 1 else min(load.step_tokens, REPLICATED)
