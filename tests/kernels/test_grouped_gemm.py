@@ -114,5 +114,7 @@ def test_tiles_follow_the_load() -> None:
     assert choose_tiles(4, 768).gate_up.bm < choose_tiles(4096, 768).gate_up.bm
     assert choose_tiles(4096, 768) != choose_tiles(4096, 2048)
     assert fits(choose_tiles(4096, 768), 2048, 768)
+    assert fits(choose_tiles(0.1, 768), 2048, 768)
+    assert fits(choose_tiles(0.1, 384), 2048, 384)
     assert fits(choose_tiles(4, 128, torch.float32), 256, 128)
     assert not fits(choose_tiles(4096, 700), 2048, 700)

@@ -30,6 +30,9 @@ class ExpertTiles:
     gather: bool
 
 
+# Most slots empty (measured on H200, docs/exchange.md): narrow tiles keep all SMs busy, deep stages keep them reading.
+LONE_ROWS = ExpertTiles(Tile(16, 64, 128, 4, 4), Tile(16, 64, 256, 4, 4), gather=True)
+LONE_ROWS_NARROW = ExpertTiles(LONE_ROWS.gate_up, Tile(16, 64, 128, 4, 4, 2), gather=True)
 # Measured on H100 (docs/exchange.md): the best of seven shapes each.
 FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gather=True)
 SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
@@ -50,6 +53,8 @@ def choose_tiles(rows_per_slot: float, width: int, dtype: torch.dtype = torch.bf
     """By the expected number of expanded rows of a slot, the width of the experts, and their dtype of 16 or 32 bits."""
     if dtype == torch.float32:
         return FP32_ROWS
+    if rows_per_slot <= 1:
+        return LONE_ROWS_NARROW if width % LONE_ROWS.down.bk else LONE_ROWS
     if rows_per_slot <= 24:
         return FEW_ROWS
     if rows_per_slot <= 96:
