@@ -192,6 +192,21 @@ class Measured:
             for what, seconds in run.halves():
                 yield self.point(what, name, load, seconds, sent)
 
+    def table(self, preset: str, transport: Transport) -> Iterator[Point]:
+        """What docs/benchmarks.md shows."""
+        if preset in ("prefill", "all"):
+            for load in PREFILL:
+                yield from self.prefill(load)
+            yield from self.prefill(PREFILL[0], fp8=True)
+            yield from self.portable(PREFILL[0], transport)
+        if preset in ("wire", "all"):
+            yield from self.prefill(WIRE)
+        if preset in ("decode", "all"):
+            for load in DECODE:
+                yield from self.decode(load, fp8=True)
+                yield from self.decode(load, fp8=False)
+            yield from self.portable(DECODE[0], transport)
+
     def case(self, load: Load, transport: Transport) -> Iterator[Point]:
         """Everything that there is to say of one load."""
         if load.tokens <= LATENCY_TOKENS:
@@ -204,31 +219,18 @@ class Measured:
 
 
 def measure(preset: str, wanted: Wanted, trace_file: Path | None, calls: int) -> Iterator[Point]:
-    """Joins the world and measures; called by every rank."""
+    """Joins the world and measures; called by every rank. The calls that are compared come last."""
     if preset not in PRESETS:
         raise ConfigurationError.of("--preset", preset, f"choose one of {', '.join(PRESETS)}")
     bench = Bench.join()
     transport = join_nccl(bench)
+    if preset != "none" or wanted:
+        machine = Machine.measured(bench)
+        yield from machine.points()
+        measured = Measured(bench, Trace.of(trace_file, bench.rank), machine)
+        if wanted:
+            yield from measured.case(Load(**wanted.sizes(bench.size)), transport)
+        else:
+            yield from measured.table(preset, transport)
     if calls:
         soak(bench, transport, calls)
-    if preset == "none" and not wanted:
-        return
-    machine = Machine.measured(bench)
-    yield from machine.points()
-    measured = Measured(bench, Trace.of(trace_file, bench.rank), machine)
-    if wanted:
-        sizes = wanted.sizes(bench.size)
-        yield from measured.case(Load(**sizes), transport)
-        return
-    if preset in ("prefill", "all"):
-        for load in PREFILL:
-            yield from measured.prefill(load)
-        yield from measured.prefill(PREFILL[0], fp8=True)
-        yield from measured.portable(PREFILL[0], transport)
-    if preset in ("wire", "all"):
-        yield from measured.prefill(WIRE)
-    if preset in ("decode", "all"):
-        for load in DECODE:
-            yield from measured.decode(load, fp8=True)
-            yield from measured.decode(load, fp8=False)
-        yield from measured.portable(DECODE[0], transport)

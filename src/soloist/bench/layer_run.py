@@ -106,6 +106,8 @@ class LayerRun:
             other.start_dispatch(*self.load.inputs(other.rank, self.bench.size, 0, self.bench.device))
         if self.others:
             self.bench.settle()  # they share the GPU, so nobody may wait on it for them
+            for dispatcher in (self.dispatcher, *self.others):
+                dispatcher.lanes[0].busy = False  # nothing will be combined
         return arriving.wait()
 
     def weigh(self, batch: ExpertBatch, y_XD: Tensor) -> None:

@@ -5,7 +5,7 @@ Shape legend: T tokens of a rank, D model width, K top-k, E experts, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +34,7 @@ class Soak:
     eager: Dispatcher | None = None  # what calls outside the graph are compared with, beside the definition
     in_graph: Dispatcher | None = None
     wrong: Tensor = field(init=False)
+    replay: Callable[[], None] = field(init=False)
 
     def __post_init__(self) -> None:
         bench, load = self.bench, self.load
@@ -82,18 +83,24 @@ class Soak:
         batch = dispatcher.dispatch(self.x_TD, SlotChoice(self.group_TK, self.slot_TK, self.weight_TK))
         return dispatcher.combine(batch.rows_RD * 0.5 + self.bench.rank, batch)
 
-    def steps(self, calls: int) -> Iterator[None]:
-        """`calls` calls given to the current stream, one in EAGER_EVERY outside the graph."""
-        self.draw(0)
-        replay = captured(lambda: self.call(self.in_graph), warm_up=0)
-        yield
-        for call in range(calls):
+    def prepare(self, settle: Callable[[], None] = lambda: None) -> None:
+        """Whatever first calls compile, load and allocate; and the graph. `settle` runs after each of them."""
+        for call in range(5):
             self.draw(call)
-            if call % EAGER_EVERY == 0:
-                self.call(self.eager)
-            else:
-                replay()
-            yield
+        for yardstick in (self.eager, self.in_graph):
+            self.call(yardstick)
+            settle()
+        self.replay = captured(lambda: self.call(self.in_graph), warm_up=0)
+        self.replay()
+        settle()
+
+    def step(self, number: int) -> None:
+        """One call on the current stream, one in EAGER_EVERY outside the graph."""
+        self.draw(number)
+        if number % EAGER_EVERY == 0:
+            self.call(self.eager)
+        else:
+            self.replay()
 
     def result(self) -> int:
         """Wrong values in all calls so far."""
@@ -108,10 +115,9 @@ def soak(bench: Bench, transport: Transport, calls: int) -> None:
     for name, form in FORMS.items():
         dispatcher = one_sided(bench, LOAD.shape(bench.size), form, lanes=1)
         rank = Soak(bench, LOAD, dispatcher, ragged(transport, LOAD), padded(transport, LOAD, rounds=2))
-        rank.call(rank.eager)  # whatever the first calls compile and allocate, before a graph is captured
-        rank.call(rank.in_graph)
-        for _ in rank.steps(calls):
-            pass
+        rank.prepare()
+        for number in range(calls):
+            rank.step(number)
         _tell(name, calls, [rank], "NCCL's and the definition")
 
 
@@ -120,21 +126,39 @@ def soak_alone(ranks: int, calls: int) -> None:
     for name, form in FORMS.items():
         benches = OneGpu.together(ranks)
         dispatchers = in_process(benches[0], LOAD.shape(ranks), form)
-        all_ranks = [Soak(bench, LOAD, one) for bench, one in zip(benches, dispatchers, strict=True)]
-        streams = [torch.cuda.Stream() for _ in all_ranks]
-
-        def each(act: Callable[[int], object], streams: list[torch.cuda.Stream] = streams) -> None:
-            for rank, stream in enumerate(streams):
+        soaks = [Soak(bench, LOAD, one) for bench, one in zip(benches, dispatchers, strict=True)]
+        streams = [torch.cuda.Stream() for _ in soaks]
+        _prepare_in_turn(soaks, streams)
+        for number in range(calls):
+            for rank, stream in zip(soaks, streams, strict=True):
                 with torch.cuda.stream(stream):
-                    act(rank)
+                    rank.step(number)
+        _tell(name, calls, soaks, "the definition")
 
+
+def _prepare_in_turn(soaks: list[Soak], streams: list[torch.cuda.Stream]) -> None:
+    """A kernel is loaded once no kernel runs, so ranks of one GPU may not wait for each other meanwhile.
+
+    Therefore all waits give up at once, and what they report is forgotten.
+    """
+    watches = [watch for rank in soaks for watch in (rank.bench.watch, rank.dispatcher.watch)]
+
+    def settle() -> None:
         torch.cuda.synchronize()
-        each(lambda rank, them=all_ranks: them[rank].call(None))
-        torch.cuda.synchronize()
-        steps = [rank.steps(calls) for rank in all_ranks]
-        for _ in range(calls + 1):
-            each(lambda rank, them=steps: next(them[rank]))
-        _tell(name, calls, all_ranks, "the definition")
+        for watch in watches:
+            watch.report.zero_()
+
+    for watch in watches:
+        watch.failed.fill_(1)
+    settle()
+    for rank, stream in zip(soaks, streams, strict=True):
+        with torch.cuda.stream(stream):
+            rank.prepare(settle)
+    for watch in watches:
+        watch.failed.zero_()
+    for rank in soaks:
+        rank.wrong.zero_()
+    torch.cuda.synchronize()
 
 
 def _tell(name: str, calls: int, ranks: list[Soak], yardstick: str) -> None:
