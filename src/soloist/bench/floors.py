@@ -70,5 +70,6 @@ def _copy(bench: OneGpu) -> Callable[[], object]:
 def _sending(bench: Bench) -> Callable[[], object]:
     window = bench.group.window(SENT)
     source = torch.ones(SENT, dtype=torch.uint8, device=bench.device)
-    target = window.view(0, (SENT,), torch.uint8, (bench.rank + 1) % bench.size)
-    return lambda: target.copy_(source)
+    peer = (bench.rank + 1) % bench.size
+    # The view alone would not keep the mapping.
+    return lambda: window.view(0, (SENT,), torch.uint8, peer).copy_(source)
