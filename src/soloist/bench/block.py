@@ -127,8 +127,9 @@ class BlockRun:
         for block, moe in zip(decoder.blocks, kept, strict=True):
             assert moe is not None, "the presets of this benchmark have experts in their first layers"
             slots = len(moe.experts.down)
-            plain = [RaggedDispatcher(world.experts, world.topology, slots, tp) for tp in (world.tp, None)]
-            block.moe = replace(moe, dispatcher=plain[0], replicated=plain[1])
+            forms = [RaggedDispatcher(world.experts, world.topology, slots, tp) for tp in (world.tp, None)]
+            here = self.runner.dispatchers.here(slots)
+            block.moe = replace(moe, dispatcher=forms[0], replicated=here if moe.own else forms[1])
         decoder.fuse(False)
         want, chosen_plain = self._choices(layers)
         for block, moe in zip(decoder.blocks, kept, strict=True):

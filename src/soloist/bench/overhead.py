@@ -49,7 +49,7 @@ def measure(
         options, prefix_caching=False, max_sequences=max(most, 1), max_positions=prompt + tokens + 1
     )
     found: dict[str, list[float]] = {"offline": [], "http": []}
-    with LLM(model, cut, options=sized, show_progress=False) as llm, Reader() as reader:
+    with LLM(model, cut, options=sized, show_progress="lines") as llm, Reader() as reader:
         draw = np.random.default_rng(0).integers(1, llm.spec.vocab, (streams, prompt))
         ways = {"offline": lambda n: _offline(llm, draw.tolist(), n), "http": lambda n: _http(llm, reader, draw, n)}
         for way in ways.values():

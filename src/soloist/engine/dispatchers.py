@@ -62,27 +62,27 @@ class Dispatchers:
         if layout.attention_ranks > 1 and layout.ep > 1 and not self.own:
             self.replicated = self._one_sided(seat.expert_peers, 1, -(-few * layout.tp // layout.attention_ranks))
 
-    @property
-    def capturable(self) -> bool:
-        """Whether no call asks the host for anything, so that a CUDA graph can hold it."""
+    def captures(self, replicated: bool) -> bool:
+        """Whether no call of a step of this form asks the host for anything, so that a CUDA graph can hold it."""
         if not self.spec.moe_layers:
             return True
-        local = self.index is not None
-        shared = self.world.attention is None or local or self.replicated is not None
-        return shared and ((local and not self.own) or self.sharded is not None)
+        if replicated and self.world.attention is not None:
+            return self.index is not None or self.replicated is not None
+        alone = self.world.seat.layout.stage_ranks == 1
+        return self.sharded is not None or (alone and self.index is not None)
 
     def of(self, slots: int) -> tuple[Dispatcher, Dispatcher]:
         """For tokens that differ between the ranks of a TP group, and for tokens that are the same on all of them."""
         world, layout = self.world, self.world.seat.layout
         local = LocalDispatcher(slots, self.index) if self.index else None
         sharded = _resized(self.sharded, slots) or (local if layout.stage_ranks == 1 else None)
-        replicated = local or _resized(self.replicated, slots) or (self._here(slots) if self.own else None)
+        replicated = local or _resized(self.replicated, slots) or (self.here(slots) if self.own else None)
         return (
             sharded or self.crossings.of(slots, world.tp),
             replicated or self.crossings.of(slots),
         )
 
-    def _here(self, slots: int) -> Dispatcher:
+    def here(self, slots: int) -> Dispatcher:
         """Within this rank, without kernels."""
         world = self.world
         alone = LocalTransport(LocalGroup((world.seat.rank,)), 0, world.root.deadline_s)

@@ -124,17 +124,17 @@ class Runner:
         shape = Shape(width, options.block_size, blocks, self.device, self.dtype)
         is_enabled, self.watch.enabled = self.watch.enabled, False  # events in a graph cannot be read
         is_gpu = self.device.type == "cuda"
-        buckets = options.graph_buckets(is_gpu) if self._is_capturable or not is_gpu else ()
+        buckets = [rows for rows in options.graph_buckets(is_gpu) if not is_gpu or self._captures(rows)]
         self.static = StaticSteps(buckets, lambda rows: self._static_step(rows, shape), self.device)
         self.watch.enabled = is_enabled
 
-    @property
-    def _is_capturable(self) -> bool:
-        """No part of a step asks the host for anything: attention, experts, exchange. Equal on all ranks."""
+    def _captures(self, rows: int) -> bool:
+        """No part of a step of so many rows asks the host for anything: attention, experts, exchange. Equal on all
+        ranks."""
         blocks = self.decoder.blocks
         attention = all(isinstance(block.attention.attend, TritonPagedAttention) for block in blocks)
         experts = all(block.moe.experts.capturable for block in blocks if block.moe)
-        return attention and experts and self.dispatchers.capturable
+        return attention and experts and self.dispatchers.captures(rows < self.options.replicate_below)
 
     def _static_step(self, rows: int, shape: Shape) -> StaticStep:
         seat, replicated = self.world.seat, rows < self.options.replicate_below
