@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
+from soloist.engine.graphs import StaticSteps, widths
 from soloist.engine.llm import LLM
 from soloist.engine.options import EngineOptions
 from soloist.errors import ConfigurationError
-from soloist.scheduling.request import SamplingParams
+from soloist.scheduling.request import Chunk, SamplingParams, StepBatch
 
 NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
 PROMPTS = ["It was a dark and stormy night, and", "The old house upon the hill", "My dear Watson,", "She", "He said"]
@@ -38,6 +40,21 @@ def answers(layout: str, **options: Any) -> list[tuple]:
 def test_no_answer_changes(layout: str) -> None:
     plain = answers(layout, cuda_graphs="off", ahead="off")
     assert answers(layout, cuda_graphs="3,8", ahead="on") == plain
+
+
+def test_steps_without_a_long_context_have_graphs_of_their_own() -> None:
+    held = widths(10_000, 16)
+    assert held == (256, 625)
+    assert widths(4096, 16) == (256,)
+    steps = StaticSteps((2, 4), held, lambda *shape: cast(Any, shape), torch.device("cpu"))
+    chunks = [
+        Chunk(sequence, (1,), 16 * blocks - 1, tuple(range(blocks)), True) for sequence, blocks in enumerate((3, 257))
+    ]
+    assert steps.of(StepBatch(0, tuple(chunks[:1]), peak=3, decodes=True)) == (4, 256)
+    assert steps.of(StepBatch(0, tuple(chunks), peak=2, decodes=True)) == (2, 625)
+    assert steps.of(StepBatch(0, (), peak=1, decodes=True)) == (2, 256)
+    assert steps.of(StepBatch(0, tuple(chunks), peak=5, decodes=True)) is None
+    assert steps.of(StepBatch(0, tuple(chunks), peak=2, decodes=False)) is None
 
 
 def test_buckets() -> None:

@@ -1,9 +1,11 @@
 """Decoding steps of fixed shape: captured once in a CUDA graph, replayed with other numbers.
 
 A step of up to B sequences, one token each, is one graph for the smallest bucket B that holds it: input, layers with
-their exchange, logits, and the choice of the next tokens. All that differs between two replays lies in one buffer of
-integers, filled on the host and copied once. Rows that no sequence uses are padding: their keys and values go to a
-block that nobody owns. On a CPU nothing is captured: the same function is called.
+their exchange, logits, and the choice of the next tokens. Attention is cut for the longest context that a graph may
+meet, so where sequences may grow beyond SHORT_CONTEXT, steps in which none has have graphs of their own. All that
+differs between two replays lies in one buffer of integers, filled on the host and copied once. Rows that no sequence
+uses are padding: their keys and values go to a block that nobody owns. On a CPU nothing is captured: the same function
+is called.
 
 Shape legend: B rows, M blocks of the longest table, D model width, V vocabulary.
 """
@@ -30,6 +32,7 @@ from soloist.models.step import StepInput
 from soloist.scheduling.request import StepBatch
 
 _CPU = torch.device("cpu")
+SHORT_CONTEXT = 4096  # tokens: what a program of the attention takes without a split
 WARM_UP = 2  # calls before a capture: kernels are compiled, buffers made
 LONG = ("id", "source", "position", "slot", "place")  # int64 numbers of a row: what indexes tensors
 SHORT = ("length", "live", "key", "key2", "temperature")  # int32; the last one holds a float's bits
@@ -174,13 +177,24 @@ class StaticStep:
             self._graph.replay()
 
 
+def widths(longest: int, block_size: int) -> tuple[int, ...]:
+    """Blocks of the longest table of a graph: for contexts up to SHORT_CONTEXT, and for all."""
+    return tuple(sorted({-(-min(longest, SHORT_CONTEXT) // block_size), -(-longest // block_size)}))
+
+
 class StaticSteps:
     """All buckets of a rank, in one pool of memory: they never run at once."""
 
-    def __init__(self, buckets: Sequence[int], make: Callable[[int], StaticStep], device: torch.device) -> None:
-        """Captures the largest first, so that the others fit into its memory."""
-        self.buckets = tuple(buckets)
-        self._steps = {rows: make(rows) for rows in reversed(self.buckets)}
+    def __init__(
+        self,
+        buckets: Sequence[int],
+        widths: Sequence[int],
+        make: Callable[[int, int], StaticStep],
+        device: torch.device,
+    ) -> None:
+        """`make`: from rows and width. Captures the largest first, so that the others fit into its memory."""
+        self.buckets, self.widths = tuple(buckets), tuple(widths)
+        self._steps = {(rows, width): make(rows, width) for rows in reversed(buckets) for width in reversed(widths)}
         if device.type == "cuda" and self._steps:
             stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -189,6 +203,12 @@ class StaticSteps:
             torch.cuda.current_stream(device).wait_stream(stream)
 
     def of(self, batch: StepBatch) -> StaticStep | None:
-        """For a batch that all groups run in this form; None where they run it otherwise."""
+        """For a batch that all groups run in this form; None where they run it otherwise.
+
+        All ranks take the same bucket; the width concerns nobody but the ranks that share these sequences.
+        """
         at = bisect_left(self.buckets, max(batch.peak, 1))
-        return self._steps[self.buckets[at]] if batch.decodes and at < len(self.buckets) else None
+        if not batch.decodes or at == len(self.buckets):
+            return None
+        blocks = max((len(chunk.blocks) for chunk in batch.chunks), default=0)
+        return self._steps[self.buckets[at], self.widths[bisect_left(self.widths, blocks)]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from soloist.engine.answers import Answer, StepAnswer
 from soloist.engine.dispatchers import Dispatchers
 from soloist.engine.feedback import Feedback
-from soloist.engine.graphs import Shape, StaticStep, StaticSteps
+from soloist.engine.graphs import Shape, StaticStep, StaticSteps, widths
 from soloist.engine.host_copy import HostCopy
 from soloist.engine.kv_cache import allocate, blocks_that_fit
 from soloist.engine.memory import device_bytes, held, settle
@@ -120,12 +120,11 @@ class Runner:
         self.rope.prepare(options.longest(self.spec), self.dtype)
         self.settled = settle(self.device)
         self.feedback = Feedback(options.micro_batches + 1, options.max_sequences, self.device)
-        width = -(-options.longest(self.spec) // options.block_size)
-        shape = Shape(width, options.block_size, blocks, self.device, self.dtype)
         is_enabled, self.watch.enabled = self.watch.enabled, False  # events in a graph cannot be read
         is_gpu = self.device.type == "cuda"
         buckets = [rows for rows in options.graph_buckets(is_gpu) if not is_gpu or self._captures(rows)]
-        self.static = StaticSteps(buckets, lambda rows: self._static_step(rows, shape), self.device)
+        held = widths(options.longest(self.spec), options.block_size)
+        self.static = StaticSteps(buckets, held, self._static_step, self.device)
         self.watch.enabled = is_enabled
 
     def _captures(self, rows: int) -> bool:
@@ -136,8 +135,9 @@ class Runner:
         experts = all(block.moe.experts.capturable for block in blocks if block.moe)
         return attention and experts and self.dispatchers.captures(rows < self.options.replicate_below)
 
-    def _static_step(self, rows: int, shape: Shape) -> StaticStep:
+    def _static_step(self, rows: int, width: int) -> StaticStep:
         seat, replicated = self.world.seat, rows < self.options.replicate_below
+        shape = Shape(width, self.options.block_size, self.kv_blocks, self.device, self.dtype)
         x_tD = None
         if not seat.is_first_stage:
             split = TokenSplit(self.world.attention, rows, replicated, self.watch, rows)
