@@ -148,7 +148,7 @@ class Found(NamedTuple):
         box = self.fitted.box
         if not box:
             return "extrapolated", 2.0
-        outside = sum(_outside(box[name], value) for name, value in coordinates)
+        outside = sum(_outside(box[name], value) for name, value in coordinates if name in box)
         if outside or not self.exact:
             return "extrapolated", 1.25 + 0.5 * outside
         if _rounded(coordinates) in self.fitted.known:
@@ -162,8 +162,8 @@ def _rounded(coordinates: Iterable[tuple[str, float]]) -> tuple[int, ...]:
 
 
 def _distance2(at: dict[str, float], point: dict[str, float]) -> float:
-    """Squared distance in doublings."""
-    return sum(log2(max(at[name], 1e-9) / max(value, 1e-9)) ** 2 for name, value in point.items())
+    """Squared distance in doublings, by the coordinates that both have."""
+    return sum(log2(max(at[name], 1e-9) / max(value, 1e-9)) ** 2 for name, value in point.items() if name in at)
 
 
 def _outside(ends: tuple[float, float], value: float) -> float:

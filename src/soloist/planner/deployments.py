@@ -149,7 +149,7 @@ def predict_run(row: RunRow, calibration: Calibration, runtime: Runtime) -> floa
     left, steps = each * row.tokens, max(layout.pp, -(-each * row.tokens // CHUNK_TOKENS))
     whole = min(CHUNK_TOKENS, left)
     cost = model.prefill(whole, row.tokens / 2, int(steps)).seconds.value
-    return cost * left / whole
+    return cost * left / whole + 1e-6 * runtime["first_us"]
 
 
 def own_runs(kernels: Calibration) -> Domain:

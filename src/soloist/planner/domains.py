@@ -82,7 +82,8 @@ def kernels(machine: ClusterSpec | None = None) -> tuple[Domain, ...]:
 # -- exchange and collectives -----------------------------------------------------------------------------------------
 def exchange_coordinates(shape: exchange.ExchangeShape) -> dict[str, float]:
     """Where an exchange lies among the calibrated ones."""
-    return {"ranks": shape.ranks, "bytes": shape.tokens * shape.row_bytes}
+    found = {"ranks": shape.ranks, "bytes": shape.tokens * shape.row_bytes}
+    return {**found, "top-k": shape.top_k} if shape.mode in exchange.OURS else found
 
 
 def _exchange(phase: str, known: Hardware) -> Domain:
@@ -182,16 +183,22 @@ def decode_coordinates(work: compute.DecodeAttention) -> dict[str, float]:
     return {"keys": work.sequences * work.context, "context": work.context, "read": work.read}
 
 
-def prefill_coordinates(tokens: float, context: float, heads: int) -> dict[str, float]:
-    """Where attention in prefill lies; `context` is what a token sees on average."""
-    return {"tokens": tokens, "context": context, "heads": heads}
+def prefill_coordinates(tokens: float, context: float, heads: int, kv_heads: int = 0) -> dict[str, float]:
+    """Where attention in prefill lies; `context` is what a token sees on average. `kv_heads`: 0 if as many as heads."""
+    found = {"tokens": tokens, "context": context, "heads": heads}
+    return {**found, "kv heads": kv_heads} if kv_heads else found
+
+
+def _kv_heads(row: AttentionRow) -> int:
+    """Of grouped-query attention; in prefill MLA has as many as heads."""
+    return row.kv_heads if row.kind == "gqa" else 0
 
 
 def _attention(known: Hardware) -> Domain:
     def coordinates(row: AttentionRow) -> dict[str, float]:
         if row.phase == "decode":
             return decode_coordinates(compute.decode_work(row))
-        return prefill_coordinates(row.batch * row.new, row.context - row.new / 2, row.heads)
+        return prefill_coordinates(row.batch * row.new, row.context - row.new / 2, row.heads, _kv_heads(row))
 
     return Domain(
         name="attention",

@@ -34,6 +34,7 @@ from soloist.specs.cluster import ClusterSpec, preset_clusters, preset_gpus
 
 Mode = Literal["low_latency", "two_sided", "ragged", "pushed", "local", "normal"]
 OURS = ("ragged", "pushed", "local")
+GATHERED_ROWS = 96  # of an expert, up to which our kernels read them through an index
 PHASES = ("dispatch", "combine")
 MODES: dict[str, Mode] = {
     "low_latency": "low_latency", "ll": "low_latency", "two_sided": "two_sided", "one_sided": "two_sided",
@@ -70,6 +71,7 @@ PRIORS["local"] = {**PRIORS["ragged"], "local_us": Prior(3, 0.6), "endpoint": Pr
 class ExchangeShape(msgspec.Struct, frozen=True, kw_only=True):
     """What is exchanged. `tokens` of each rank; `row_bytes` of one copy; `ranks_per_node` of this group.
 
+    `laid_out`: rows are copied to where experts want them, or summed up from there; few rows are read where they are.
     `tp` neighbouring ranks have shares of the same experts, so a token goes to all of them.
     `kept_groups` of `groups` router groups may be used by a token. `node_copies` and `rank_copies`, where given, are
     the distinct nodes and ranks of a token measured on a routing trace; they take the place of the formulas.
@@ -85,6 +87,7 @@ class ExchangeShape(msgspec.Struct, frozen=True, kw_only=True):
     groups: int = 1
     kept_groups: int = 1
     tp: int = 1
+    laid_out: bool = True
     node_copies: float | None = None
     rank_copies: float | None = None
 
@@ -111,7 +114,7 @@ def copies(shape: ExchangeShape) -> Copies:
     groups = shape.ranks // shape.tp
     ranks = shape.tp * (shape.rank_copies or distinct(groups, max(shape.experts, groups), shape.top_k))
     if shape.mode == "local":
-        return Copies(0.0, 0.0, 1 + shape.top_k)
+        return Copies(0.0, 0.0, 1 + shape.top_k if shape.laid_out else 0.0)
     if shape.mode in OURS:  # rows are laid out for the experts, and summed up, in the same two halves
         return Copies(ranks * off_node, ranks / nodes * off_rank, ranks + shape.tp * shape.top_k)
     if shape.mode == "two_sided":
@@ -139,6 +142,11 @@ def latency_seconds(nodes: int, cluster: ClusterSpec, constants: Constants) -> f
     return 1e-6 * (constants["local_us"] + constants["remote_us"] + constants["hop_us"] * log2(nodes) + slower)
 
 
+def lays_out(phase: str, tokens: float, top_k: int, experts: int) -> bool:
+    """Whether our engine copies rows in this phase (kernels/experts.py): decode reads them through an index."""
+    return phase == "combine" or tokens * top_k > GATHERED_ROWS * experts
+
+
 def row_bytes(width: int, dtype: str) -> float:
     """Bytes of one activation row; fp8 carries a fp32 scale for every 128 elements, fp4 a byte for every 16."""
     scales = {"fp8": 4 / 128, "fp4": 1 / 16}
@@ -159,6 +167,7 @@ def shape_of(row: ExchangeRow, phase: str) -> ExchangeShape:
     return ExchangeShape(
         mode=mode, ranks=row.ep * row.tp, ranks_per_node=min(row.ep * row.tp, row.gpus_per_node), tokens=row.tokens,
         row_bytes=row_bytes(row.hidden, dtype), top_k=row.top_k, experts=row.experts, tp=row.tp,
+        laid_out=mode != "local" or lays_out(phase, row.tokens, row.top_k, row.experts),
     )  # fmt: skip
 
 

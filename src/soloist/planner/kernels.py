@@ -98,11 +98,13 @@ class Kernels:
         seconds = compute.decode_attention_seconds(work, self.cluster.gpu, found.constants)
         return found.estimate(seconds, decode_coordinates(work)).worse(self._known_gpu)
 
-    def prefill_attention(self, kind: str, tokens: float, context: float, heads: int, width: float) -> Estimate:
+    def prefill_attention(
+        self, kind: str, tokens: float, context: float, heads: int, width: float, kv_heads: int
+    ) -> Estimate:
         """Causal attention of `tokens` that see `context` tokens on average."""
         found = self._attention("prefill", kind)
         seconds = compute.prefill_attention_seconds(tokens, context, heads, width, self.cluster.gpu, found.constants)
-        return found.estimate(seconds, prefill_coordinates(tokens, context, heads)).worse(self._known_gpu)
+        return found.estimate(seconds, prefill_coordinates(tokens, context, heads, kv_heads)).worse(self._known_gpu)
 
     def small(self, tokens: float, hidden: float, columns: float, experts: float) -> Estimate:
         """A layer's small kernels in our own engine."""

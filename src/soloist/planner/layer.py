@@ -13,12 +13,12 @@ import msgspec
 
 from soloist.planner.compute import BYTES, PADDED_TOKENS, DecodeAttention, ExpertWork
 from soloist.planner.estimate import ZERO, Estimate, total
-from soloist.planner.exchange import ExchangeShape, Mode, row_bytes
+from soloist.planner.exchange import ExchangeShape, Mode, lays_out, row_bytes
 from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.precision import Precision
 from soloist.planner.routing import activated, busiest, distinct, imbalance, straggler
 from soloist.planner.runtime import Runtime
-from soloist.planner.weights import kv_elements
+from soloist.planner.weights import held_kv_heads, kv_elements
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec, Spec
 
@@ -89,7 +89,7 @@ def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, w
         gathered=d.layout.ep > 1 and batch.tokens / d.layout.attention_ranks > PADDED_TOKENS,
         fused=kernels.library == OWN_LIBRARY,
     )
-    parts["experts"] = kernels.experts(work).times(runtime["kernels"])
+    parts["experts"] = kernels.experts(work).times(_slowdown(batch, runtime))
     if d.model.shared_width:
         key = ("shared", d.model.name, d.precision, d.layout.attention_ranks, batch.tokens, runtime.name)
         width = d.model.shared_width
@@ -136,11 +136,16 @@ def _attention_half(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runt
     projections = total(kernels.matmul(batch.tokens, n, k, d.precision.linear) for n, k in matrices)
     own = batch.tokens / ranks
     return {
-        "projections": projections.times(runtime["kernels"]),
-        "attention": _attention(d, batch, context, kernels).times(runtime["kernels"]),
+        "projections": projections.times(_slowdown(batch, runtime)),
+        "attention": _attention(d, batch, context, kernels).times(_slowdown(batch, runtime)),
         "attention exchange": _attention_exchange(d, batch, kernels),
         "layer": _between(d, batch, own, kernels, runtime),
     }
+
+
+def _slowdown(batch: Batch, runtime: Runtime) -> float:
+    """Of the system's large kernels against the calibrated ones."""
+    return runtime["kernels"] * (1.0 if batch.is_decode else runtime["prefill"])
 
 
 def _attention_exchange(d: Deployment, batch: Batch, kernels: Kernels) -> Estimate:
@@ -168,7 +173,8 @@ def _attention(d: Deployment, batch: Batch, context: float, kernels: Kernels) ->
     a, ranks = d.model.attention, d.layout.attention_ranks
     heads = -(-a.heads // ranks)
     if not batch.is_decode:
-        return kernels.prefill_attention(a.kind, batch.tokens, context, heads, a.head_dim + a.v_head_dim)
+        kv_heads = held_kv_heads(d.model, ranks) if a.kind == "gqa" else 0
+        return kernels.prefill_attention(a.kind, batch.tokens, context, heads, a.head_dim + a.v_head_dim, kv_heads)
     read = kv_elements(d.model, ranks) * BYTES[d.precision.kv]
     width = 2 * a.kv_rank + a.rope_dim if a.kind == "mla" else a.head_dim + a.v_head_dim
     return kernels.decode_attention(DecodeAttention(a.kind, batch.tokens, context, heads, read, 2.0 * width))
@@ -232,7 +238,9 @@ def _own_exchange(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernel
     for phase, dtype in (("dispatch", d.precision.dispatch), ("combine", d.precision.combine)):
         mode = "local" if ranks == 1 else "pushed" if tokens <= PADDED_TOKENS else "ragged"
         shape = exchange_shape(d, batch, kernels, mode, dtype)
-        shape = msgspec.structs.replace(shape, ranks=ranks, ranks_per_node=ranks, tokens=tokens, tp=tp)
+        laid_out = mode != "local" or lays_out(phase, tokens, shape.top_k, shape.experts)
+        changes = {"ranks": ranks, "ranks_per_node": ranks, "tokens": tokens, "tp": tp, "laid_out": laid_out}
+        shape = msgspec.structs.replace(shape, **changes)
         waiting = runtime["waiting"] if ranks > 1 else 1.0
         parts[phase] = kernels.exchange(shape, phase, skew).times(waiting)
     if replicated:

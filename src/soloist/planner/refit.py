@@ -43,6 +43,9 @@ def load_calibration(path: str | Path | None) -> Calibration:
         return Calibration.published()
     if (shipped := PUBLISHED / f"{path}.jsonl").is_file():
         path = shipped
+    elif not Path(path).suffix and not Path(path).exists():
+        known = sorted(found.stem for found in PUBLISHED.glob("*x*.jsonl"))
+        raise ConfigurationError.of("calibration", str(path), f"is no file; with Soloist come {', '.join(known)}")
     own = _fitted_in(Path(path)) if Path(path).suffix == ".jsonl" else Calibration.load(path)
     return own.over(Calibration.published())
 

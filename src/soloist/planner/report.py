@@ -16,7 +16,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c2430; }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0 1.6rem; font-size: 13px; }
 th, td { text-align: left; padding: .28rem .5rem; border-bottom: 1px solid #e3e7ee; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .v { color: white; border-radius: .3rem; padding: .05rem .4rem; font-size: 12px; }
 h2 { margin-top: 2.2rem; } svg { max-width: 100%; height: auto; }
 @media (prefers-color-scheme: dark) {
@@ -35,6 +35,7 @@ CASE_COLUMNS = (
     "bottleneck",
 )
 CLAIM_COLUMNS = ("reading", "claim", "claimed", "bound", "predicted", "verdict", "why")
+WORDS = ("reading", "claim", "verdict", "why", "bottleneck")  # columns that hold no numbers
 
 
 def number(value: float, unit: str = "") -> str:
@@ -125,15 +126,11 @@ def _verdict(word: str) -> str:
 
 
 def _table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}" for column in columns)
-    return f"<table><tr>{head}{''.join(_row(row) for row in rows)}</table>"
-
-
-def _row(cells: list[str]) -> str:
-    return "<tr>" + "".join(_cell(cell) for cell in cells)
+    kinds = ["" if column in WORDS else " class=n" for column in columns]
+    head = "".join(f"<th{kind}>{escape(column)}" for kind, column in zip(kinds, columns, strict=True))
+    body = ("<tr>" + "".join(f"<td{kind}>{_cell(text)}" for kind, text in zip(kinds, row, strict=True)) for row in rows)
+    return f"<table><tr>{head}{''.join(body)}</table>"
 
 
 def _cell(text: str) -> str:
-    if text in COLOURS:
-        return f"<td>{_verdict(text)}"
-    return f"<td class=n>{escape(text)}" if text[:1].isdigit() else f"<td>{escape(text)}"
+    return _verdict(text) if text in COLOURS else escape(text)

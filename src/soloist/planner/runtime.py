@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from soloist.errors import ConfigurationError
 from soloist.planner.calibration import UNMEASURED, Calibration
 from soloist.planner.fitting import Prior
 from soloist.planner.kernels import library_of
@@ -23,6 +24,8 @@ SYSTEM: dict[str, Prior] = {
     "waiting": Prior(1.2, 0.1),  # dispatch and combine in a running system over the unit test: ranks arrive apart
     "imbalance": Prior(1.1, 0.05),  # fullest over mean expert group after balancing
     "pipeline": Prior(0.85, 0.25, 1.0),  # share of time in which the stages of a pipeline full of prefill chunks work
+    "prefill": Prior(1.0, 0.001),  # the same of prefill alone
+    "first_us": Prior(0.001, 0.001),  # once for prompts that come together: requests made, first launches, answers
     "layer_passes": Prior(10, 0.001),  # over the residual stream in a layer: norms, residual sums, rotary, router
 }
 # Our own engine where its kernels were measured by themselves: they are what runs, in graphs, ahead of the host.
@@ -36,7 +39,16 @@ OWN: dict[str, Prior] = {
     "step_us": Prior(50, 0.7),  # the next step is made up meanwhile: what is left are its numbers and the choice
     "layer_passes": Prior(1, 0.7),
     "pipeline": Prior(0.95, 0.05, 1.0),
+    "prefill": Prior(1.04, 0.04),  # long arithmetic lowers the clocks: 1.01 to 1.10 in docs/benchmarks.md
+    "first_us": Prior(1500, 0.7),
 }
+
+
+def systems(calibration: Calibration) -> list[str]:
+    """Serving systems that constants were fitted to, and those that take what all of these have in common."""
+    prefix = "end_to_end/serving/"
+    fitted = {key.removeprefix(prefix) for key in calibration.fitted if key.startswith(prefix)}
+    return sorted(fitted | {"soloist", "vllm", "sglang", "tensorrt"})
 
 
 class Runtime(Spec, frozen=True, kw_only=True):
@@ -63,9 +75,11 @@ class Runtime(Spec, frozen=True, kw_only=True):
             return cls.assumed(name, OWN)
         if "end_to_end/serving" not in calibration.fitted:
             return cls.assumed(name)
+        if name not in (known := systems(calibration)):
+            raise ConfigurationError.of("engine", name, f"nothing is known of it; there is {', '.join(known)}")
         found = calibration.find("end_to_end", "serving", name)
         constants = found.constants if found.exact else {**found.constants, "pipeline": SYSTEM["pipeline"].guess}
-        constants = {"layer_passes": SYSTEM["layer_passes"].guess, **constants}
+        constants = {key: SYSTEM[key].guess for key in ("layer_passes", "prefill", "first_us")} | constants
         return cls(name=name, constants=constants, band=found.fitted.band, is_fitted=found.exact)
 
     @classmethod
