@@ -73,3 +73,21 @@ def test_a_pushed_call_leaves_room_for_what_it_expands() -> None:
     assert tokens == int(6e9 / (8 * 8 * (2 * 7168 + 2048) * 2)) == 2861
     assert pushed_tokens(spec, Layout(ep=8), 128, 2) == 128
     assert pushed_tokens(preset("ref-16l"), Layout(ep=2), 8192, 2) == 8192
+
+
+# What a rank of ep1 held on an H200 (soloist bench offline and bench memory, steps of 8192 tokens): rows of all
+# captured steps, KV cache in tokens, activations and what PyTorch had reserved, in GB.
+ON_GPU = [
+    ("qwen3-30b-a3b", 289, 73984, 1.0859, 70.0868), ("ref-16l", 289, 73984, 1.3373, 127.1105),
+    ("qwen3-30b-a3b@24", 142, 32896, 0.9972, 34.4038), ("ref-16l@4", 142, 32896, 1.3081, 30.8197),
+    ("qwen3-30b-a3b@8", 1255, 65536, 1.6785, 14.1579), ("ref-16l@4", 1255, 65536, 1.5384, 33.1539),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "graph_rows", "kv_tokens", "activations", "reserved"), ON_GPU)
+def test_what_a_gpu_held(model: str, graph_rows: int, kv_tokens: int, activations: float, reserved: float) -> None:
+    spec, layout = preset(model), Layout.parse("ep1")
+    load = MemoryLoad(sequences=1, longest=kv_tokens, step_tokens=8192, block=64, graph_rows=graph_rows)
+    parts = memory_parts(spec, layout.at(0), Precision.of(spec), load, "pushed")
+    assert parts["activations"] / 1e9 == pytest.approx(activations, rel=0.05)
+    assert sum(size for name, size in parts.items() if name != "workspace") / 1e9 == pytest.approx(reserved, rel=0.05)

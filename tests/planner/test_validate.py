@@ -38,7 +38,7 @@ def test_runs_of_our_own_engine(report: Report) -> None:
     assert runs.median <= 0.05
     assert runs.worst <= 0.13
     many = [abs(row.error) for row in report.rows if row.table == "runs" and not row.label.endswith("sequences=1")]
-    assert max(many) <= 0.05
+    assert max(many) <= 0.08
 
 
 def test_left_out_rows_are_still_predicted() -> None:

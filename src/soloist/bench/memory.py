@@ -53,7 +53,10 @@ def check(model: str, layout: Layout, options: EngineOptions, step_tokens: int, 
     is_gpu = any("reserved" in one.memory for one in figures.values())
     dtype = Precision.named(PRECISIONS[given.dtype or (spec.dtype if is_gpu else "float32")])
     block = given.on("cuda" if is_gpu else "cpu", layout.pp).block_size
-    load = MemoryLoad(sequences=1, longest=kv_tokens, step_tokens=step_tokens, block=block)
+    buckets = given.graph_buckets(is_gpu)
+    load = MemoryLoad(
+        sequences=1, longest=kv_tokens, step_tokens=step_tokens, block=block, graph_rows=sum(buckets) + 1
+    )  # fmt: skip
     for rank, one in sorted(figures.items()):
         predicted = memory_parts(spec, layout.at(rank), dtype, load, "pushed")
         yield from (Part(rank, name, predicted[name], one.memory[name]) for name in STAYING)

@@ -21,7 +21,7 @@ from soloist.planner.plots import plot_validation
 from soloist.planner.precision import Precision
 from soloist.planner.refit import calibrate_from, load_calibration, published_rows, record, refit
 from soloist.planner.report import CASE_COLUMNS, CLAIM_COLUMNS, case_row, claim_row, write_html
-from soloist.planner.runtime import Runtime
+from soloist.planner.runtime import Runtime, systems
 from soloist.planner.scenarios import Case, Scenario, cases, load_scenarios
 from soloist.planner.score import Options, Score, Scorer
 from soloist.planner.search import Found, at_best, search
@@ -51,6 +51,8 @@ def run_plan(
     """
     spec, wanted = cluster_named(cluster), Load.parse(load)
     used = load_calibration(calibration)
+    if system not in (known := systems(used)):
+        raise ConfigurationError.of("engine", system, f"nothing is known of it; there is {', '.join(known)}")
     dtypes = Precision.named(precision) if precision else Precision.of(model)
     scorer = Scorer(Kernels(spec, used, library or library_of(system, used)), Runtime.named(system, used), wanted)
     found = search(model, spec, gpus, wanted, scorer, dtypes, options)

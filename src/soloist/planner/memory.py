@@ -1,7 +1,7 @@
 """Bytes on each GPU by part, before anything is started.
 
 Weights and KV cache are exact for the runtime's own rules. Exchange buffers are those of the exchange that the layout
-uses; activations and workspace are upper estimates for the largest step.
+uses; activations are what was found alive at once in the largest step, workspace an upper estimate.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from soloist.specs.model import ModelSpec, Spec
 
 CONTEXT_BYTES = 0.6e9  # CUDA context and loaded kernels
 NCCL_BYTES = 0.4e9  # communicators' own buffers, where there are any
+RESIDUALS = 6  # tensors as large as the residual stream that were found alive at once
+LIBRARY_BYTES = 50e6  # that cuBLAS and the sampler keep
+GRAPH_ROWS = 4.9  # of all captured steps, for each sequence of the largest (engine/options.py)
 GEMM_WORKSPACE_BYTES = 32e6 * 2
 PUSHED_BYTES, FEWEST_PUSHED = 6e9, 512  # of a pushed call's expanded rows on a rank; tokens that go whatever they take
 REPLICATED = 64  # tokens of a step below which all ranks of an attention group have all of them (engine/options.py)
@@ -29,6 +32,7 @@ class MemoryLoad(Spec, frozen=True, kw_only=True):
     exchange_tokens: int = 128  # tokens of a rank that the decode exchange's buffers hold
     spare_slots: int = 0
     block: int = 16  # tokens of a KV block
+    graph_rows: float = 0.0  # of all captured decoding steps, each of which keeps its logits; 0: of the usual ones
 
 
 def memory_parts(
@@ -46,7 +50,7 @@ def memory_parts(
         **rank_weights(spec, seat, held, precision),
         "KV cache": kv_bytes(spec, seat, precision, load),
         "exchange buffers": exchange_bytes(spec, layout, precision, load, mode, held),
-        "activations": activation_bytes(spec, layout, load),
+        "activations": activation_bytes(spec, layout, load, mode, held),
         "workspace": CONTEXT_BYTES + GEMM_WORKSPACE_BYTES + (NCCL_BYTES if layout.size > 1 else 0.0),
     }
 
@@ -128,17 +132,28 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
     return found
 
 
-def activation_bytes(spec: ModelSpec, layout: Layout, load: MemoryLoad) -> float:
-    """Live tensors of the largest step: residual and its norm, queries, keys and values, expert rows, logits."""
+def activation_bytes(spec: ModelSpec, layout: Layout, load: MemoryLoad, mode: Mode, slots: int) -> float:
+    """Live tensors of the largest step: residual stream, queries, keys and values, expert rows; and logits.
+
+    Our own exchange makes room for every row that could come, and its experts keep the hidden rows alone; others keep
+    what comes, with a margin, and every matrix's result.
+    """
     a, tokens, d = spec.attention, load.step_tokens, spec.d_model
     own = -(-tokens // layout.attention_ranks)
     heads = -(-a.heads // layout.attention_ranks) * (a.head_dim + a.v_head_dim)
-    pairs = own * spec.router.top_k * 1.25
-    width = -(-spec.expert.width // layout.tp)
+    width, top_k = -(-spec.expert.width // layout.tp), spec.router.top_k
+    pairs, wide = own * top_k * 1.25, spec.expert.matrices
+    if mode == "pushed":
+        pairs, wide = layout.stage_ranks * own * min(top_k, max(slots, 1)), 1
     attention = 2 * tokens * (2 * heads + 2 * d)
-    experts = 2 * pairs * (2 * d + spec.expert.matrices * width)
-    logits = 4 * max(load.sequences, 1) * spec.vocab / layout.attention_ranks
-    return 2 * tokens * d * 2 + max(attention, experts) + 2 * logits
+    experts = 2 * pairs * (2 * d + wide * width)
+    return RESIDUALS * 2 * own * d + max(attention, experts) + _logits(spec, layout, load) + LIBRARY_BYTES
+
+
+def _logits(spec: ModelSpec, layout: Layout, load: MemoryLoad) -> float:
+    """In fp32 for every captured step, and once more as the output head leaves them."""
+    rows = load.sequences
+    return spec.vocab * (4 * (load.graph_rows or GRAPH_ROWS * rows) + 2 * rows / layout.attention_ranks)
 
 
 def _blocks(tokens: int, block: int) -> int:

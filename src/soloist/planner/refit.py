@@ -44,7 +44,7 @@ def load_calibration(path: str | Path | None) -> Calibration:
     if (shipped := PUBLISHED / f"{path}.jsonl").is_file():
         path = shipped
     elif not Path(path).suffix and not Path(path).exists():
-        known = sorted(found.stem for found in PUBLISHED.glob("*x*.jsonl"))
+        known = sorted(found.stem for found in PUBLISHED.glob("[0-9]*.jsonl"))
         raise ConfigurationError.of("calibration", str(path), f"is no file; with Soloist come {', '.join(known)}")
     own = _fitted_in(Path(path)) if Path(path).suffix == ".jsonl" else Calibration.load(path)
     return own.over(Calibration.published())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from soloist.errors import ConfigurationError
 from soloist.planner.calibration import UNMEASURED, Calibration
 from soloist.planner.fitting import Prior
 from soloist.planner.kernels import library_of
@@ -75,8 +74,6 @@ class Runtime(Spec, frozen=True, kw_only=True):
             return cls.assumed(name, OWN)
         if "end_to_end/serving" not in calibration.fitted:
             return cls.assumed(name)
-        if name not in (known := systems(calibration)):
-            raise ConfigurationError.of("engine", name, f"nothing is known of it; there is {', '.join(known)}")
         found = calibration.find("end_to_end", "serving", name)
         constants = found.constants if found.exact else {**found.constants, "pipeline": SYSTEM["pipeline"].guess}
         constants = {key: SYSTEM[key].guess for key in ("layer_passes", "prefill", "first_us")} | constants

@@ -21,7 +21,7 @@ from soloist.planner.refit import load_calibration
 from soloist.planner.tables import PUBLISHED, TABLES, Row, RunRow, read_measurements, read_table
 
 ROLES = ("fit", "check")
-OWN_RUNS, OWN_MACHINE = PUBLISHED / "own_runs.jsonl", "2xh100"  # what our engine did, and whose kernels predict it
+OWN_RUNS = "runs-"  # what our engine did on a machine, beside that machine's calibration
 BARS = {"all_to_all": 0.08, "collectives": 0.10, "moe_gemm": 0.08, "end_to_end": 0.15}
 
 
@@ -83,19 +83,24 @@ def validate(folder: str | Path | None = None, calibration: Calibration | None =
     calibration = calibration or Calibration.published()
     own = folder is not None and Path(folder).is_file()
     tables = read_measurements(str(folder)) if own else {name: read_table(name, folder) for name in TABLES}
-    if folder is None:
-        tables["runs"] = read_measurements(OWN_RUNS)["runs"]
     if not any(tables.values()):
         raise ConfigurationError.of("data", str(folder), f"holds none of {', '.join(f'{n}.csv' for n in TABLES)}")
     rows: list[RowReport] = []
     skipped: list[str] = []
     for name, found in tables.items():
-        used = load_calibration(OWN_MACHINE) if folder is None and name == "runs" else calibration
-        for domain in domains_of(name, used):
-            rows += _predicted(name, domain, found, used, skipped)
+        for domain in domains_of(name, calibration):
+            rows += _predicted(name, domain, found, calibration, skipped)
             rows += _left_out(name, domain, found) if cross and name != "runs" else []
+    if folder is None:
+        rows += _own_runs(skipped)
     roles = sorted({row.role for found in tables.values() for row in found} - set(ROLES))
     return Report(tables=_summary(rows), rows=rows, unknown_roles=roles, skipped=skipped)
+
+
+def _own_runs(skipped: list[str]) -> Iterator[RowReport]:
+    for path in sorted(PUBLISHED.glob(f"{OWN_RUNS}*.jsonl")):
+        used = load_calibration(path.stem.removeprefix(OWN_RUNS))
+        yield from _predicted("runs", own_runs(used), read_measurements(path)["runs"], used, skipped)
 
 
 def domains_of(table: str, calibration: Calibration) -> tuple[Domain, ...]:
