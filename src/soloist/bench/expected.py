@@ -1,13 +1,16 @@
-"""What the planner says beforehand about the points of `soloist.bench.node`."""
+"""What the planner says beforehand about the points of `soloist.bench.node`.
+
+Kernels and exchange as they were measured on two H100; more of them on a node are extrapolated from there.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from soloist.planner.calibration import Calibration
-from soloist.planner.kernels import Kernels
+from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
+from soloist.planner.refit import load_calibration
 from soloist.planner.runtime import Runtime
 from soloist.planner.score import Options, Score, Scorer
 from soloist.specs.cluster import cluster
@@ -15,7 +18,7 @@ from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
 from soloist.specs.workload import Load
 
-CLUSTER = "h100-ib"
+CLUSTER, MACHINE = "h100-ib", "2xh100"
 
 
 def prefill(spec: ModelSpec, layout: Layout, count: int, tokens: int, chunk: int) -> dict[str, Any]:
@@ -33,10 +36,11 @@ def decode(spec: ModelSpec, layout: Layout, sequences: int, context: float) -> d
 
 
 def _score(spec: ModelSpec, layout: Layout, each: float, load: Load, chunk: int) -> Score:
-    calibration = Calibration.published()
-    scorer = Scorer(Kernels(cluster(CLUSTER), calibration), Runtime.named("soloist", calibration), load)
+    used = load_calibration(MACHINE)
+    kernels = Kernels(cluster(CLUSTER), used, library_of("soloist", used))
+    scorer = Scorer(kernels, Runtime.named("soloist", used), load)
     deployment = Deployment(model=spec, layout=layout, precision=Precision.of(spec))
-    return scorer.score(deployment, Options(chunk_tokens=chunk), each)
+    return scorer.score(deployment, Options(chunk_tokens=chunk, overlap="off"), each)
 
 
 def _record(what: str, spec: ModelSpec, layout: Layout, shape: str, seconds: float, band: float) -> dict[str, Any]:

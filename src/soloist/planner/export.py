@@ -50,6 +50,8 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
     if engine == "soloist":
         yield f"command: soloist serve {name} --layout {layout} --set max_batch_tokens={plan.options.chunk_tokens}"
         yield "  (soloist launch writes it for torchrun, Slurm, MPI and Kubernetes)"
+        if overlapped:
+            yield "  not said there: two half batches that overlap; Soloist's engine runs whole ones"
     elif engine in ("vllm", "sglang"):
         flags = launch_flags(engine, deployment, overlapped)
         start = f"vllm serve {name}" if engine == "vllm" else f"python -m sglang.launch_server --model-path {name}"
