@@ -120,7 +120,6 @@ def test_an_exchange_that_was_never_measured_is_a_bound() -> None:
 @pytest.mark.parametrize("sums", [False, True])
 def test_defaults_of_the_engine_are_mirrored(sums: bool) -> None:
     """The engine lies above the planner, so the planner has its own copy of them."""
-    assert EngineOptions().nvlink_sums == kernels.NVLINK_SUMS
     filled = EngineOptions(nvlink_sums=sums).on("cuda", attention_ranks=2)
     assert filled.replicate_below == (kernels.REPLICATED_NVLINK if sums else kernels.REPLICATED)
 

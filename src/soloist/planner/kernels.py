@@ -26,9 +26,9 @@ from soloist.planner.memory import REPLICATED
 from soloist.specs.cluster import ClusterSpec
 
 Parts = dict[str, Estimate]
-# Defaults of engine/options.py, which lies above: whether our own kernels sum, and below how many tokens of a step all
-# ranks of an attention group have all of them, without these kernels and with them.
-NVLINK_SUMS, REPLICATED_NVLINK = False, 257
+# Of engine/options.py, which lies above: tokens of a step below which all ranks of an attention group have all of them,
+# where our own kernels sum (nvlink_sums). The planner takes it that they do where they were measured.
+REPLICATED_NVLINK = 257
 PUBLISHED_LIBRARY, OWN_LIBRARY = "deepep-v1", "soloist"
 
 
@@ -140,17 +140,13 @@ class Kernels:
 
     def _sums_directly(self, gpus: int, size: float) -> bool:
         is_known = self.calibration.has(f"collectives/{OWN_LIBRARY}/all_reduce")
-        return (
-            NVLINK_SUMS
-            and is_known
-            and gpus <= self.cluster.gpus_per_node
-            and (gpus - 1) * size <= collectives.OWN_SUM_BYTES
-        )
+        fits = gpus <= self.cluster.gpus_per_node and (gpus - 1) * size <= collectives.OWN_SUM_BYTES
+        return is_known and fits
 
     @cached_property
     def replicates_below(self) -> int:
         """Tokens of a step below which all ranks of one of our attention groups have all of them."""
-        return REPLICATED_NVLINK if NVLINK_SUMS else REPLICATED
+        return REPLICATED_NVLINK if self._sums_directly(1, 0.0) else REPLICATED
 
     def send(self, size: float, same_node: bool) -> Estimate:
         """One message to the next pipeline stage."""
