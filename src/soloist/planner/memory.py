@@ -144,7 +144,8 @@ def activation_bytes(spec: ModelSpec, layout: Layout, load: MemoryLoad, mode: Mo
     width, top_k = -(-spec.expert.width // layout.tp), spec.router.top_k
     pairs, wide = own * top_k * 1.25, spec.expert.matrices
     if mode == "pushed":
-        pairs, wide = layout.stage_ranks * own * min(top_k, max(slots, 1)), 1
+        call = pushed_tokens(spec, layout, own, BYTES["bf16"]) if layout.stage_ranks > 1 else own
+        pairs, wide = layout.stage_ranks * call * min(top_k, max(slots, 1)), 1
     attention = 2 * tokens * (2 * heads + 2 * d)
     experts = 2 * pairs * (2 * d + wide * width)
     return RESIDUALS * 2 * own * d + max(attention, experts) + _logits(spec, layout, load) + LIBRARY_BYTES
