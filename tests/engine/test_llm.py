@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_executor import FakeExecutor
+from msgspec.structs import replace
 
 from soloist.engine.llm import LLM
 from soloist.engine.options import EngineOptions
@@ -35,13 +36,16 @@ def alone():
 
 def test_four_ranks_say_what_one_says(llm, alone):
     prompts = [PROMPT, "She said", "It was a dark and stormy evening, and the"]
-    expected, found = (one.generate(prompts, GREEDY) for one in (alone, llm))
+    params = replace(GREEDY, logprobs=1)
+    expected, found = (one.generate(prompts, params) for one in (alone, llm))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.outputs[0].text == theirs.outputs[0].text, (ours.outputs[0].margin, theirs.outputs[0].margin)
         assert ours.outputs[0].tokens == theirs.outputs[0].tokens
     assert (
         llm.tokenizer.decode(found[0].prompt_tokens + found[0].outputs[0].tokens) == PROMPT + found[0].outputs[0].text
     )
+    (single,) = llm.generate(prompts[2], params)  # without company: the same in every bit
+    assert single.outputs[0].logprobs == found[2].outputs[0].logprobs
 
 
 def test_streamed_pieces_are_the_whole(llm):

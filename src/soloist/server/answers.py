@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import msgspec
 from soloist.frontend.requests import SequenceState
 from soloist.frontend.wire import Delta
 from soloist.scheduling.request import TokenLogprob
-from soloist.server.desk import Call, continuations, usage
+from soloist.server.desk import Call
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
@@ -131,3 +131,19 @@ class ChatForm(Form):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.text_of(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def usage(call: Call) -> dict[str, Any]:
+    """As OpenAI counts."""
+    return {
+        "prompt_tokens": call.prompt_tokens,
+        "completion_tokens": call.generated,
+        "total_tokens": call.prompt_tokens + call.generated,
+        "prompt_tokens_details": {"cached_tokens": call.cached_tokens},
+    }
+
+
+def continuations(call: Call) -> Iterator[tuple[int, SequenceState]]:
+    """All continuations with the index of their choice: those of the first prompt, then of the second, …"""
+    flat = (sequence for request in call.requests for sequence in request.sequences)
+    return enumerate(flat)

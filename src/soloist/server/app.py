@@ -63,15 +63,12 @@ def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()
     app.state.desk, app.state.limits = desk, limits
     app.state.metrics, app.state.details = Metrics(desk, tally, watch), Details(desk, tally, watch)
     app.add_middleware(Gate, keys=keys)
-    app.add_api_route("/v1/completions", completions, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
-    app.add_api_route("/v1/models", models)
-    app.add_api_route("/v1/models/{name:path}", model)
-    app.add_api_route("/tokenize", tokenize, methods=["POST"])
-    app.add_api_route("/health", health, methods=["GET", "HEAD"])
-    app.add_api_route("/metrics", metrics)
-    app.add_api_route("/details", details)
-    app.add_api_route("/dashboard", dashboard)
+    for path, endpoint in (("/v1/completions", completions), ("/v1/chat/completions", chat), ("/tokenize", tokenize)):
+        app.add_api_route(path, endpoint, methods=["POST"])
+    for path, endpoint in (("/v1/models", models), ("/v1/models/{name:path}", model), ("/dashboard", dashboard)):
+        app.add_api_route(path, endpoint)
+    for path, endpoint in (("/health", health), ("/metrics", metrics), ("/details", details)):
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"])
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _no_route)

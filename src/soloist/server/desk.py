@@ -14,12 +14,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import zmq
 
 from soloist.errors import SoloistError
-from soloist.frontend.requests import Request, SequenceState
+from soloist.frontend.requests import Request
 from soloist.frontend.wire import Delta
 from soloist.scheduling.request import SamplingParams
 from soloist.server.refusals import Refusal
@@ -229,19 +228,3 @@ class Desk:
 def _first_token_s(request: Request) -> float:
     firsts = [s.first_token_s for s in request.sequences if s.tokens]
     return min(firsts, default=request.arrival_s) - request.arrival_s
-
-
-def usage(call: Call) -> dict[str, Any]:
-    """As OpenAI counts."""
-    return {
-        "prompt_tokens": call.prompt_tokens,
-        "completion_tokens": call.generated,
-        "total_tokens": call.prompt_tokens + call.generated,
-        "prompt_tokens_details": {"cached_tokens": call.cached_tokens},
-    }
-
-
-def continuations(call: Call) -> Iterator[tuple[int, SequenceState]]:
-    """All continuations with the index of their choice: those of the first prompt, then of the second, …"""
-    flat = (sequence for request in call.requests for sequence in request.sequences)
-    return enumerate(flat)
