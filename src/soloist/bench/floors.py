@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from soloist.probes.gpus import Bench, OneGpu
 SIDE = 8192  # of a square product in bf16
 COPIED = 1 << 30  # bytes within a GPU's memory
 SENT = 256 << 20  # bytes to the next rank
-PAUSE_S = 0.03  # between repeats, as of prefill
+PAUSE_S = 0.03  # between repeats, as of prefill; NVLink goes to sleep in a pause, so it has none
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,14 @@ class Machine:
     @classmethod
     def measured(cls, bench: OneGpu) -> Machine:
         """Called by every rank. A GPU alone has no link."""
-        works = {"flops": (2 * SIDE**3, _product(bench)), "memory": (2 * COPIED, _copy(bench))}
+        product, copy = bench.seconds(_product(bench), _copy(bench), repeats=9, pause_s=PAUSE_S)
+        ceilings, gpus = Ceilings(2 * SIDE**3 / product, 2 * COPIED / copy), 1
         if isinstance(bench, Bench):
-            works["link"] = (SENT, _sending(bench))
-        gpus = bench.size if isinstance(bench, Bench) else 1
-        seconds = bench.seconds(*(work for _, work in works.values()), repeats=9, pause_s=PAUSE_S)
-        rates = {key: done / each for (key, (done, _)), each in zip(works.items(), seconds, strict=True)}
-        works.clear()
+            gpus = bench.size
+            (sending,) = bench.seconds(_sending(bench), repeats=9)
+            ceilings = replace(ceilings, link=SENT / sending)
         torch.cuda.empty_cache()
-        return cls(f"{gpus} x {torch.cuda.get_device_name(bench.device)}", Ceilings(**rates), "link" in rates)
+        return cls(f"{gpus} x {torch.cuda.get_device_name(bench.device)}", ceilings, isinstance(bench, Bench))
 
     def points(self) -> list[Point]:
         """The ceilings themselves, for the record."""

@@ -50,4 +50,5 @@ class SharedRun:
             self.run.compare(total(self.partial()), self.x_TD, self.choice)
         compared = {**ways, "tokens on all ranks, not summed": lambda out_TD: out_TD}
         works = [repeated(lambda total=total: total(self.partial()), calls) for total in compared.values()]
-        yield from zip(compared, self.run.bench.seconds(*works, repeats=15, pause_s=pause_s), strict=True)
+        seconds = self.run.bench.seconds(*works, repeats=15, pause_s=pause_s)
+        yield from zip(compared, (each / calls for each in seconds), strict=True)

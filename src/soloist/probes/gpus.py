@@ -22,6 +22,7 @@ from soloist.timing import median_of_slowest
 from soloist.transport.symmetric import SymmetricGroup, Watch, Window, windows_in_process
 
 _HEAD_START = 3_000_000  # clocks that the GPU sleeps while the host queues what is timed
+_WAKING_BYTES = 32 << 20  # sent four times: some 0.35 ms
 
 
 @dataclass
@@ -79,6 +80,9 @@ class OneGpu:
         if self.meeting is not None:
             self.meeting()
 
+    def wake(self) -> None:
+        """Bring the link out of the sleep that a pause sends it into."""
+
     def settle(self) -> None:
         """Returns when all that was given to the GPU is done."""
         if self.device.type == "cuda":
@@ -112,6 +116,7 @@ class OneGpu:
             torch.cuda.synchronize()
             time.sleep(pause_s)
             torch.cuda._sleep(_HEAD_START)
+            self.wake()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         assert self._meet is not None
         self._meet()
@@ -126,6 +131,7 @@ class Bench(OneGpu):
     """This rank's GPU and the group of all."""
 
     group: SymmetricGroup = field(kw_only=True)
+    awake: Window = field(kw_only=True)  # for nothing else than to be sent
 
     @classmethod
     def join(cls, deadline_s: float = 20.0) -> Bench:
@@ -137,8 +143,16 @@ class Bench(OneGpu):
         store = PrefixStore("symmetric", dist.distributed_c10d._get_default_store())
         group = SymmetricGroup(store, rank, size, device)
         watch = Watch(rank, tuple(range(size)), device, deadline_s)
-        window = group.window(Meeting.BYTES) if size > 1 else windows_in_process(1, Meeting.BYTES, device)[0]
-        return cls(rank, size, device, watch, Meeting.of(window, watch), group=group)
+        window, awake = (
+            group.window(held) if size > 1 else windows_in_process(1, held, device)[0]
+            for held in (Meeting.BYTES, _WAKING_BYTES)
+        )  # fmt: skip
+        return cls(rank, size, device, watch, Meeting.of(window, watch), group=group, awake=awake)
+
+    def wake(self) -> None:
+        own, peer = (self.awake.bytes_of[rank % self.size] for rank in (self.rank, self.rank + 1))
+        for _ in range(4):
+            peer.copy_(own)
 
     def gathered(self, own: list[list[float]]) -> list[list[list[float]]]:
         everybody: list[list[list[float]]] = [[] for _ in range(self.size)]
