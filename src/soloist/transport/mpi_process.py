@@ -96,12 +96,20 @@ class MpiProcess:
 
     # -- the end ----------------------------------------------------------------------------------------------------
     def _leave(self) -> None:
-        """MPI_Finalize waits for everybody. After a failure somebody may never come, so that it is left out."""
-        with self.lock:
-            if not (self.failed or self._pending):
-                self._some.clear()
-                self.mpi.Finalize()
-                return
+        """MPI_Finalize waits for everybody. After a failure somebody may never come, so that it is left out.
+
+        Without it MPICH's mpirun kills the other ranks; messages that have ended, but that nobody has looked at since,
+        are no reason to leave it out.
+        """
+        end = time.monotonic() + LAST_WORDS_S
+        while not self.failed and time.monotonic() < end:
+            with self.lock:
+                self._pending -= {message for message in self._pending if message.advance()}
+                if not self._pending:
+                    self._some.clear()
+                    self.mpi.Finalize()
+                    return
+            time.sleep(PAUSE_S[1])
         time.sleep(LAST_WORDS_S)
 
 
