@@ -59,7 +59,7 @@ def launch(job: Job, make_executor: Callable[..., Any] | None = None) -> Ranks:
     error = _run_rank(job, meeting, make_executor)
     pulse.close()
     if error:
-        raise error
+        raise pulse.blame(error)
     raise SystemExit(0)
 
 
