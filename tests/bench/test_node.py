@@ -16,7 +16,12 @@ from soloist.cli import app
 
 @pytest.mark.parametrize(
     ("gpus", "layouts"),
-    [(8, ["ep8", "tp8", "tp4pp2", "ep4tp2"]), (4, ["ep4", "tp4", "tp2pp2", "ep2tp2"]), (2, ["ep2", "tp2", "pp2"])],
+    [
+        (8, ["ep8", "tp8", "tp4pp2", "ep4tp2"]),
+        (4, ["ep4", "tp4", "tp2pp2", "ep2tp2"]),
+        (2, ["ep2", "tp2", "pp2"]),
+        (1, ["ep1"]),
+    ],
 )
 def test_the_layouts_of_a_host(gpus, layouts, tmp_path):
     node = Node(gpus, tmp_path)

@@ -63,7 +63,7 @@ class Node:
     def layouts(self) -> list[Layout]:
         """Experts whole, experts cut, the classic baseline, and the mixture; equal ones once."""
         n = self.gpus
-        names = (f"ep{n}", f"tp{n}", f"tp{n // 2}pp2", f"ep{n // 2}tp2")
+        names = (f"ep{n}", f"tp{n}", f"tp{n // 2}pp2", f"ep{n // 2}tp2") if n > 1 else ("ep1",)
         return list(dict.fromkeys(Layout.parse(name) for name in names))
 
     @property
@@ -76,7 +76,13 @@ class Node:
         return [self.gpus * each for each in (SEQUENCES[1:2] if self.reduced else SEQUENCES)]
 
     def parts(self) -> list[Part]:
-        """In the order in which they are run."""
+        """In the order in which they are run. A single GPU has nothing to exchange."""
+        alone = [
+            Part("phases and memory", self._phases(), 40, 150),
+            Part("calibration", ("soloist", "calibrate", "--out", str(self.out / "calibration.lines")), 30, 90),
+        ]
+        if self.gpus == 1:
+            return [self._offline("ep1", "ep1"), *alone]
         shape = ("--d-model", "7168", "--top-k", "8", "--experts", "256", "--explain")
         wide = (*shape, "--width", "2048")
         nodes = ("--set", f"gpus_per_node={max(1, self.gpus // 2)}")
@@ -91,8 +97,7 @@ class Node:
             Part("multi-GPU tests", ("pytest", "-q", "-m", "multigpu", "tests"), 30, 120),
             self._offline("two nodes, hierarchical", str(ep), *nodes, "--set", "exchange=hierarchical"),
             self._offline("two nodes, flat", str(ep), *nodes, "--set", "exchange=flat"),
-            Part("phases and memory", self._phases(), 40, 150),
-            Part("calibration", ("soloist", "calibrate", "--out", str(self.out / "calibration.lines")), 30, 90),
+            *alone,
         ]
 
     def _lines(self, name: str) -> tuple[str, str]:
@@ -182,8 +187,8 @@ def main(
     from soloist.engine.planned import count_gpus
 
     node = Node(gpus or count_gpus() or 1, out, reduced=budget < REDUCED_S)
-    if node.gpus < 2 or node.gpus % 2:
-        raise typer.BadParameter(f"{node.gpus} GPUs: must be an even number of at least 2", param_hint="--gpus")
+    if node.gpus > 1 and node.gpus % 2:
+        raise typer.BadParameter(f"{node.gpus} GPUs: must be an even number, or 1", param_hint="--gpus")
     parts = [part for part in node.parts() if not only or part.name.startswith(tuple(only.split(";")))]
     if predict:
         typer.echo("\n".join(json.dumps(record) for record in predictions(node.gpus)))

@@ -59,17 +59,17 @@ def launch(job: Job, make_executor: Callable[..., Any] | None = None) -> Ranks:
     error = _run_rank(job, meeting, make_executor)
     pulse.close()
     if error:
-        raise pulse.blame(error)
+        raise error
     raise SystemExit(0)
 
 
 def meet(job: Job, place: Place) -> Meeting:
     """All ranks, once each and of one mind; ClusterError, which names the culprit, within the deadline of the start."""
+    passport = passport_of(job, place)
     end = time.monotonic() + job.options.start_deadline_s
     meeting = Meeting.at_master(place, job.options.start_deadline_s)
     try:
         left_s = end - time.monotonic()
-        passport = passport_of(job, place)
         bounded(lambda: roll_call(meeting.store, place, passport, left_s), left_s + 2 * READ_S)
     except (RuntimeError, TimeoutError) as error:
         raise ClusterError(f"rank {place.rank}: rank 0: its store does not answer any more ({error})") from error

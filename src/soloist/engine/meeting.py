@@ -110,6 +110,8 @@ class Meeting:
 
         Raises ClusterError if rank 0 cannot be met there within `deadline_s`.
         """
+        import torch.distributed  # noqa: F401  on a busy machine that takes its time, which is not the others' fault
+
         host, port = master_from(os.environ)
         try:
             store = bounded(lambda: _store_at(host, port, place, deadline_s), deadline_s)

@@ -12,10 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
-
-from soloist.errors import CommunicationError
 
 BEATS = 6  # within a deadline
 GRACE_S = 2.0  # for a step under way to end with its own error, which says more
@@ -51,23 +48,6 @@ class Pulse:
         end = time.monotonic() + patience_s
         while others and time.monotonic() < end and not all(map(self._is_set, others)):
             time.sleep(LOOK_S)
-
-    def blame(self, error: Exception) -> Exception:
-        """`error`, or who was lost before it: rank 0 that ends for that reason looks like one that broke off."""
-        found: list[str] = []
-
-        def ask() -> None:
-            with suppress(RuntimeError):  # the store is gone
-                if self._store.check([LOST]):
-                    found.append(self._store.get(LOST).decode())
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(LAST_BEAT_S)
-        if not found or not isinstance(error, CommunicationError):
-            return error
-        rank, reason = found[0].split(" ", 1)
-        return CommunicationError(self._rank, int(rank), error.where, reason)
 
     def _beat(self) -> None:
         """Calls of the store may never return when its host has vanished, hence the second thread."""

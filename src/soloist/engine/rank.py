@@ -15,11 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch.distributed import PrefixStore
 
+from soloist.engine.blame import cause, tell
 from soloist.engine.crew import CACHE, Crew, Executor, follow
 from soloist.engine.leader import Leader
 from soloist.engine.meeting import FRONT_END, Job, Meeting
 from soloist.engine.world import World
-from soloist.errors import ConfigurationError
+from soloist.errors import CommunicationError, ConfigurationError
 from soloist.frontend.sockets import Spoke
 from soloist.frontend.wire import Loading, RankError, Ready, Starting, ToLeader
 from soloist.models.weights import WeightSource
@@ -48,8 +49,13 @@ def run_rank(
         device = device_of(job, meeting)
         inbox.send(Starting("connecting"))
         with closing((make_world or build_world)(job, meeting, device)) as world:
-            serve(job, world, meeting, inbox, device, make_executor or load_runner)
-    except Exception as error:
+            try:
+                serve(job, world, meeting, inbox, device, make_executor or load_runner)
+            except CommunicationError as error:
+                tell(meeting, error)
+                raise
+    except Exception as found:
+        error = cause(meeting, found)
         inbox.send(RankError(type(error).__name__, str(error), traceback.format_exc()))
         return error
     else:

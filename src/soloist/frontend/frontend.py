@@ -236,6 +236,7 @@ def _rebuilt(rank: int, error: RankError) -> SoloistError:
     kinds = {"ConfigurationError", "CheckpointError", "CapacityError"}
     kind = getattr(errors, error.kind) if error.kind in kinds else ClusterError
     name = "" if hasattr(errors, error.kind) else f"{error.kind}: "
-    rebuilt = kind(f"rank {rank}: {name}{error.text}")
+    text = name + error.text.removeprefix(f"rank {rank}: ")
+    rebuilt = kind(f"rank {rank}: {text}")
     rebuilt.add_note(error.trace)
     return rebuilt
