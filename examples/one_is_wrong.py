@@ -24,7 +24,7 @@ from same_text import MODEL, PROMPT, free_port, start
 
 RANKS, CULPRIT = 4, 2
 START_S, DEADLINE_S = 20, 8  # of the start, and of waits in a step
-GRACE_S = 60  # for a busy machine to import torch, and to end four processes
+GRACE_S = 150  # for a busy machine to import torch, and to end four processes
 GENERATE = [
     "generate", MODEL, PROMPT, "--layout", "ep4", "--device", "cpu", "--transport", "gloo", "--ignore-eos",
     "--max-tokens", "400", "--set", f"deadline_s={DEADLINE_S}", "--set", f"start_deadline_s={START_S}",

@@ -26,7 +26,9 @@ def check_environment(machine: Machine) -> Iterator[Finding]:
     findings = [*_obsolete(machine), *_contradictions(machine), *_slow(machine)]
     yield from findings
     if not findings:
-        yield ok("environment", f"{len(machine.environment)} variables of NCCL, MPI, CUDA and torch: nothing amiss")
+        count = len(machine.environment)
+        kinds = f"variable{'s' * (count != 1)} of NCCL, MPI, CUDA and torch"
+        yield ok("environment", f"{count} {kinds}: nothing amiss")
 
 
 def _obsolete(machine: Machine) -> Iterator[Finding]:

@@ -123,7 +123,11 @@ def report(findings: Sequence[Finding], as_json: bool) -> None:
         table.add_row(f"[{style}]{finding.severity}[/]", *([finding.host] if several else []), finding.check, text)
     console.print(table)
     counts = {severity: sum(f.severity == severity for f in findings) for severity in reversed(ORDER)}
-    console.print(", ".join(f"{count} {severity}" for severity, count in counts.items() if count), style="bold")
+    console.print(", ".join(_counted(severity, count) for severity, count in counts.items() if count), style="bold")
+
+
+def _counted(severity: str, count: int) -> str:
+    return f"{count} {severity}" + "s" * (count != 1 and severity != "ok")
 
 
 def _read(file: Path | None) -> str:

@@ -57,13 +57,16 @@ def check_measured(found: Measured, gpu: GpuSpec | None, cluster: ClusterSpec | 
     """Against the datasheet where it is known, and every rank and pair against the others."""
     memory = gpu.bandwidth if gpu else None
     arithmetic = gpu.flops("bf16") if gpu else None
-    yield from _rates("memory", found.names, found.memory, memory, "B/s")
-    yield from _rates("arithmetic", found.names, found.arithmetic, arithmetic, "FLOP/s")
+    product = "bf16" if found.names[0].startswith("GPU") else "fp32"
+    yield from _rates("memory", found.names, found.memory, memory, "B/s", "a large copy, read and written")
+    yield from _rates("arithmetic", found.names, found.arithmetic, arithmetic, "FLOP/s", f"a large {product} product")
     if found.pairs:
         yield from _links(found, gpu, cluster)
 
 
-def _rates(what: str, names: Sequence[str], rates: Sequence[float], peak: float | None, unit: str) -> Iterator[Finding]:
+def _rates(
+    what: str, names: Sequence[str], rates: Sequence[float], peak: float | None, unit: str, by: str = "one long message"
+) -> Iterator[Finding]:
     kind = what.partition(" ")[0]
     usual, slow = median(rates), []
     for name, rate in zip(names, rates, strict=True):
@@ -79,7 +82,7 @@ def _rates(what: str, names: Sequence[str], rates: Sequence[float], peak: float 
     if not slow:
         of = f" of {_told(peak, unit)} in the datasheet ({usual / peak:.0%})" if peak else ""
         least = f", the least {_told(min(rates), unit)}" if len(rates) > 1 else ""
-        yield ok(f"measured {what}", f"{_told(usual, unit)}{of}{least}")
+        yield ok(f"measured {what}", f"{by}: {_told(usual, unit)}{of}{least}")
 
 
 def _told(rate: float, unit: str) -> str:

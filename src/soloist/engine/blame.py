@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from typing import Any
 
 from soloist.engine.meeting import Meeting, bounded
 from soloist.engine.pulse import LOST
@@ -23,7 +24,8 @@ def tell(meeting: Meeting, error: CommunicationError) -> None:
     """Whom this rank has given up on. Called before its connections break."""
     if meeting.folder is None and error.peer is not None:
         with suppress(RuntimeError, TimeoutError):
-            bounded(lambda: meeting.store.clone().set(_gave_up(error.rank), str(error.peer)), STORE_S)
+            store: Any = meeting.store  # a TCPStore, or a part of one
+            bounded(lambda: store.clone().set(_gave_up(error.rank), str(error.peer)), STORE_S)
 
 
 def cause(meeting: Meeting, error: Exception) -> Exception:
@@ -32,16 +34,16 @@ def cause(meeting: Meeting, error: Exception) -> Exception:
         return error
     path = [error.rank, error.peer]
     with suppress(RuntimeError, TimeoutError):
-        bounded(lambda: _follow(meeting, path), GRACE_S + STORE_S)
+        bounded(lambda: _follow(meeting.store, path), GRACE_S + STORE_S)
     *others, culprit = path
     if len(path) == 2 or culprit in others:  # it gave up on nobody, or some gave up on each other
         return error
     return CommunicationError(error.rank, culprit, error.where, f"rank {others[-1]} has given up on it")
 
 
-def _follow(meeting: Meeting, path: list[int]) -> None:
+def _follow(shared: Any, path: list[int]) -> None:
     """Append whom the last one has given up on, and so on, or who the pulse says is lost."""
-    store, end = meeting.store.clone(), time.monotonic() + GRACE_S
+    store, end = shared.clone(), time.monotonic() + GRACE_S
     while path[-1] not in path[:-1]:
         if store.check([_gave_up(path[-1])]):
             path.append(int(store.get(_gave_up(path[-1]))))
