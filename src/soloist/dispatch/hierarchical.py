@@ -144,7 +144,7 @@ class HierarchicalDispatcher(Dispatcher):
 
     def _by_node(self, choice: SlotChoice) -> SlotChoice:
         """The choice as the rail sees it: nodes for groups; the group inside its node and the slot for slots."""
-        node_G, local_G = _places(self.rails.topology, self.rail.device)
+        node_G, local_G = places_of(self.rails.topology, self.rail.device)
         place_TK = (local_G[choice.group_TK] << TAG_BITS) | choice.slot_TK
         return SlotChoice(node_G[choice.group_TK], place_TK, choice.weight_TK)
 
@@ -244,7 +244,7 @@ class Returning:
 
 
 @lru_cache(maxsize=64)
-def _places(topology: Topology, device: torch.device) -> tuple[Tensor, Tensor]:
+def places_of(topology: Topology, device: torch.device) -> tuple[Tensor, Tensor]:
     """Node of each group and its index there; behind the last, −1 for the group −1 of a token that goes nowhere."""
     nodes = Rails(topology, 0).nodes
     places = [(node, index) for node, groups in enumerate(nodes) for index in range(len(groups))]
