@@ -66,7 +66,7 @@ def test_tables_say_bar_prediction_and_ratio(tmp_path):
     point |= {"bound_by": "156.0 MB at 390 GB/s"}
     (tmp_path / "exchange-prefill.jsonl").write_text(json.dumps(point) + "\n")
     for layout, rate in (("ep8", 300.0), ("tp8", 100.0)):
-        record = {"what": "prefill", "layout": layout, "shape": "64x10000", "seconds": 2.0, "ceiling_s": 1.0}
+        record = {"what": "prefill", "layout": layout, "shape": "64x9999", "seconds": 2.0, "ceiling_s": 1.0}
         (tmp_path / f"{layout}.jsonl").write_text(json.dumps(record | {"tokens_per_s": rate}) + "\n")
     records = gathered(node)
     console = Console(record=True, width=160)
@@ -74,4 +74,4 @@ def test_tables_say_bar_prediction_and_ratio(tmp_path):
     text = console.export_text()
     assert "300 GB/s: met" in text  # 312
     assert f"{predictions(8)[0]['predicted_s'] * 1e3:,.2f}" in text
-    assert list(ratios(records, "ep8")) == ["prefill 64x10000: ep8 gives 3.00 x tp8"]
+    assert list(ratios(records, "ep8")) == ["prefill 64x9999: ep8 gives 3.00 x tp8"]

@@ -63,6 +63,18 @@ def test_two_gpus_posing_as_two_nodes_send_what_is_predicted() -> None:
     assert abs(crossed - predicted) < 0.001 * predicted
 
 
+@pytest.mark.multigpu
+def test_captured_steps_across_nodes_give_the_text_of_one_gpu() -> None:
+    """Two GPUs posing as two nodes: equal splits over NCCL, in graphs."""
+    params, fields = SamplingParams(max_tokens=12, temperature=0.0), {"device": "cuda", "dtype": "float32"}
+    with LLM(NOVELS, "ep1", show_progress=False, **fields) as alone:
+        wanted = alone.generate(["It was a", "She said"], params)
+    fields |= {"gpus_per_node": 1, "exchange": "hierarchical", "exchange_captured": True, "max_sequences": 16}
+    with LLM(NOVELS, "ep2", show_progress=False, **fields) as llm:
+        found = llm.generate(["It was a", "She said"], params)
+    assert [f.outputs[0].tokens for f in found] == [w.outputs[0].tokens for w in wanted]
+
+
 def test_links_are_measured_and_the_choice_is_told() -> None:
     with LLM(NOVELS, "ep2", device="cpu", gpus_per_node=1, transport="gloo", show_progress=False) as llm:
         llm.generate("It was", SamplingParams(max_tokens=3))

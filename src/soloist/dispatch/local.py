@@ -64,6 +64,10 @@ class LocalDispatcher(Dispatcher):
     def limit(self) -> int:
         return len(self.index.place_TK)
 
+    def with_slots(self, slots: int) -> LocalDispatcher:
+        """For a layer in which this rank has so many slots, or fewer than the index was made for."""
+        return LocalDispatcher(slots, self.index)
+
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
         if len(x_TD) > len(self.index.place_TK):
             raise CapacityError(f"{len(x_TD)} tokens in a call, the index holds {len(self.index.place_TK)}")

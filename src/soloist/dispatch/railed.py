@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor
 
 from soloist.dispatch.base import (
     Dispatcher,
-    ExpandedDispatcher,
     ExpertBatch,
     PendingBatch,
     PendingRows,
@@ -32,6 +31,8 @@ from soloist.dispatch.base import (
     SlotChoice,
 )
 from soloist.dispatch.hierarchical import Rails, places_of
+from soloist.dispatch.local import LocalDispatcher
+from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.dispatch.rows import RowFormat, phase
 from soloist.errors import CapacityError
 from soloist.transport.base import Pending, Transport
@@ -69,7 +70,7 @@ class RailedDispatcher(Dispatcher):
     def limit(self) -> int:
         return self.capacity
 
-    def fit(self, tokens: int) -> RailedDispatcher:
+    def fit(self, tokens: int) -> Self:
         return replace(self, capacity=tokens, inside=self.inside.fit(self.rail.size * tokens))
 
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
@@ -100,14 +101,20 @@ class RailedDispatcher(Dispatcher):
         return Returning(self, self.inside.start_combine(y_RD, ticket.inside, where), ticket.tokens, where)
 
 
+@dataclass(frozen=True)
 class RailedExpandedDispatcher(RailedDispatcher):
-    """The same where the dispatcher inside the node takes the experts' results before they are summed."""
+    """The same by kernels inside the node, which take the experts' results before they are summed."""
+
+    inside: OneSidedDispatcher | LocalDispatcher
+
+    def with_slots(self, slots: int) -> RailedExpandedDispatcher:
+        """For a layer in which this rank's group has so many slots, or fewer than memory was made for."""
+        return replace(self, inside=self.inside.with_slots(slots))
 
     def start_combine_expanded(self, y_XD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
-        ticket, inside = batch.ticket, self.inside
+        ticket = batch.ticket
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
-        assert isinstance(inside, ExpandedDispatcher), "the node's dispatcher takes sums only"
-        return Returning(self, inside.start_combine_expanded(y_XD, ticket.inside, where), ticket.tokens, where)
+        return Returning(self, self.inside.start_combine_expanded(y_XD, ticket.inside, where), ticket.tokens, where)
 
 
 @dataclass

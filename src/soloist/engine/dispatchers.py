@@ -3,20 +3,23 @@
 tokens stay on this rank            local       one expert group, or one GPU; and replicated tokens of a stage that is
                                                 one attention group: each rank does what its own experts have to do
 peers in one NVLink domain          one_sided   kernels write and read the peers' memory
+few tokens across nodes of GPUs     railed      equal splits over NCCL, one_sided inside the node; where asked for
 anything else, and CPUs             ragged, or hierarchical across nodes, over the transports (engine/crossing.py)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from soloist.dispatch.base import Dispatcher, Topology
+from soloist.dispatch.base import Dispatcher, ExpertBatch, PendingBatch, PendingTokens, SlotChoice, Topology
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
 from soloist.dispatch.local import LocalDispatcher, LocalIndex
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.dispatch.ragged import RaggedDispatcher
+from soloist.dispatch.railed import RailedExpandedDispatcher
 from soloist.engine.crossing import Crossings
 from soloist.engine.options import EngineOptions
 from soloist.engine.world import World
@@ -24,6 +27,7 @@ from soloist.kernels.language import AVAILABLE
 from soloist.placement.placement import Placement
 from soloist.planner.memory import pushed_tokens
 from soloist.specs.model import ModelSpec
+from soloist.transport.base import Transport
 from soloist.transport.local import LocalGroup, LocalTransport
 
 
@@ -50,6 +54,7 @@ class Dispatchers:
         whole = layout.ep > 1 and layout.attention_ranks == layout.stage_ranks
         self.own = whole and not placement.has_replicas and not placement.has_empty_groups
         self.crossings = Crossings(spec, world, options, dtype)
+        captured = max(options.graph_buckets(is_gpu=True), default=0) if options.exchange_captured else 0
         self.index = None
         if device.type == "cuda" and AVAILABLE and (layout.ep == 1 or self.own) and self.most:
             tokens = options.max_batch_tokens if layout.ep == 1 else few
@@ -58,6 +63,7 @@ class Dispatchers:
         self.sharded = self._one_sided(
             stage, layout.tp, pushed_tokens(spec, layout, self.tokens, dtype.itemsize)
         )  # fmt: skip
+        self.railed = None if self.sharded else self._railed(-(-captured // layout.attention_ranks))
         self.replicated = None
         if layout.attention_ranks > 1 and layout.ep > 1 and not self.own:
             self.replicated = self._one_sided(seat.expert_peers, 1, -(-few * layout.tp // layout.attention_ranks))
@@ -69,7 +75,7 @@ class Dispatchers:
         if replicated and self.world.attention is not None:
             return self.index is not None or self.replicated is not None
         alone = self.world.seat.layout.stage_ranks == 1
-        return self.sharded is not None or (alone and self.index is not None)
+        return self.sharded is not None or self.railed is not None or (alone and self.index is not None)
 
     def of(self, slots: int) -> tuple[Dispatcher, Dispatcher]:
         """For tokens that differ between the ranks of a TP group, and for tokens that are the same on all of them."""
@@ -78,9 +84,13 @@ class Dispatchers:
         sharded = _resized(self.sharded, slots) or (local if layout.stage_ranks == 1 else None)
         replicated = local or _resized(self.replicated, slots) or (self.here(slots) if self.own else None)
         return (
-            sharded or self.crossings.of(slots, world.tp),
+            sharded or self._across_nodes(slots, world.tp),
             replicated or self.crossings.of(slots),
         )
+
+    def _across_nodes(self, slots: int, tp: Transport | None) -> Dispatcher:
+        many = self.crossings.of(slots, tp)
+        return many if self.railed is None else FewByRails(self.railed.with_slots(slots), many)
 
     def here(self, slots: int) -> Dispatcher:
         """Within this rank, without kernels."""
@@ -91,7 +101,8 @@ class Dispatchers:
     @property
     def nbytes(self) -> int:
         """Of the windows on this rank, of what stands beside them, and of the local index."""
-        lanes = {lane for one in (self.sharded, self.replicated) if one for lane in one.lanes}
+        held = (self.sharded, self.replicated, self.railed.inside if self.railed else None)
+        lanes = {lane for one in held if isinstance(one, OneSidedDispatcher) for lane in one.lanes}
         index = sum(value.nbytes for value in vars(self.index).values()) if self.index else 0
         return index + sum(lane_bytes(lane) for lane in lanes)
 
@@ -105,6 +116,38 @@ class Dispatchers:
         )  # fmt: skip
         watch = self.world.watch(ranks)
         return OneSidedDispatcher.of(shape, (Lane(group.window(WindowPlan(shape).size), shape),), watch)
+
+    def _railed(self, tokens: int) -> RailedExpandedDispatcher | None:
+        """For calls of at most `tokens` tokens a rank; None on one node, on nodes unequally full, without NVLink."""
+        rails, rail, seat = self.world.rails, self.world.rail, self.world.seat
+        if rails is None or rail is None or self.device.type != "cuda" or not (AVAILABLE and tokens and self.most):
+            return None
+        if len({len(groups) for groups in rails.nodes}) > 1:
+            return None
+        tp, inside_tokens = seat.layout.tp, len(rails.nodes) * tokens
+        ranks = tuple(seat.stage_start + group * tp + index for group in rails.node for index in range(tp))
+        inside = self._one_sided(ranks, tp, inside_tokens)
+        if len(ranks) == 1:
+            index = LocalIndex.of(inside_tokens, self.spec.router.top_k, self.most, self.device)
+            inside = LocalDispatcher(self.most, index)
+        return None if inside is None else RailedExpandedDispatcher(rail, inside, rails, tokens)
+
+
+@dataclass(frozen=True)
+class FewByRails(Dispatcher):
+    """Calls that captured steps make, in a form that a graph can hold; larger ones in the form for many tokens."""
+
+    few: RailedExpandedDispatcher
+    many: Dispatcher
+
+    def fit(self, tokens: int) -> Dispatcher:
+        return self.few.fit(tokens) if tokens <= self.few.capacity else self.many.fit(tokens)
+
+    def start_dispatch(self, x_TD: torch.Tensor, choice: SlotChoice, where: str = "") -> PendingBatch:
+        return self.many.start_dispatch(x_TD, choice, where)
+
+    def start_combine(self, y_RD: torch.Tensor, batch: ExpertBatch, where: str = "") -> PendingTokens:
+        return self.many.start_combine(y_RD, batch, where)
 
 
 def lane_bytes(lane: Lane) -> int:

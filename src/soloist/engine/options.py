@@ -35,6 +35,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     exchange: Literal["auto", "flat", "hierarchical"] = "auto"  # of tokens across nodes (engine/crossing.py)
     exchange_chunks: int | None = None  # of a hierarchical call; None: by the links
     exchange_buffer_MB: float = 64.0  # of a chunk under way, on a rank
+    exchange_captured: bool = False  # decoding steps across nodes of GPUs in graphs (dispatch/railed.py); untried there
     network_link: str | None = None  # "MB/s,µs" of a rank's exchange across nodes; None: measured at the start
     inside_link: str | None = None  # the same inside a node
     keep_fp8: bool = True  # experts of an fp8 checkpoint stay in fp8 where a GPU's kernels serve them

@@ -70,6 +70,14 @@ def memory_rate(device: torch.device) -> float:
     return 2.0 * size / copy_seconds(size, device)
 
 
+def streaming_rate(device: torch.device) -> float:
+    """Bytes/s of the device's memory, read and written, of a kernel: what a GPU's own copies do not reach everywhere."""
+    size = BUFFER[device.type]
+    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    return 2.0 * size / seconds(lambda: torch.mul(source, 2.0, out=target), device)
+
+
 def launch_seconds(device: torch.device) -> tuple[float, float]:
     """One small kernel called from Python, and one of many in a CUDA graph; on a CPU both are the call."""
     x = torch.zeros(1, device=device)
