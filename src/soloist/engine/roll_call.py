@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 0.05  # between looks at the store
 READ_S = 3.0  # for the others to read the verdict before rank 0, which keeps the store, may end
+TWICE = "came twice"  # the key under which a rank says so
 MOST_NAMED = 16  # ranks named one by one
 REMEDIES = {
     "soloist": "install the same version on every node",
@@ -79,6 +80,8 @@ def roll_call(store: Store, place: Place, passport: Passport, deadline_s: float)
     end = time.monotonic() + deadline_s
     arrivals = store.add(f"arrivals of {place.rank}", 1)
     store.set(f"host {place.rank} {arrivals}", socket.gethostname())
+    if arrivals > 1:
+        store.set(TWICE, str(place.rank))
     store.set(f"passport {place.rank}", json.dumps(passport))
     if place.rank == 0 and arrivals == 1:
         verdict = _judge(store, place.size, deadline_s)
@@ -94,33 +97,37 @@ def roll_call(store: Store, place: Place, passport: Passport, deadline_s: float)
 
 
 def _judge(store: Store, size: int, deadline_s: float) -> str:
-    missing = _wait_for(store, [f"passport {rank}" for rank in range(size)], time.monotonic() + deadline_s)
+    """Who came twice stands in the place of somebody who will not come."""
+    keys = [f"passport {rank}" for rank in range(size)]
+    missing = _wait_for(store, keys, time.monotonic() + deadline_s, unless=TWICE)
+    if store.check([TWICE]):
+        twice = int(store.get(TWICE))
+        hosts = [store.get(f"host {twice} {nth}").decode() for nth in (1, 2)]
+        return (
+            f"{_named([twice])} came twice, from {' and '.join(hosts)}: give every node its own node rank, and every "
+            "job its own MASTER_PORT"
+        )
     if missing:
         ranks = [int(key.split()[1]) for key in missing]
         return (
             f"{_named(ranks)} of {size} did not come within {deadline_s:.3g} s: "
             "see whether they were started, their own logs, and their MASTER_ADDR and MASTER_PORT"
         )
-    if twice := [rank for rank in range(size) if store.add(f"arrivals of {rank}", 0) > 1]:
-        hosts = [store.get(f"host {twice[0]} {nth}").decode() for nth in (1, 2)]
-        return (
-            f"{_named(twice)} came twice, from {' and '.join(hosts)}: give every node its own node rank, and every job "
-            "its own MASTER_PORT"
-        )
     return disagreement([json.loads(store.get(f"passport {rank}")) for rank in range(size)])
 
 
 def disagreement(passports: list[Passport]) -> str:
     """Who differs from most, or from rank 0 where it is a tie, and in what; "" where all agree."""
-    found = []
+    found = dict[str, list[str]]()  # by remedy
     for name in passports[0]:
         values = [passport.get(name, "unknown") for passport in passports]
         usual = _usual(values)
         for value in dict.fromkeys(values):
             if value != usual:
                 ranks = [rank for rank, other in enumerate(values) if other == value]
-                found.append(f"{name} = {value} on {_named(ranks)}, {usual} on the others: {REMEDIES.get(name, AGREE)}")
-    return "; ".join(found)
+                told = f"{name} = {value} on {_named(ranks)}, {usual} on the others"
+                found.setdefault(REMEDIES.get(name, AGREE), []).append(told)
+    return "; ".join(f"{', '.join(told)}: {remedy}" for remedy, told in found.items())
 
 
 def _usual(values: list[str]) -> str:
@@ -133,11 +140,11 @@ def _named(ranks: list[int]) -> str:
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
-def _wait_for(store: Any, keys: list[str], end: float) -> list[str]:
-    """The keys that nobody has set by then."""
+def _wait_for(store: Any, keys: list[str], end: float, unless: str = "") -> list[str]:
+    """The keys that nobody has set by then, or when `unless` is set."""
     while keys:
         keys = [key for key in keys if not store.check([key])]
-        if not keys or time.monotonic() > end:
+        if not keys or time.monotonic() > end or (unless and store.check([unless])):
             break
         time.sleep(LOOK_S)
     return keys

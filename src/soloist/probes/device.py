@@ -71,7 +71,7 @@ def memory_rate(device: torch.device) -> float:
 
 
 def streaming_rate(device: torch.device) -> float:
-    """Bytes/s of the device's memory, read and written, of a kernel: what a GPU's own copies do not reach everywhere."""
+    """Bytes/s of the device's memory, read and written, of a kernel: more than a GPU's own copies reach."""
     size = BUFFER[device.type]
     source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
