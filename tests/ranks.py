@@ -33,6 +33,8 @@ from torch.distributed import FileStore
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect, local_world
 
+STOP_S = 10.0  # for a killed process to be gone
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -125,7 +127,7 @@ class Member:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(STOP_S)
         self.pipe.close()
 
 
@@ -188,6 +190,8 @@ class RankPool:
             return Failure(f"the process died with exit code {code}")
 
     def close(self) -> None:
+        for member in self._members:  # all at once: a process that has used a GPU takes its time to go
+            member.process.kill()
         for member in self._members:
             member.stop()
         self._members.clear()

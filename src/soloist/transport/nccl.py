@@ -75,6 +75,7 @@ class NcclTransport(Transport):
         self._sent: deque[tuple[Any, Tensor]] = deque()
         self._counts: dict[int, _Counts] = {}
         self._subgroups: defaultdict[tuple[int, ...], int] = defaultdict(int)
+        self._parts: list[Transport] = []
 
     def _build(self, name: str) -> Any:
         from torch.distributed import ProcessGroupNCCL  # absent from builds without CUDA
@@ -220,10 +221,14 @@ class NcclTransport(Transport):
         store = PrefixStore(f"{'-'.join(map(str, chosen))}/{self._subgroups[chosen]}", self._store)
         self._subgroups[chosen] += 1
         ranks = [self.ranks[i] for i in chosen]
-        return NcclTransport(store, ranks, chosen.index(self.rank), self.device, self.deadline_s)
+        self._parts.append(NcclTransport(store, ranks, chosen.index(self.rank), self.device, self.deadline_s))
+        return self._parts[-1]
 
     def close(self) -> None:
-        """Abort rather than shut down: a shutdown would wait for what is under way."""
+        """Abort rather than shut down: a shutdown would wait for what is under way. Subgroups are closed, too: one that
+        is only forgotten would be shut down."""
+        for part in self._parts:
+            part.close()
         self._sent.clear()
         for group in (self._group, self._pairs):
             if group is not None:
