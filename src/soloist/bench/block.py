@@ -219,7 +219,7 @@ def main(
     layers: Annotated[int, typer.Option(help="of the model that are run")] = 2,
     kernels: Annotated[bool, typer.Option(help="list the kernels")] = True,
     replicate_below: Annotated[int, typer.Option(help="tokens; see the engine's option of this name")] = -1,
-    nvlink_sums: Annotated[bool, typer.Option(help="see the engine's option of this name")] = False,
+    nvlink_sums: Annotated[bool, typer.Option(help="see the engine's option of this name")] = True,
 ) -> None:
     """Time decoder blocks on the GPUs of this host, each checked against the plain forms first."""
     if "RANK" not in os.environ:

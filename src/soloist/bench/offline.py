@@ -36,6 +36,7 @@ from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
 
 H100 = Ceilings()
+FEWEST, MOST, SETTLED, SLOWER = 3, 8, 2, 1.3  # rehearsals; the last ones may take so much longer than the fastest
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,13 @@ def measure(
         tell("start", "first token", [start.first_token_s])
         for prefill in load.prefills:
             prompts = draw(prefill.count, prefill.tokens)
-            _generate(llm, prompts, 1)  # kernels of this size are compiled, communicators made
+            _rehearse(llm, prompts, 1)
             times = [_generate(llm, prompts, 1) for _ in range(load.repeats)]
             start.points["prefill", str(prefill)] = times
             tell("prefill", str(prefill), times)
         for count in load.decodes:
             prompts = draw(count, load.context)
-            _generate(llm, prompts, 4)
+            _rehearse(llm, prompts, 4)
             pairs = [
                 (_generate(llm, prompts, 1 + load.tokens), _generate(llm, prompts, 1)) for _ in range(load.repeats)
             ]
@@ -275,6 +276,18 @@ def _generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> float:
     if errors := [output.error for output in outputs if output.error]:
         raise RequestError(errors[0])
     return seconds
+
+
+def _rehearse(llm: LLM, prompts: list[list[int]], max_tokens: int) -> None:
+    """Until kernels are compiled and communicators made: no run takes much longer than the fastest.
+
+    How the prompts are spread over steps differs from run to run, and with it which kernels are needed.
+    """
+    times = [_generate(llm, prompts, max_tokens)]
+    while len(times) < FEWEST or max(times[-SETTLED:]) > SLOWER * min(times):
+        times.append(_generate(llm, prompts, max_tokens))
+        if len(times) == MOST:
+            return
 
 
 def _share(count: int, groups: int) -> int:
