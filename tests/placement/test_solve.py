@@ -4,7 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from soloist.errors import ConfigurationError
@@ -144,6 +144,7 @@ def test_packing_fills_rooms_and_parts_replicas(seed: int, parts: int) -> None:
     exchange=st.sampled_from(["hierarchical", "flat"]),
     has_ids=st.booleans(),
 )
+@example(seed=1950, groups=6, nodes=2, slots=3, exchange="hierarchical", has_ids=True)  # slots that nobody chose
 def test_solution_lies_between_bound_and_baselines(
     seed: int, groups: int, nodes: int, slots: int | None, exchange, has_ids: bool
 ) -> None:

@@ -150,8 +150,11 @@ class Partition:
         both_SS = np.bincount(pairs.ravel(), weights.ravel(), size).reshape(self.slots + 1, self.slots + 1)
         self.both_SS += both_SS[:-1, :-1]
         starts = np.arange(0, choices_cK.size + 1, choices_cK.shape[1])
-        incidence_cS = csr_array((np.repeat(weight_c, choices_cK.shape[1]), choices_cK.ravel(), starts))
-        incidence_cS.resize(len(classes), self.slots + 1)
+        entries, shape = (
+            (np.repeat(weight_c, choices_cK.shape[1]), choices_cK.ravel(), starts),
+            (len(classes), self.slots + 1),
+        )
+        incidence_cS = csr_array(entries, shape=shape)  # also of no classes: slots that nobody chose are swapped, too
         self.enter_PS += (incidence_cS.T @ (count_cP[:, :-1] == 0).astype(float))[:-1].T
 
 
