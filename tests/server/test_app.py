@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+import soloist
 from tests.server.live import live
 
 GREEDY = {"model": "novels", "prompt": "The old house upon the hill", "max_tokens": 12, "temperature": 0}
@@ -58,6 +59,12 @@ def test_chat_messages_go_through_the_template(server, client):
     assert text["tokens"] == plain["tokens"]
     parts = [{"type": "text", "text": "Who are"}, {"type": "text", "text": " you?"}]
     assert post(server, {"messages": [{"role": "user", "content": parts}]}, "/tokenize").json() == text
+
+
+def test_tokens_as_text(server):
+    tokens = post(server, {"prompt": GREEDY["prompt"]}, "/tokenize").json()["tokens"]
+    assert post(server, {"tokens": tokens}, "/detokenize").json() == {"prompt": GREEDY["prompt"]}
+    assert post(server, {"tokens": [4096]}, "/detokenize").json()["error"]["param"] == "tokens"
 
 
 def test_a_chat_without_max_tokens_goes_on_to_the_limit(server):
@@ -123,7 +130,22 @@ def test_token_ids_on_demand(server):
 
 def test_fields_that_ask_for_nothing_are_taken(server):
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "echo": False, "user": "me"}
-    assert post(server, GREEDY | neutral).status_code == 200
+    vllms = {
+        "min_tokens": 0,
+        "top_k": -1,
+        "skip_special_tokens": True,
+        "prompt_logprobs": None,
+        "use_beam_search": False,
+    }
+    streamed = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": False}}
+    assert post(server, GREEDY | neutral | vllms | streamed).status_code == 200
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client):
+    """The client's message has fields of features that nobody used."""
+    messages = [*CHAT["messages"], client.chat.completions.create(**CHAT).choices[0].message]
+    again = client.chat.completions.create(**CHAT | {"messages": [*messages, {"role": "user", "content": "And then?"}]})
+    assert again.usage.prompt_tokens > 20
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -143,6 +165,7 @@ WRONG = {
     "huge": ({"max_tokens": 10**9}, "max_tokens", "2048"),
     "huger": ({"max_tokens": 10**40}, "max_tokens", ""),
     "unknown field": ({"max_token": 1}, "max_token", "unknown field"),
+    "deep nesting": (b'{"model":"novels","messages":' + b"[" * 900 + b"]" * 900 + b"}", "messages", ""),
     "unsupported field": ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
     "too many": ({"n": 1000}, "n", "between 1 and 128"),
     "wrong stop": ({"stop": ["a", 3]}, "stop[1]", "expected `str`"),
@@ -166,6 +189,9 @@ def test_wrong_chats(server):
         assert post(server, CHAT | {"messages": messages}, "/v1/chat/completions").status_code == 400
     tools = post(server, CHAT | {"tools": [{"type": "function"}]}, "/v1/chat/completions")
     assert tools.json()["error"]["param"] == "tools"
+    called = {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}
+    answer = post(server, CHAT | {"messages": [called]}, "/v1/chat/completions")
+    assert answer.json()["error"]["param"] == "messages[0].tool_calls"
 
 
 def test_a_mistake_raises_the_clients_own_exception(client):
@@ -188,6 +214,7 @@ def test_models_and_health(client, server):
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/version").json() == {"version": soloist.__version__}
 
 
 def test_request_ids(server):

@@ -22,6 +22,8 @@ from soloist.server.watch import Watch, Window, max_over_mean
 from soloist.specs.layout import Layout
 from tests.server.live import live
 
+DOCS = Path(__file__).parents[2] / "docs"
+SUFFIX = {"counter": "_total", "histogram": "_bucket"}
 STATS = SchedulerStats(1, 2, 0, 30, 40, 5, 6, 8)
 
 
@@ -58,18 +60,18 @@ def test_the_number_of_series_is_bounded():
     assert len(samples(metrics.page())) == 1459
 
 
-def test_the_grafana_dashboard_asks_for_what_there_is():
+def test_grafana_dashboard_and_docs_have_every_metric_and_no_other():
     metrics, _, _ = deployment("ep4", 5, 8)
-    known = {key[0] for key in samples(metrics.page())}
-    panels = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())["panels"]
-    asked = [target["expr"] for panel in panels for target in panel["targets"]]
-    names = {
-        name
-        for text in asked
-        for name in re.findall(r"[a-z_]*(?:_total|_bucket|blocks|used|mean|open|waiting)\b", text)
-    }
-    assert len(names) > 15
-    assert names <= known
+    families = list(text_string_to_metric_families(metrics.page().decode()))
+    panels = json.loads((DOCS / "grafana.json").read_text())["panels"]
+    asked = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    names = set(re.findall(r"[a-z]+(?:_[a-z]+)+", asked)) - {"histogram_quantile"}
+    wanted = {f"{family.name}{SUFFIX.get(family.type, '')}" for family in families}
+    assert wanted == names
+    documented = (DOCS / "serving.md").read_text()
+    assert all(f"`{name.removesuffix('_bucket')}`" in documented for name in wanted)
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
+    assert len(set(places)) == len(places)
 
 
 def test_ranks_and_layers():

@@ -16,13 +16,21 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from soloist import __version__
 from soloist.errors import RequestError
 from soloist.server.answers import ChatForm, Form
 from soloist.server.desk import Desk
 from soloist.server.details import Details
 from soloist.server.gate import Gate
 from soloist.server.metrics import Metrics, Tally
-from soloist.server.protocol import ChatRequest, CompletionRequest, SharedFields, TokenizeRequest, parse
+from soloist.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    SharedFields,
+    TokenizeRequest,
+    parse,
+)
 from soloist.server.refusals import Refusal
 from soloist.server.respond import Answer
 from soloist.server.served import Served
@@ -63,10 +71,16 @@ def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()
     app.state.desk, app.state.limits = desk, limits
     app.state.metrics, app.state.details = Metrics(desk, tally, watch), Details(desk, tally, watch)
     app.add_middleware(Gate, keys=keys)
-    for path, endpoint in (("/v1/completions", completions), ("/v1/chat/completions", chat), ("/tokenize", tokenize)):
+    for path, endpoint in (
+        ("/v1/completions", completions),
+        ("/v1/chat/completions", chat),
+        ("/tokenize", tokenize),
+        ("/detokenize", detokenize),
+    ):
         app.add_api_route(path, endpoint, methods=["POST"])
-    for path, endpoint in (("/v1/models", models), ("/v1/models/{name:path}", model), ("/dashboard", dashboard)):
+    for path, endpoint in (("/v1/models", models), ("/v1/models/{name:path}", model), ("/version", version)):
         app.add_api_route(path, endpoint)
+    app.add_api_route("/dashboard", dashboard)
     for path, endpoint in (("/health", health), ("/metrics", metrics), ("/details", details)):
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"])
     app.add_exception_handler(Refusal, _refused)
@@ -141,6 +155,20 @@ async def tokenize(request: Request) -> dict[str, Any]:
     else:
         tokens = await desk.served.encode_chat([message.plain() for message in wanted.messages])
     return {"count": len(tokens), "max_model_len": desk.front.longest_sequence, "tokens": list(tokens)}
+
+
+async def detokenize(request: Request) -> dict[str, Any]:
+    """Tokens as text."""
+    desk = _desk(request)
+    wanted = parse(await _body(request), DetokenizeRequest)
+    if wanted.model is not None:
+        _check_model(wanted.model, desk.served)
+    return {"prompt": desk.served.decode(wanted.tokens)}
+
+
+async def version() -> dict[str, str]:
+    """Of the program."""
+    return {"version": __version__}
 
 
 async def health(request: Request) -> Response:

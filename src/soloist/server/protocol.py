@@ -17,27 +17,49 @@ from soloist.scheduling.request import SamplingParams
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**62)]
-Body = TypeVar("Body", bound="SharedFields | TokenizeRequest")
+Body = TypeVar("Body", bound="SharedFields | TokenizeRequest | DetokenizeRequest")
 
 DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's; a chat goes on to the model's limit
 
-# Values of unsupported fields that mean "do not".
+# Fields that other servers know and this one does not, with the values that mean "do not"; null always does.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "best_of": (None, 1),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, False, True),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "store": (None, False),
-    "modalities": (None, ["text"]),
-    "service_tier": (None, "auto", "default"),
+    # OpenAI's
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    # of an answer's message, which clients send back as it is
+    "refusal": ("",),
+    "tool_calls": ([],),
+    "annotations": ([],),
+    "reasoning_content": ("",),
+    # vLLM's
+    "continuous_usage_stats": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "min_tokens": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "priority": (0,),
+    "bad_words": ([],),
+    "return_token_strs": (False,),
 }
 
 
@@ -71,6 +93,8 @@ class SharedFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         given = {key: value for key in _PLAIN if (value := getattr(self, key)) is not None}
         given |= {"stop": tuple(stops or ()), "stop_token_ids": tuple(self.stop_token_ids or ())}
+        if self.top_k == -1:  # vLLM's word for off
+            given["top_k"] = 0
         params = SamplingParams(max_tokens=max_tokens, logprobs=self.wanted_logprobs, **given)
         params.check()
         return params
@@ -165,6 +189,16 @@ class ChatRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
             raise RequestError("max_tokens: is the older name of max_completion_tokens; give one of them")
 
 
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /detokenize: tokens as text, special ones included."""
+
+    model: str | None = None
+    tokens: list[Int]
+
+    def check(self) -> None:
+        """Whether the model knows the tokens is seen where its vocabulary is known."""
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /tokenize: a text, or a chat as the model would get it."""
 
@@ -186,20 +220,37 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     if not isinstance(fields, dict):
         raise RequestError("the body must be a JSON object")
     try:
-        request = msgspec.convert(_without_neutral(fields, kind), kind)
+        request = msgspec.convert(_asked(fields, kind), kind)
     except (msgspec.ValidationError, OverflowError) as error:
         raise RequestError(_readable(str(error))) from error
     request.check()
     return request
 
 
-def _without_neutral(fields: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The fields but for unsupported ones that ask for nothing."""
-    unsupported = [key for key in fields if key in NEUTRAL and key not in kind.__struct_fields__]
-    for key in unsupported:
-        if fields[key] not in NEUTRAL[key]:
-            raise RequestError(f"{key}: is not supported by this server")
-    return {key: value for key, value in fields.items() if key not in unsupported}
+def _asked(fields: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """A request's fields but for those that ask for nothing, in its options and messages, too."""
+    kept = _without_neutral(fields, kind)
+    for name, inner in (("stream_options", StreamOptions), ("messages", ChatMessage)):
+        given = kept.get(name)
+        if isinstance(given, dict):
+            kept[name] = _without_neutral(given, inner, f"{name}.")
+        elif isinstance(given, list):
+            kept[name] = [
+                _without_neutral(one, inner, f"{name}[{i}].") if isinstance(one, dict) else one
+                for i, one in enumerate(given)
+            ]
+    return kept
+
+
+def _without_neutral(fields: dict[str, Any], kind: type[msgspec.Struct], place: str = "") -> dict[str, Any]:
+    """The fields but for those that `kind` lacks and that ask for nothing."""
+    kept = dict(fields)
+    for key in fields.keys() - set(kind.__struct_fields__):
+        if fields[key] is None or fields[key] in NEUTRAL.get(key, ()):
+            del kept[key]
+        elif key in NEUTRAL:
+            raise RequestError(f"{place}{key}: is not supported by this server")
+    return kept
 
 
 def _readable(reason: str) -> str:

@@ -54,6 +54,15 @@ class Served:
             return self.tokenizer.encode(text, add_special_tokens=special).ids
         return (await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=special)).ids
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, special ones shown. Raises RequestError."""
+        if self.tokenizer is None:
+            raise RequestError("tokens: this model has no tokenizer")
+        vocab = self.front.requests.vocab
+        if any(not 0 <= token < vocab for token in tokens):
+            raise RequestError(f"tokens: must lie between 0 and {vocab - 1}")
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
     def text_of(self, token: int) -> str:
         """One token as text; a part of a character is shown as the replacement character."""
         return self.tokenizer.decode([token], skip_special_tokens=False) if self.tokenizer else f"token_id:{token}"
