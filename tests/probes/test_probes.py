@@ -21,7 +21,7 @@ def _one_thread():
 
 
 def test_device_rates_are_physical() -> None:
-    flops, moved = device.arithmetic_rate(CPU, torch.float32), device.memory_rate(CPU)
+    flops, moved = device.arithmetic_rate(CPU, torch.float32), device.streaming_rate(CPU)
     assert 1e8 < flops < 1e14
     assert 1e8 < moved < 1e13
     eager, captured = device.launch_seconds(CPU)

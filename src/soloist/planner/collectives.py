@@ -57,6 +57,11 @@ def direct_seconds(gpus: int, size: float, cluster: ClusterSpec, constants: Cons
     return 1e-6 * constants["two_shot_us"] + 2 * (gpus - 1) / gpus * size / rate
 
 
+def gather_seconds(gpus: int, size: float, cluster: ClusterSpec, constants: Constants) -> float:
+    """Our own gather of columns: each GPU sends `size` bytes to every other."""
+    return 1e-6 * constants["one_shot_us"] + (gpus - 1) * size / (constants["direct"] * cluster.nvlink)
+
+
 def point_to_point_seconds(size: float, same_node: bool, cluster: ClusterSpec, constants: Constants) -> float:
     """One message between neighbours of a pipeline."""
     if same_node:

@@ -119,6 +119,8 @@ def _collectives(known: Hardware) -> Domain:
         kind = _kind(row)
         if kind == "send_recv":
             return 1e6 * collectives.point_to_point_seconds(row.bytes, True, cluster, constants)
+        if row.library == OWN and kind == "gather":
+            return 1e6 * collectives.gather_seconds(row.gpus, row.bytes, cluster, constants)
         if row.library == OWN:
             return 1e6 * collectives.direct_seconds(row.gpus, row.bytes, cluster, constants)
         direct = "custom" in row.library

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
@@ -25,6 +25,7 @@ import typer
 from torch.distributed import PrefixStore, TCPStore
 
 from soloist.kernels.language import AVAILABLE
+from soloist.kernels.norm import fused_norm
 from soloist.probes import device as probe
 from soloist.probes import exchange, kernels, links
 from soloist.probes.gpus import Bench, captured, start_ranks
@@ -40,6 +41,7 @@ RANKS_OF_A_CPU = 4  # at most, where nothing else is asked for
 DEADLINE_S = 60.0
 SIZES = {"cuda": [1 << e for e in (11, 14, 17, 20, 22, 24, 26, 28)], "cpu": [1 << e for e in (10, 14, 18, 22)]}
 MESSAGES = {"cuda": [1 << e for e in (12, 16, 20, 24, 27)], "cpu": [1 << e for e in (10, 16, 22)]}
+SUMMED = (1, 4, 16, 64, 128, 256)  # rows
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
@@ -120,7 +122,7 @@ def _measured(machine: Machine) -> GpuSpec:
     return GpuSpec(
         name=device_name(device).split()[-1] if device.type == "cuda" else "cpu", tflops=tflops,
         memory_GB=round(probe.memory_bytes(device) / 1e9 / (machine.size if device.type == "cpu" else 1), 2),
-        memory_TBps=round(machine.lowest(probe.memory_rate(device)) / 1e12, 6), sms=sms,
+        memory_TBps=round(machine.lowest(probe.streaming_rate(device)) / 1e12, 6), sms=sms,
         l2_MB=40.0 if device.type == "cuda" else 1.0,
     )  # fmt: skip
 
@@ -128,7 +130,7 @@ def _measured(machine: Machine) -> GpuSpec:
 def records(machine: Machine, cluster: ClusterSpec) -> Iterator[Record]:
     """All points, the slowest rank's of each."""
     device, dtype, gpu = machine.device, DTYPES[machine.device.type], cluster.gpu.name
-    for found in (kernels.copies(device, gpu), kernels.matmuls(device, dtype, gpu)):
+    for found in (kernels.streams(device, gpu), kernels.matmuls(device, dtype, gpu)):
         yield from (Record(one.what, one.shape, machine.slowest(one.seconds)) for one in found)
     alone = (kernels.attentions(device, dtype, gpu), kernels.experts(device, dtype, gpu))
     for found in (*alone, small_kernels(device, dtype, gpu), exchange.local(device, cluster.name, dtype)):
@@ -161,26 +163,44 @@ def _collectives(machine: Machine, transport: Transport, fabric: str) -> Iterato
 
 
 def _sums(bench: Bench, beneath: Transport, fabric: str, dtype: torch.dtype) -> Iterator[Record]:
-    """Of an attention group in decode, by kernels over the peers' memory."""
+    """Of an attention group in decode, by kernels over the peers' memory: sums, and gathers of logits.
+
+    A sum makes the norm behind it, too. It counts for what it takes beyond that norm alone, which `small` holds.
+    """
     if not AVAILABLE:
         return
     watch = Watch(bench.rank, tuple(range(bench.size)), bench.device, deadline_s=20.0)
-    sums = NvlinkTransport(beneath, Channels(bench.group.window(Channels.size(bench.size))), watch)
-    for rows, width in product((1, 16, 64, 256), (2048, 4096)):
-        part_TD = torch.zeros(rows, width, device=bench.device, dtype=dtype)
-        if not sums.serves(part_TD):
+    own = NvlinkTransport(beneath, Channels(bench.group.window(Channels.size(bench.size))), watch)
+    columns = {"library": "soloist", "fabric": fabric, "gpus": bench.size}
+    for rows, width in product(SUMMED, (2048, 4096)):
+        part_TD, residual_TD = torch.zeros(2, rows, width, device=bench.device, dtype=dtype)
+        weight_D = torch.ones(width, device=bench.device, dtype=dtype)
+        if not own.serves(part_TD):
             continue
-
-        def ten(part_TD: torch.Tensor = part_TD) -> None:
-            for _ in range(10):
-                sums.all_reduce(part_TD)
-
-        ten()
-        bench.barrier()
-        (taken,) = bench.seconds(captured(ten, 0), repeats=10, warm_up=2)
+        arguments = (part_TD, residual_TD, weight_D, 1e-6)
+        summed = _each(bench, lambda given=arguments: own.all_reduce_norm(*given))
+        normed = _each(bench, lambda given=arguments: fused_norm(*given))
         watch.check()
-        columns = {"library": "soloist", "fabric": fabric, "gpus": bench.size, "collective": "all_reduce"}
-        yield Record("collectives", {**columns, "bytes": part_TD.nbytes}, taken / 10)
+        shape = {**columns, "collective": "all_reduce", "bytes": part_TD.nbytes}
+        yield Record("collectives", shape, max(1e-7, summed - normed))
+    for rows, width in product(SUMMED, (16384, 65536)):
+        part_Cv = torch.zeros(rows, width, device=bench.device, dtype=dtype)
+        taken = _each(bench, lambda part_Cv=part_Cv: own.gather_columns(part_Cv, [part_Cv.shape[1]] * bench.size))
+        watch.check()
+        yield Record("collectives", {**columns, "collective": "gather", "bytes": part_Cv.nbytes}, taken)
+
+
+def _each(bench: Bench, work: Callable[[], object], calls: int = 10) -> float:
+    """Seconds of one of several calls in a graph."""
+
+    def several() -> None:
+        for _ in range(calls):
+            work()
+
+    work()
+    bench.barrier()
+    (taken,) = bench.seconds(captured(several, 0), repeats=10, warm_up=2)
+    return taken / calls
 
 
 def write(machine: Machine, file: TextIO) -> None:

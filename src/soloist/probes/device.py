@@ -15,7 +15,7 @@ from soloist.probes.gpus import captured
 from soloist.timing import measure
 
 LARGE = {"cuda": 8192, "cpu": 512}  # side of the matrices that show the arithmetic rate
-BUFFER = {"cuda": 1 << 30, "cpu": 1 << 25}  # bytes copied, beyond the caches
+BUFFER = {"cuda": 1 << 30, "cpu": 1 << 25}  # bytes read, beyond the caches
 COLD = 1 << 27  # bytes, twice a GPU's cache and more
 PATIENCE_S = 0.1  # spent on one number
 SHORT_S = 500e-6  # of what is captured several times over
@@ -57,25 +57,17 @@ def arithmetic_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * side**3 / matmul_seconds(side, side, side, dtype, device)
 
 
-def copy_seconds(size: int, device: torch.device) -> float:
-    """A copy of `size` bytes within the device's memory: as many read as written."""
+def streaming_seconds(size: int, device: torch.device) -> float:
+    """An element-wise kernel over `size` bytes, as many read as written: faster than a GPU's own copies."""
     source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    return seconds(lambda: target.copy_(source), device)
-
-
-def memory_rate(device: torch.device) -> float:
-    """Bytes/s of the device's memory, read and written, of a copy far beyond its caches."""
-    size = BUFFER[device.type]
-    return 2.0 * size / copy_seconds(size, device)
+    return seconds(lambda: torch.mul(source, 2.0, out=target), device)
 
 
 def streaming_rate(device: torch.device) -> float:
-    """Bytes/s of the device's memory, read and written, of a kernel: more than a GPU's own copies reach."""
+    """Bytes/s of the device's memory, read and written, far beyond its caches."""
     size = BUFFER[device.type]
-    source = torch.empty(size // 4, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    return 2.0 * size / seconds(lambda: torch.mul(source, 2.0, out=target), device)
+    return 2.0 * size / streaming_seconds(size, device)
 
 
 def launch_seconds(device: torch.device) -> tuple[float, float]:

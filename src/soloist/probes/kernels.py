@@ -1,4 +1,4 @@
-"""What calibrates the cost of kernels: matrix multiplications, experts, attention and copies, as the engine runs them.
+"""What calibrates the cost of kernels: matrix multiplications, experts, attention and streams, as the engine runs them.
 
 Shape legend: R rows, D model width, F expert width, X expanded rows, S slots, T tokens, H query heads, C KV heads,
 Q and V widths of keys and values, N sequences, M blocks of a table.
@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from soloist.dispatch.base import ExpertBatch
 from soloist.kernels.attention import attention_of
@@ -24,7 +25,8 @@ from soloist.specs.model import ExpertSpec
 
 SPREAD = 2  # ranks over which the probed experts are thought to be spread: this one holds its share of them
 BLOCK = {"cuda": 64, "cpu": 16}  # tokens of a KV block, as the engine has them
-DRAWS = 16
+BOUND = 4096  # tokens of context that a captured decoding step is cut for, where none has more (engine/graphs.py)
+DRAWS, MANY = 16, 1024  # of routings; so many tokens are typical anyway
 FEW, DIFFERENT = 32, 8  # up to so many tokens, so many different choices in turn, lest the cache holds the experts
 
 
@@ -49,13 +51,25 @@ class Heads:
     value: int
 
 
-# -- matrix multiplications and copies --------------------------------------------------------------------------------
+# -- matrix multiplications and streams -------------------------------------------------------------------------------
 MATRICES = {
-    "cuda": [(4096, 4096), (2048, 4096), (4096, 2048), (6144, 4096), (1024, 2048), (32768, 4096)],
+    "cuda": [
+        (4096, 4096),
+        (2048, 4096),
+        (4096, 2048),
+        (6144, 4096),
+        (12288, 4096),
+        (32768, 4096),
+        (1024, 2048),
+        (2048, 2048),
+        (3072, 2048),
+        (5120, 2048),
+        (65536, 2048),
+    ],
     "cpu": [(256, 256), (1024, 256), (256, 1024), (1024, 1024)],
 }
-ROWS = {"cuda": [1, 16, 64, 128, 256, 512, 1024, 2048, 8192], "cpu": [1, 4, 16, 64, 256]}
-COPIES = {"cuda": [1 << 16, 1 << 20, 1 << 23, 1 << 26, 1 << 29], "cpu": [1 << 16, 1 << 20, 1 << 24]}
+ROWS = {"cuda": [1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192], "cpu": [1, 4, 16, 64, 256]}
+STREAMS = {"cuda": [1 << 16, 1 << 20, 1 << 23, 1 << 26, 1 << 29], "cpu": [1 << 16, 1 << 20, 1 << 24]}
 
 
 def matmuls(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Record]:
@@ -65,19 +79,19 @@ def matmuls(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Reco
         yield Record("matmul", shape, probe.matmul_seconds(m, n, k, dtype, device))
 
 
-def copies(device: torch.device, gpu: str) -> Iterator[Record]:
-    """Copies within the device's memory."""
-    for size in COPIES[device.type]:
-        yield Record("stream", {"gpu": gpu, "bytes": size}, probe.copy_seconds(size, device))
+def streams(device: torch.device, gpu: str) -> Iterator[Record]:
+    """Element-wise kernels."""
+    for size in STREAMS[device.type]:
+        yield Record("stream", {"gpu": gpu, "bytes": size}, probe.streaming_seconds(size, device))
 
 
 # -- experts ----------------------------------------------------------------------------------------------------------
 EXPERTS = {
-    "cuda": [ExpertShape(4096, 14336, 8, 2), ExpertShape(4096, 7168, 16, 2), ExpertShape(2048, 1024, 64, 8),
-             ExpertShape(2048, 512, 128, 16), ExpertShape(4096, 2048, 32, 4)],
+    "cuda": [ExpertShape(4096, 14336, 8, 2), ExpertShape(4096, 14336, 16, 4), ExpertShape(4096, 7168, 16, 4),
+             ExpertShape(2048, 1024, 64, 8), ExpertShape(2048, 512, 128, 16), ExpertShape(4096, 2048, 32, 4)],
     "cpu": [ExpertShape(256, 512, 8, 2), ExpertShape(256, 128, 16, 4)],
 }  # fmt: skip
-TOKENS = {"cuda": [1, 8, 32, 128, 512, 2048, 8192, 16384], "cpu": [1, 8, 64, 256]}
+TOKENS = {"cuda": [1, 2, 8, 32, 128, 512, 2048, 8192, 16384], "cpu": [1, 8, 64, 256]}
 
 
 def experts(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Record]:
@@ -107,7 +121,7 @@ def _routed(tokens: int, shape: ExpertShape, device: torch.device, dtype: torch.
     slot_X, order = ids_TK.flatten()[chosen].sort(stable=True)
     row_X = chosen[order] // shape.top_k
     offsets_S = torch.bincount(slot_X, minlength=shape.local).cumsum(0).int()
-    rows_RD = torch.randn(tokens, shape.d_model, generator=generator).to(device, dtype)
+    rows_RD = torch.randn(tokens, shape.d_model, device=device).to(dtype)
     weight_X = torch.full((len(row_X),), 1.0 / shape.top_k, device=device)
     return ExpertBatch(rows_RD, row_X.to(device), weight_X, offsets_S.to(device), None, dense=False)
 
@@ -121,7 +135,8 @@ def _typical(tokens: int, shape: ExpertShape, generator: torch.Generator) -> Ten
         here = ids_TK[ids_TK < shape.local]
         return abs(len(here) / rows - 1) + abs(len(here.unique()) / active - 1)
 
-    draws = [torch.rand(tokens, experts, generator=generator).topk(shape.top_k).indices for _ in range(DRAWS)]
+    number = DRAWS if tokens < MANY else 1
+    draws = [torch.rand(tokens, experts, generator=generator).topk(shape.top_k).indices for _ in range(number)]
     return min(draws, key=odd)
 
 
@@ -175,6 +190,8 @@ def _attention_seconds(
     size = BLOCK[device.type]
     blocks = -(-context // size)
     tables_NM = torch.randperm(sequences * blocks).view(sequences, blocks).int().to(device)
+    if tokens == 1:
+        tables_NM = F.pad(tables_NM, (0, max(0, BOUND // size - blocks)))
     latent = heads.kind == "mla"
     width = heads.key if latent else heads.key + heads.value
     copies = probe.cold_copies(sequences * blocks * size * heads.kv_heads * width * dtype.itemsize, device)
