@@ -14,7 +14,7 @@ from soloist.engine.runner import Runner
 from soloist.engine.world import World
 from soloist.models.random_weights import RandomWeights
 from soloist.placement.placement import Placement
-from soloist.planner.memory import REPLICATED, MemoryLoad, memory_parts, window_bytes
+from soloist.planner.memory import MemoryLoad, memory_parts, window_bytes
 from soloist.planner.precision import Precision
 from soloist.planner.weights import PARTS
 from soloist.specs.hf import read_config
@@ -67,13 +67,13 @@ def test_windows_of_the_one_sided_exchange(text: str, top_k: int, slots: int) ->
     layout, load = Layout.parse(text), MemoryLoad(sequences=1, longest=64, step_tokens=512)
     spec = msgspec.structs.replace(tiny_spec(), d_model=256, router=RouterSpec(top_k=top_k), experts=slots * layout.ep)
     found = 0
-    few = -(-REPLICATED * layout.tp // layout.attention_ranks)
+    few = -(-load.replicated * layout.tp // layout.attention_ranks)
     each = -(-load.step_tokens // layout.attention_ranks)
     capacities = [(layout.stage_ranks, layout.tp, each)] if layout.stage_ranks > 1 else []
     stays = layout.ep == 1 or layout.attention_groups == 1
     capacities += [(layout.ep, 1, few)] if layout.attention_ranks > 1 and not stays else []
     if stays:
-        tokens = load.step_tokens if layout.ep == 1 else REPLICATED
+        tokens = load.step_tokens if layout.ep == 1 else load.replicated
         index = LocalIndex.of(tokens, top_k, slots, torch.device("cpu"))
         found += sum(tensor.nbytes for tensor in vars(index).values())
     for ranks, tp, capacity in capacities:

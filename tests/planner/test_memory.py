@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from math import prod
 
+import msgspec
 import pytest
 
 from soloist.planner.memory import MemoryLoad, memory_parts, pushed_tokens, worst_rank
@@ -57,6 +58,22 @@ def test_experts_divide_by_ep_and_by_tp() -> None:
     by_ep = worst_rank(spec, Layout(ep=64), Precision.named("fp8"), load)["experts"]
     by_tp = worst_rank(spec, Layout(ep=8, tp=8), Precision.named("fp8"), load)["experts"]
     assert by_ep == by_tp == 58 * 4 * 3 * 7168 * 2048
+
+
+def test_experts_of_an_fp8_checkpoint_stay_in_fp8() -> None:
+    spec = msgspec.structs.replace(preset("qwen3-30b-a3b"), fp8_experts=True)
+    kept, widened = (
+        rank_weights(spec, Layout().at(0), 128, Precision.of(spec, keep_fp8=keep)) for keep in (True, False)
+    )
+    assert kept["experts"] == widened["experts"] / 2
+    assert kept["attention"] == widened["attention"]
+
+
+def test_windows_of_replicated_tokens_follow_how_many_there_are() -> None:
+    spec, layout = preset("qwen3-30b-a3b"), Layout.parse("attn2ep4")
+    few, many = (MemoryLoad(sequences=1, longest=64, replicated=below) for below in (64, 257))
+    one, other = (memory_parts(spec, layout.at(0), BF16, load, "pushed")["exchange buffers"] for load in (few, many))
+    assert one < other < 1.2 * one
 
 
 def test_low_latency_buffers_grow_with_slots() -> None:

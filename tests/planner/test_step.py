@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from soloist.engine.options import EngineOptions
 from soloist.planner import kernels
 from soloist.planner.calibration import Calibration
-from soloist.planner.kernels import Kernels
+from soloist.planner.kernels import Kernels, Parts
 from soloist.planner.layer import Batch, Deployment, expert_load, moe_parts
 from soloist.planner.precision import Precision
 from soloist.planner.refit import load_calibration
@@ -126,11 +126,15 @@ def test_defaults_of_the_engine_are_mirrored(sums: bool) -> None:
 
 def test_few_tokens_are_summed_and_many_are_exchanged_in_a_group_of_own_ranks() -> None:
     used = load_calibration("2xh100")
-    own = Kernels(cluster("2xh100"), used, kernels.OWN_LIBRARY)
     runtime = Runtime.named("soloist", used)
-    few, many = (
-        moe_parts(deployment("tp2"), Batch("decode", sequences, 200), own, runtime, None) for sequences in (32, 256)
-    )
+
+    def parts(sequences: int, sums: bool) -> Parts:
+        own = Kernels(cluster("2xh100"), used, kernels.OWN_LIBRARY, nvlink_sums=sums)
+        return moe_parts(deployment("tp2"), Batch("decode", sequences, 200), own, runtime, None)
+
+    few, many = parts(32, sums=False), parts(256, sums=False)
     assert "expert exchange" in few
     assert "expert exchange" not in many
     assert few["dispatch"].value < many["dispatch"].value
+    assert "expert exchange" in parts(256, sums=True)
+    assert parts(32, sums=True)["expert exchange"].value < few["expert exchange"].value

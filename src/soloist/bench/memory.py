@@ -18,7 +18,6 @@ from soloist.scheduling.request import SamplingParams
 from soloist.specs.layout import Layout
 
 STAYING = ("attention", "experts", "shared experts", "dense layers", "router", "embedding and head", "KV cache")
-PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,12 @@ def check(model: str, layout: Layout, options: EngineOptions, step_tokens: int, 
             raise RequestError(errors[0])
         figures, spec = llm.figures(), llm.spec
     is_gpu = any("reserved" in one.memory for one in figures.values())
-    dtype = Precision.named(PRECISIONS[given.dtype or (spec.dtype if is_gpu else "float32")])
-    block = given.on("cuda" if is_gpu else "cpu", layout.pp).block_size
+    dtype = Precision.of(spec, given.dtype or (None if is_gpu else "float32"), given.keep_fp8 and is_gpu)
+    filled = given.on("cuda" if is_gpu else "cpu", layout.pp, layout.attention_ranks)
     buckets = given.graph_buckets(is_gpu)
     load = MemoryLoad(
-        sequences=1, longest=kv_tokens, step_tokens=step_tokens, block=block, graph_rows=sum(buckets) + 1
+        sequences=1, longest=kv_tokens, step_tokens=step_tokens, block=filled.block_size,
+        replicated=filled.replicate_below, graph_rows=sum(buckets) + 1,
     )  # fmt: skip
     for rank, one in sorted(figures.items()):
         predicted = memory_parts(spec, layout.at(rank), dtype, load, "pushed")

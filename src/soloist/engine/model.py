@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from soloist.errors import ConfigurationError
 from soloist.specs.hf import read_config
 from soloist.specs.hub import locate
@@ -23,11 +25,14 @@ class Model:
     def find(cls, name: Path | str, random_weights: bool) -> Model:
         """A folder, a hub id (`owner/name`, downloaded), or the name of a preset, which runs with random weights only.
 
+        Random weights are in the model's own data type, whatever the checkpoint has.
+
         Raises ConfigurationError for a name that is none of these, CheckpointError where a model cannot be fetched.
         """
         if Path(name).expanduser().is_dir() or "/" in str(name):
             folder = locate(name, weights=not random_weights)
-            return cls(read_config(folder), folder)
+            spec = read_config(folder)
+            return cls(msgspec.structs.replace(spec, fp8_experts=False) if random_weights else spec, folder)
         spec = preset(str(name))
         if not random_weights:
             raise ConfigurationError.of("model", str(name), "a preset has no weights: give random_weights a seed")

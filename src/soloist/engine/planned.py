@@ -33,6 +33,7 @@ def planned_options(plan: Plan) -> dict[str, Any]:
         "max_sequences": sequences,
         "kv_tokens": sequences * _whole_blocks(plan.load.longest),
         "micro_batches": plan.options.micro_batches,
+        "nvlink_sums": plan.options.nvlink_sums,
     }
 
 
@@ -85,7 +86,7 @@ def _check_precision(plan: Plan) -> None:
     own = Precision.of(plan.model)
     for key in own.__struct_fields__:
         if getattr(plan.precision, key) != getattr(own, key):
-            remedy = f"the engine keeps everything in the model's own {plan.model.dtype}; plan without --precision"
+            remedy = f"the engine takes {getattr(own, key)} for it; plan without --precision"
             raise ConfigurationError.of(f"plan.precision.{key}", getattr(plan.precision, key), remedy)
 
 

@@ -54,7 +54,9 @@ def run_plan(
     if system not in (known := systems(used)):
         raise ConfigurationError.of("engine", system, f"nothing is known of it; there is {', '.join(known)}")
     dtypes = Precision.named(precision) if precision else Precision.of(model)
-    scorer = Scorer(Kernels(spec, used, library or library_of(system, used)), Runtime.named(system, used), wanted)
+    options = options or Options()
+    kernels = Kernels(spec, used, library or library_of(system, used), options.nvlink_sums)
+    scorer = Scorer(kernels, Runtime.named(system, used), wanted)
     found = search(model, spec, gpus, wanted, scorer, dtypes, options)
     show = console()
     _print_front(found, show)

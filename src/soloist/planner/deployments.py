@@ -141,7 +141,7 @@ def predict_run(row: RunRow, calibration: Calibration, runtime: Runtime) -> floa
     cluster = calibration.machine
     if row.gpu:
         cluster = msgspec.structs.replace(cluster, gpu=Hardware().gpu(row.gpu), gpus_per_node=layout.size)
-    kernels = Kernels(cluster, calibration, library_of(row.system, calibration))
+    kernels = Kernels(cluster, calibration, library_of(row.system, calibration), row.nvlink_sums)
     model = StepModel(Deployment(model=spec, layout=layout, precision=Precision.of(spec)), kernels, runtime, "off")
     each = row.sequences / (layout.dp * layout.attention_groups)
     if row.phase == "decode":

@@ -22,13 +22,10 @@ from soloist.planner.domains import (
 )
 from soloist.planner.estimate import ZERO, Estimate, Origin
 from soloist.planner.exchange import ExchangeShape
-from soloist.planner.memory import REPLICATED
+from soloist.planner.memory import REPLICATED, REPLICATED_NVLINK
 from soloist.specs.cluster import ClusterSpec
 
 Parts = dict[str, Estimate]
-# Of engine/options.py, which lies above: tokens of a step below which all ranks of an attention group have all of them,
-# where our own kernels sum (nvlink_sums). The planner takes it that they do where they were measured.
-REPLICATED_NVLINK = 257
 PUBLISHED_LIBRARY, OWN_LIBRARY = "deepep-v1", "soloist"
 
 
@@ -39,10 +36,13 @@ def library_of(system: str, calibration: Calibration) -> str:
 
 
 class Kernels:
-    """Times on one cluster. `library` names whose exchange kernels are meant (`library_of`)."""
+    """Times on one cluster. `library` names whose exchange kernels are meant (`library_of`); `nvlink_sums`: our own
+    engine sums small things by its own kernels (engine/options.py)."""
 
-    def __init__(self, cluster: ClusterSpec, calibration: Calibration, library: str = PUBLISHED_LIBRARY) -> None:
-        self.cluster, self.calibration, self.library = cluster, calibration, library
+    def __init__(
+        self, cluster: ClusterSpec, calibration: Calibration, library: str = PUBLISHED_LIBRARY, nvlink_sums: bool = True
+    ) -> None:
+        self.cluster, self.calibration, self.library, self.nvlink_sums = cluster, calibration, library, nvlink_sums
         self._known: dict[object, Parts] = {}
         self._constants: dict[tuple[str, str], Found | None] = {}
 
@@ -124,29 +124,41 @@ class Kernels:
     def collective(self, kind: str, gpus: int, size: float) -> Estimate:
         """All-reduce, all-gather or reduce-scatter over neighbouring GPUs.
 
-        Small all-reduces go directly: in our own engine where its kernels for them were measured, elsewhere always.
+        Small all-reduces go directly, in our own engine with `nvlink_sums`, elsewhere always.
         """
         if gpus <= 1 or size <= 0:
             return ZERO
         is_own = self.library == OWN_LIBRARY
-        if is_own and kind == "all_reduce" and self._sums_directly(gpus, size):
+        by_kernel = kind == "all_reduce" and self._sums_directly(gpus, size)
+        if is_own and by_kernel and self.calibration.has(f"collectives/{OWN_LIBRARY}/all_reduce"):
             known = self.calibration.find("collectives", OWN_LIBRARY, kind)
             seconds = collectives.direct_seconds(gpus, size, self.cluster, known.constants)
             return known.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)
         known = self._collective(kind)
-        seconds = collectives.collective_seconds(kind, gpus, size, self.cluster, known.constants, direct=not is_own)
+        seconds = collectives.collective_seconds(
+            kind, gpus, size, self.cluster, known.constants, by_kernel or not is_own
+        )
         found = known.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)
         return found if gpus <= self.cluster.gpus_per_node else _unmeasured(found)
 
-    def _sums_directly(self, gpus: int, size: float) -> bool:
-        is_known = self.calibration.has(f"collectives/{OWN_LIBRARY}/all_reduce")
-        fits = gpus <= self.cluster.gpus_per_node and (gpus - 1) * size <= collectives.OWN_SUM_BYTES
-        return is_known and fits
+    def gather(self, gpus: int, size: float) -> Estimate:
+        """Columns of logits side by side, `size` bytes of each GPU: by our own kernel where it was measured."""
+        if gpus <= 1:
+            return ZERO
+        if not (self.nvlink_sums and self.calibration.has(f"collectives/{OWN_LIBRARY}/gather")):
+            return self.collective("all_gather", gpus, gpus * size)
+        known = self.calibration.find("collectives", OWN_LIBRARY, "gather")
+        seconds = collectives.gather_seconds(gpus, size, self.cluster, known.constants)
+        return known.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)
 
-    @cached_property
+    def _sums_directly(self, gpus: int, size: float) -> bool:
+        fits = gpus <= self.cluster.gpus_per_node and (gpus - 1) * size <= collectives.OWN_SUM_BYTES
+        return self.nvlink_sums and fits
+
+    @property
     def replicates_below(self) -> int:
         """Tokens of a step below which all ranks of one of our attention groups have all of them."""
-        return REPLICATED_NVLINK if self._sums_directly(1, 0.0) else REPLICATED
+        return REPLICATED_NVLINK if self.nvlink_sums and self.cluster.gpu.name != "cpu" else REPLICATED
 
     def send(self, size: float, same_node: bool) -> Estimate:
         """One message to the next pipeline stage."""

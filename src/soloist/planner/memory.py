@@ -20,7 +20,9 @@ LIBRARY_BYTES = 50e6  # that cuBLAS and the sampler keep
 GRAPH_ROWS = 4.9  # of all captured steps, for each sequence of the largest (engine/options.py)
 GEMM_WORKSPACE_BYTES = 32e6 * 2
 PUSHED_BYTES, FEWEST_PUSHED = 6e9, 512  # of a pushed call's expanded rows on a rank; tokens that go whatever they take
-REPLICATED = 64  # tokens of a step below which all ranks of an attention group have all of them (engine/options.py)
+# Tokens of a step below which all ranks of an attention group have all of them: usually, and where our own kernels sum
+# (nvlink_sums). Copies of what stands in engine/options.py, which lies above.
+REPLICATED, REPLICATED_NVLINK = 64, 257
 
 
 class MemoryLoad(Spec, frozen=True, kw_only=True):
@@ -32,6 +34,7 @@ class MemoryLoad(Spec, frozen=True, kw_only=True):
     exchange_tokens: int = 128  # tokens of a rank that the decode exchange's buffers hold
     spare_slots: int = 0
     block: int = 16  # tokens of a KV block
+    replicated: int = REPLICATED_NVLINK  # tokens of a step below which all ranks of an attention group have them all
     graph_rows: float = 0.0  # of all captured decoding steps, each of which keeps its logits; 0: of the usual ones
 
 
@@ -125,10 +128,11 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
     found = window(layout.stage_ranks, pushed) if layout.stage_ranks > 1 else 0.0
     has_replicas = slots * layout.ep > spec.experts
     if layout.ep == 1 or (layout.attention_groups == 1 and not has_replicas):
-        tokens = load.step_tokens if layout.ep == 1 else min(load.step_tokens, REPLICATED)
+        tokens = load.step_tokens if layout.ep == 1 else min(load.step_tokens, load.replicated)
         return found + 12 * tokens * min(top_k, max(slots, 1)) + 4 * (tokens * top_k + slots)
     if attention > 1:
-        found += window(layout.ep, -(-REPLICATED * layout.tp // attention))
+        few = min(load.step_tokens, load.replicated)
+        found += window(layout.ep, -(-few * layout.tp // attention))
     return found
 
 

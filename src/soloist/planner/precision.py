@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from soloist.errors import ConfigurationError
 from soloist.planner.compute import BYTES, dtype_named
-from soloist.specs.model import ModelSpec, Spec
+from soloist.specs.model import Dtype, ModelSpec, Spec
 
 
 class Precision(Spec, frozen=True, kw_only=True):
@@ -31,6 +33,8 @@ class Precision(Spec, frozen=True, kw_only=True):
         return cls(experts=name, linear=name, other=name, kv=name, dispatch=name, combine=name)
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Precision:
-        """What the runtime uses for that model: its own data type for everything."""
-        return cls.named({"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[spec.dtype])
+    def of(cls, spec: ModelSpec, dtype: Dtype | None = None, keep_fp8: bool = True) -> Precision:
+        """What the runtime uses for that model: its own data type (or `dtype`) for everything, but for experts that its
+        checkpoint has in fp8. Their scales, a number for 16384, are not counted."""
+        own = cls.named(dtype or spec.dtype)
+        return msgspec.structs.replace(own, experts="fp8") if spec.fp8_experts and keep_fp8 else own

@@ -30,6 +30,7 @@ class Options(Spec, frozen=True, kw_only=True):
     overlap: Overlap = "auto"
     micro_batches: int = 0
     spare_slots: int = 0
+    nvlink_sums: bool = True  # our own engine's small sums by its own kernels
 
 
 class Score(NamedTuple):
@@ -126,6 +127,7 @@ class Scorer:
             sequences=batch,
             longest=self.load.longest,
             step_tokens=options.chunk_tokens,
+            replicated=self.kernels.replicates_below,
             spare_slots=options.spare_slots,
         )
         return worst_rank(

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from soloist.planner.estimate import Estimate, total
-from soloist.planner.kernels import Kernels, Parts
+from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.layer import COMMUNICATION, Batch, Deployment, dense_parts, moe_parts
 from soloist.planner.runtime import Runtime
 from soloist.specs.model import ModelSpec
@@ -114,11 +114,15 @@ class StepModel:
         return {name: total(found) for name, found in parts.items()}
 
     def _head(self, batch: Batch) -> Estimate:
-        """Logits of each sequence's last token."""
-        d = self.deployment
+        """Logits of each sequence's last token; in our own engine gathered, written in fp32 and read by the choice."""
+        d, ranks, kernels = self.deployment, self.deployment.layout.attention_ranks, self.kernels
         rows = batch.tokens if batch.is_decode else max(1.0, batch.tokens / max(1.0, 2 * batch.context))
-        rate = self.kernels.matmul(rows, d.model.vocab / d.layout.attention_ranks, d.model.d_model, d.precision.other)
-        return rate.times(self.runtime["kernels"])
+        product = kernels.matmul(rows, d.model.vocab / ranks, d.model.d_model, d.precision.other)
+        if kernels.library != OWN_LIBRARY:
+            return product.times(self.runtime["kernels"])
+        logits = rows * d.model.vocab
+        gathered, written = kernels.gather(ranks, 2 * logits / ranks), kernels.stream((2 + 4 + 4) * logits)
+        return total((product.times(self.runtime["kernels"]), gathered, written))
 
 
 @lru_cache(maxsize=1024)

@@ -156,7 +156,7 @@ class RunRow(Row, frozen=True, kw_only=True):
     """Our own engine on the machine at hand (`soloist bench offline`): `sequences` in the whole deployment.
 
     `gpu`: a preset, where it was another than the calibration's. `tokens`: in prefill of each prompt, in decode the
-    mean context. `seconds`: of all prompts, or of one step.
+    mean context. `seconds`: of all prompts, or of one step. `nvlink_sums`: as the engine was told.
     """
 
     system: str = "soloist"
@@ -167,6 +167,7 @@ class RunRow(Row, frozen=True, kw_only=True):
     tokens: float
     seconds: float
     gpu: str = ""
+    nvlink_sums: bool = True
 
 
 TABLES: dict[str, type[Row]] = {
@@ -231,13 +232,14 @@ class _Run(msgspec.Struct, frozen=True, kw_only=True):
     role: str = "check"
     source: str = "soloist bench offline"
     gpu: str = ""
+    nvlink_sums: bool = True
 
     def columns(self) -> dict[str, str | None]:
         """As a table's columns."""
         sequences, _, tokens = self.shape.partition("x")
         fields = {"role": self.role, "source": self.source, "model": self.model, "layout": self.layout}
         fields |= {"phase": RUNS[self.what], "sequences": sequences, "tokens": tokens or str(self.context)}
-        fields |= {"gpu": self.gpu}
+        fields |= {"gpu": self.gpu, "nvlink_sums": str(self.nvlink_sums).lower()}
         return {**fields, "seconds": str(self.seconds)}
 
 

@@ -74,7 +74,8 @@ class Setup(Spec, frozen=True, kw_only=True):
         published = Calibration.published()
         used = self.calibration.over(published) if self.calibration else published
         library = self.library or library_of(self.system, used)
-        return Scorer(Kernels(self.cluster, used, library), Runtime.named(self.system, used), load)
+        kernels = Kernels(self.cluster, used, library, self.options.nvlink_sums)
+        return Scorer(kernels, Runtime.named(self.system, used), load)
 
 
 def simulate(

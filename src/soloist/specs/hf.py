@@ -55,6 +55,9 @@ class _QuantisedWeights(msgspec.Struct):
     symmetric: bool = True
 
 
+_FP8 = ("fp8", "compressed-tensors")
+
+
 class _QuantisedGroup(msgspec.Struct):
     weights: _QuantisedWeights = msgspec.field(default_factory=_QuantisedWeights)
 
@@ -100,14 +103,15 @@ def _spec(raw: dict[str, Any], name: str, eos: object) -> ModelSpec:
     kind = _family(raw.get("model_type"))
     raw = _one_spelling(raw)
     _refuse_unread(raw, kind)
-    _check_quantisation(raw)
+    quantised = _quantisation(raw)
     config: Family = convert(raw, kind)
     for architecture in config.architectures:
         if not architecture.endswith("ForCausalLM"):
             raise ConfigurationError.of("architectures", architecture, "only causal language models are supported")
     rope = read_rope(raw | config.implied_rope(raw), kind.default_theta)
     try:
-        return config.spec(name, rope, _eos_ids(raw.get("eos_token_id") if eos is None else eos))
+        spec = config.spec(name, rope, _eos_ids(raw.get("eos_token_id") if eos is None else eos))
+        return msgspec.structs.replace(spec, fp8_experts=quantised in _FP8)
     except ConfigurationError as error:
         ours = str(error).split(" = ")[0]
         raise ConfigurationError(str(error).replace(ours, _KEYS.get(ours, ours), 1)) from None
@@ -140,13 +144,13 @@ def _refuse_unread(raw: dict[str, Any], kind: type[Family]) -> None:
             raise ConfigurationError.of(key, value, f"is not supported for model_type {raw['model_type']}: remove it")
 
 
-def _check_quantisation(raw: dict[str, Any]) -> None:
-    """Only the released forms that the checkpoint reader knows: fp8 with a scale for 128×128 values or for a row, and
-    gpt-oss's MXFP4."""
+def _quantisation(raw: dict[str, Any]) -> str:
+    """The method; "" where there is none. Refuses all but the released forms that the checkpoint reader knows: fp8 with
+    a scale for 128×128 values or for a row, and gpt-oss's MXFP4."""
     if "quantization_config" not in raw:
-        return
+        return ""
     given = convert({"quantization_config": raw["quantization_config"]}, _Quantised).quantization_config
-    known = ("mxfp4",) if raw["model_type"] == "gpt_oss" else ("fp8", "compressed-tensors")
+    known = ("mxfp4",) if raw["model_type"] == "gpt_oss" else _FP8
     if given.quant_method not in known:
         remedy = "is not supported: fp8 in blocks of 128×128 or by row is, mxfp4 for gpt_oss; or take bfloat16 weights"
         raise ConfigurationError.of("quantization_config.quant_method", given.quant_method, remedy)
@@ -158,6 +162,7 @@ def _check_quantisation(raw: dict[str, Any]) -> None:
         for name, group in given.config_groups.items():
             wanted = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
             _expect_quantised(f"quantization_config.config_groups.{name}.weights", group.weights, wanted)
+    return given.quant_method
 
 
 def _expect_quantised(where: str, given: msgspec.Struct, wanted: dict[str, Any]) -> None:

@@ -116,6 +116,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True, dict=True):
     vocab: int
     max_positions: int
     dtype: Dtype = "bfloat16"
+    fp8_experts: bool = False  # the checkpoint has the experts' matrices in fp8
     norm_eps: float = 1e-6
     tied: bool = False  # the output head is the embedding
     attention: AttentionSpec
