@@ -7,7 +7,7 @@ import json
 import pytest
 
 from soloist.planner.commands import run_crossovers
-from soloist.planner.crossovers import CROSSINGS, POINTS, Crossing, Point, against, deepseek, overlap_gain
+from soloist.planner.crossovers import CROSSINGS, POINTS, Crossing, Point, deepseek, in_waves, overlap_gain
 
 
 def name(found: Point | Crossing) -> str:
@@ -27,7 +27,7 @@ def test_where_they_cross(crossing: Crossing) -> None:
 
 @pytest.mark.parametrize("machine", ["hgx-h200", "hgx-h20", "mi300x"])
 def test_ep_loses_to_tp_on_one_node_at_low_concurrency_and_wins_at_high(machine: str) -> None:
-    few, many = (against(machine, "ep8", "tp8", "prompt=8192,output=1024", sequences) for sequences in (8, 1024))
+    few, many = (in_waves(machine, "ep8", "tp8", sequences) for sequences in (8, 1024))
     assert few < 1 < many
 
 

@@ -26,7 +26,7 @@ from soloist.specs.layout import Layout
 from soloist.specs.presets import preset
 from soloist.specs.workload import Load
 
-PLAYBOOK = "AMD MI300X playbook (vLLM 0.11, DeepSeek-R1, 8192/1024)"
+PLAYBOOK, REQUESTS = "AMD MI300X playbook (vLLM 0.11, DeepSeek-R1, 8192/1024, 640 requests)", 640
 H20 = "sgl-project/sglang#6823 (8 x H20, DeepSeek-R1, 1024/1024)"
 H200 = "sgl-project/sglang#3602 (8 x H200, DeepSeek-V3, 180/400, 600 requests)"
 TABLES = "aiconfigurator's tables for H100: DeepEP low latency, wideep_generation"
@@ -101,6 +101,23 @@ def against(cluster_name: str, first: str, second: str, load: str, sequences: fl
     return one.rate_per_gpu / deepseek(cluster_name, second, sequences, load).rate_per_gpu
 
 
+def in_waves(cluster_name: str, first: str, second: str, sequences: float) -> float:
+    """Tokens/s of one layout over another's with REQUESTS requests, `sequences` of them at a time: the playbook's run.
+
+    Those of the first wave arrive together, so that all attention groups prefill in the same steps. The others arrive
+    whenever one ends, each group by itself (`score.py`).
+    """
+    flying = min(sequences, REQUESTS)
+
+    def tpot(layout: str) -> float:
+        score = deepseek(cluster_name, layout, flying, "prompt=8192,output=1024")
+        prefill = score.prefill.seconds.value / score.options.chunk_tokens * 8192
+        together = score.decode.seconds.value + prefill * score.batch / 1024
+        return together * flying / REQUESTS + score.tpot.value * (1 - flying / REQUESTS)
+
+    return tpot(second) / tpot(first)
+
+
 def layer_us(ep: int, tokens: float) -> float:
     """Exchange there and back and experts of one layer of DeepSeek-V3 in decode, `tokens` of each of `ep` GPUs."""
     known = kernels("dgx-h100")
@@ -142,14 +159,11 @@ def skew_cost(hidden: int, width: int) -> float:
 
 
 ONE_NODE, WIDE, TWO_BATCHES, SKEW = "EP or TP on one node", "wider EP", "two-batch overlap", "skew, one expert a GPU"
-DP_OFF = (
-    "not explained: formula and simulator agree with each other here; MI300X is predicted with efficiencies of Hopper"
-)
 POINTS = (
     Point(ONE_NODE, "DP8+EP", "TP8+EP", "64 requests", 1 / 1.52,
-          partial(against, "mi300x", "ep8", "attn8ep8", "prompt=8192,output=1024", 64), PLAYBOOK, DP_OFF),
+          partial(in_waves, "mi300x", "ep8", "attn8ep8", 64), PLAYBOOK),
     Point(ONE_NODE, "DP8+EP", "TP8+EP", "1024 requests", 1.47,
-          partial(against, "mi300x", "ep8", "attn8ep8", "prompt=8192,output=1024", 1024), PLAYBOOK),
+          partial(in_waves, "mi300x", "ep8", "attn8ep8", 1024), PLAYBOOK),
     Point(ONE_NODE, "EP8, skewed", "TP8", "128 requests", 2577 / 3002,
           partial(against, "hgx-h20", "attn8ep8", "tp8", "prompt=1024,output=1024", 128, 1.01), H20),
     Point(ONE_NODE, "EP8", "TP8", "600 requests", 1468 / 1403,
@@ -166,7 +180,7 @@ POINTS = (
 )  # fmt: skip
 CROSSINGS = (
     Crossing(ONE_NODE, "requests", 256, 512,
-             partial(against, "mi300x", "ep8", "attn8ep8", "prompt=8192,output=1024"), PLAYBOOK, DP_OFF),
+             partial(in_waves, "mi300x", "ep8", "attn8ep8"), PLAYBOOK),
     # At 256 tokens the exchange alone takes 881 µs in EP64 and 203 in EP8, whose experts take 530.
     Crossing(WIDE, "tokens a GPU", 128, 256, wide_over_narrow, TABLES),
     Crossing(TWO_BATCHES, "tokens a GPU", 64, 128, partial(overlap_gain, "decode"), OVERLAP),

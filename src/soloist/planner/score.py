@@ -2,10 +2,16 @@
 
 Requests are served continuously: a decode step of every attention group's sequences, and between the steps the prefill
 of the prompts that arrive meanwhile, so TPOT = step + prefill of `prompt / output` tokens for every sequence.
+
+Attention groups meet at every layer's exchange, so all wait for the one that prefills; of its work only the experts' is
+spread over all. If a group prefills in a share q of the steps and G groups do so independently of each
+other, a step waits in a share 1 - (1 - q)^G: the parts that each group does by itself cost (1 - (1 - q)^G) / q times
+what they would cost if all prefilled in the same steps.
 """
 
 from __future__ import annotations
 
+from math import expm1
 from typing import NamedTuple
 
 from soloist.planner.estimate import Estimate, total
@@ -20,6 +26,7 @@ from soloist.specs.model import Spec
 from soloist.specs.workload import Load
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # sequences of an attention group that are tried
+SPREAD = ("experts",)  # parts of a step to which all attention groups contribute alike
 USABLE = 0.92  # share of a GPU's memory that is planned for
 
 
@@ -78,12 +85,10 @@ class Scorer:
 
     def score(self, deployment: Deployment, options: Options, batch: float) -> Score:
         """`batch` sequences in flight in every attention group."""
-        load, layout = self.load, deployment.layout
+        layout = deployment.layout
         decode = self._step("decode", deployment, options, batch)
         prefill = self._step("prefill", deployment, options, options.chunk_tokens)
-        chunk = prefill.seconds.times(1 / options.chunk_tokens)
-        arriving = chunk.times(batch * load.prompt * (1 - load.prefix) / load.output)
-        tpot = total((decode.seconds, arriving))
+        tpot = total((decode.seconds, self._arriving(prefill, layout.attention_groups, options, batch)))
         groups = layout.dp * layout.attention_groups
         return Score(
             deployment=deployment,
@@ -97,6 +102,15 @@ class Scorer:
             decode=decode,
             prefill=prefill,
         )
+
+    def _arriving(self, prefill: StepCost, groups: int, options: Options, batch: float) -> Estimate:
+        """Prefill, for each decode step, of the prompts that take the place of those that end."""
+        prompts, new = batch / self.load.output, self.load.prompt * (1 - self.load.prefix)  # of a group in a step
+        chunk = options.chunk_tokens
+        busy = -expm1(-prompts * max(1.0, new / chunk))  # share of the steps in which a group prefills
+        alone = (1 - (1 - busy) ** groups) / busy
+        parts = [part.times(1.0 if name in SPREAD else alone) for name, part in prefill.parts.items()]
+        return total(parts).times(prompts * new / chunk)
 
     def _first_token(self, prefill: StepCost, decode: StepCost, options: Options) -> Estimate:
         """Prefill of one prompt behind the decode step that is running; queueing is the simulator's matter."""
