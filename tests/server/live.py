@@ -15,9 +15,11 @@ from soloist.frontend.frontend import FrontEnd
 from soloist.frontend.sockets import Hub
 from soloist.frontend.wire import ToFrontEnd
 from soloist.server.app import Limits, make_app
+from soloist.server.run import Listening, configured
 from soloist.server.served import Served
 from soloist.specs.layout import Layout
 
+LOCAL = Listening(port=0)
 NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -25,16 +27,16 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 class Live:
     """A running server."""
 
-    def __init__(self, served: Served, limits: Limits, keys: tuple[str, ...]) -> None:
-        self.app = make_app(served, limits, keys)
+    def __init__(self, served: Served, limits: Limits, listening: Listening) -> None:
+        self.app = make_app(served, limits, listening.keys)
         self.desk = self.app.state.desk
-        config = uvicorn.Config(self.app, port=0, log_config=None, access_log=False, lifespan="on")
-        self.server = uvicorn.Server(config)
+        self.server = uvicorn.Server(configured(self.app, listening))
         self.thread = threading.Thread(target=self.server.run)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        scheme = "https" if self.server.config.is_ssl else "http"
+        return f"{scheme}://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
 
     def wait(self, condition, seconds: float = 10.0) -> None:
         end = time.monotonic() + seconds
@@ -44,8 +46,8 @@ class Live:
 
 
 @contextmanager
-def live(served: Served, keys: tuple[str, ...] = (), **limits) -> Iterator[Live]:
-    running = Live(served, Limits(**limits), keys)
+def live(served: Served, listening: Listening = LOCAL, **limits) -> Iterator[Live]:
+    running = Live(served, Limits(**limits), listening)
     running.thread.start()
     running.wait(lambda: running.server.started)
     try:

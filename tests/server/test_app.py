@@ -11,6 +11,7 @@ import openai
 import pytest
 
 import soloist
+from soloist.server.run import Listening
 from tests.server.live import live
 
 GREEDY = {"model": "novels", "prompt": "The old house upon the hill", "max_tokens": 12, "temperature": 0}
@@ -225,7 +226,7 @@ def test_request_ids(server):
 # -- limits -----------------------------------------------------------------------------------------------------------
 def test_keys(fake):
     body = {"model": "fake", "prompt": [1], "max_tokens": 3}
-    with live(fake.served, keys=("first", "second")) as server:
+    with live(fake.served, Listening(port=0, keys=("first", "second"))) as server:
         assert post(server, body).headers["www-authenticate"] == "Bearer"
         wrong = post(server, body, headers={"Authorization": "Bearer third"})
         assert wrong.json()["error"]["code"] == "invalid_api_key"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -104,6 +102,7 @@ def test_what_does_not_finish_in_time_ends_with_the_cause(process):
     ("options", "reason"),
     [
         (("--tls-cert", "/no/file"), "certificate = '/no/file'"),
+        (("--tls-client-ca", __file__), "give --tls-cert"),
         (("--chat-template", "/no/file"), "chat_template = '/no/file'"),
         (("--layout", "ep0"), "layout"),
     ],
@@ -131,21 +130,6 @@ def test_the_terminal_shows_what_the_dashboard_shows(process):
     wrong = run("top", "http://127.0.0.1:1", "--once")
     assert wrong.exit_code == 1
     assert "is a server running there" in wrong.stderr
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
-def test_https(process, tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*make, *names], check=True, capture_output=True)
-    server = process("--tls-cert", str(certificate), "--tls-key", str(key))
-    server.url = server.url.replace("http:", "https:")
-    trusted = ssl.create_default_context(cafile=str(certificate))
-    server.wait(verify=trusted)
-    assert httpx.get(f"{server.url}/v1/models", verify=trusted).status_code == 200
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{server.url}/health")
 
 
 def test_a_plan_says_how_to_serve(process, tmp_path):

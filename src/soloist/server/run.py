@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Sequence
@@ -43,13 +44,15 @@ class Listening:
             path: Path | None = getattr(self, key)
             if path is not None and not path.is_file():
                 raise ConfigurationError.of(key, str(path), "there is no such file")
+            if path is not None and self.certificate is None:
+                raise ConfigurationError.of(key, str(path), "is for https: give --tls-cert, too")
 
 
 def serve(served: Served, limits: Limits, listening: Listening, level: str = "info") -> None:
     """Answer requests until SIGTERM or SIGINT. Raises ConfigurationError where it cannot listen."""
     set_up_logging(level)
     app = make_app(served, limits, listening.keys)
-    server = DrainingServer(_config(app, listening), app.state.desk, listening.drain_s)
+    server = DrainingServer(configured(app, listening), app.state.desk, listening.drain_s)
     try:
         server.run()
     except SystemExit as exit:  # uvicorn's way of saying that it could not start; the log has the reason
@@ -57,8 +60,9 @@ def serve(served: Served, limits: Limits, listening: Listening, level: str = "in
         raise ConfigurationError.of("port", f"{listening.host}:{listening.port}", remedy) from exit
 
 
-def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
-    return uvicorn.Config(
+def configured(app: FastAPI, listening: Listening) -> uvicorn.Config:
+    """uvicorn's options. Raises ConfigurationError for a certificate that cannot be used."""
+    config = uvicorn.Config(
         app,
         host=listening.host,
         port=listening.port,
@@ -70,8 +74,14 @@ def _config(app: FastAPI, listening: Listening) -> uvicorn.Config:
         ssl_certfile=listening.certificate,
         ssl_keyfile=listening.private_key,
         ssl_ca_certs=str(listening.client_authorities) if listening.client_authorities else None,
-        ssl_cert_reqs=2 if listening.client_authorities else 0,  # ssl.CERT_REQUIRED, ssl.CERT_NONE
+        ssl_cert_reqs=ssl.CERT_REQUIRED if listening.client_authorities else ssl.CERT_NONE,
     )
+    try:
+        config.load()
+    except ssl.SSLError as error:
+        remedy = f"cannot be used with its key and authorities: {error}"
+        raise ConfigurationError.of("certificate", str(listening.certificate), remedy) from error
+    return config
 
 
 class DrainingServer(uvicorn.Server):
