@@ -5,15 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two workers share the cores
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # read when Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.ranks import RankPool  # noqa: E402
 
+WORKERS = 2  # each has ranks of its own, up to 16 processes
+# How long an example takes says how busy the machine is.
+settings.register_profile("busy", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
 DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`. Where there are GPUs the tests come one by one: they measure, and fill the memory."""
+    return 0 if torch.cuda.is_available() else min(WORKERS, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
