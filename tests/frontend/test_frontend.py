@@ -78,6 +78,11 @@ def test_ready_means_every_rank(world):
     assert seen[-1] == 1000
 
 
+def test_leaders_that_have_had_no_work_are_known_to_be_empty(world):
+    ranks = world("pp2ep2").ready().front.ranks
+    assert [report.stats and report.stats.blocks_total for report in ranks.values()] == [8, 8, None, None]
+
+
 def test_a_start_fails_with_the_ranks_own_error(world):
     ep2 = world("ep2")
     ep2.ranks[1].send(RankError("CheckpointError", "x.safetensors: truncated", "trace"))

@@ -43,7 +43,7 @@ class RankReport:
     bytes_read: int = 0
     ready: bool = False
     sizes: SchedulerConfig | None = None  # of leaders
-    stats: SchedulerStats | None = None  # of leaders, after their last step
+    stats: SchedulerStats | None = None  # of leaders, after their last step; at first, empty
     figures: Figures | None = None  # those that it was asked for last
     heard_s: float = field(default_factory=time.monotonic)  # when; or when it was last given work after a rest
 
@@ -186,6 +186,8 @@ class FrontEnd:
                 report.bytes_read = message.bytes_read
             case Ready():
                 report.ready, report.sizes = True, message.sizes
+                if message.sizes:
+                    report.stats = SchedulerStats(0, 0, 0, 0, message.sizes.blocks, 0, 0, 0)
             case Figures():
                 report.figures = message
             case RankError():
