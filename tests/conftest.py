@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two workers share the cores
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():  # read when Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.ranks import RankPool  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the processes of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORKERS = 2  # each has ranks of its own, up to 16 processes
 # How long an example takes says how busy the machine is.

@@ -113,6 +113,19 @@ def test_mistakes_are_told_in_a_line(options, reason):
     assert reason in result.stderr
 
 
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        command = ("serve", "no-model", "--random-weights", "1", "--port", str(port))
+        result = run(*command)
+        for key, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+            monkeypatch.setenv(key, value)
+        second = run(*command)  # only rank 0 listens
+    assert result.exit_code == second.exit_code == 2
+    assert f"port = '127.0.0.1:{port}': cannot be listened on: Address already in use" in result.stderr
+    assert "no-model" in second.stderr
+
+
 def test_the_terminal_shows_what_the_dashboard_shows(process):
     server = process("--layout", "ep2")
     server.wait()

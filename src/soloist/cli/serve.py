@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,7 @@ def serve(
     settings: SetOption = None,
 ) -> None:
     """Serve a model to clients of OpenAI's API, with metrics and a dashboard."""
+    from soloist.engine.launch import has_front_end
     from soloist.engine.llm import LLM
     from soloist.server.app import Limits
     from soloist.server.run import Listening, serve
@@ -74,8 +76,12 @@ def serve(
     watched = [f"count_experts={details}", f"measure={details}"]
     options = engine_options(device, dtype, transport, kv_tokens, random_weights, [*watched, *(settings or [])], made)
     model, cut, held = deployment(model, layout, placement, made, options)
-    with LLM(model, cut, held, options, chat_template=chat_template) as llm:
-        serve(Served.of(llm, name or Path(model).name, promised, made), limits, listening, log_level)
+    with ExitStack() as stack:
+        port_taken = stack.enter_context(closing(listening.bind())) if has_front_end() else None
+        llm = stack.enter_context(LLM(model, cut, held, options, chat_template=chat_template))
+        assert port_taken is not None, "other ranks than the first end with LLM"
+        served = Served.of(llm, name or Path(model).name, promised, made)
+        serve(served, limits, listening, port_taken, log_level)
 
 
 def top(

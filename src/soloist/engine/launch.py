@@ -63,6 +63,12 @@ def launch(job: Job, make_executor: Callable[..., Any] | None = None) -> Ranks:
     raise SystemExit(0)
 
 
+def has_front_end() -> bool:
+    """Whether this process answers requests: it was started alone, or is rank 0 of those that a launcher started."""
+    place = place_from(os.environ)
+    return place is None or place.rank == 0
+
+
 def meet(job: Job, place: Place) -> Meeting:
     """All ranks, once each and of one mind; ClusterError, which names the culprit, within the deadline of the start."""
     passport = passport_of(job, place)

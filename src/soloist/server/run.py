@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import ssl
 import sys
 import time
@@ -46,23 +47,41 @@ class Listening:
                 raise ConfigurationError.of(key, str(path), "there is no such file")
             if path is not None and self.certificate is None:
                 raise ConfigurationError.of(key, str(path), "is for https: give --tls-cert, too")
+        if self.certificate is not None:
+            self._check_certificate(self.certificate)
+
+    def _check_certificate(self, certificate: Path) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(certificate, self.private_key)
+            context.load_verify_locations(self.client_authorities or certificate)
+        except ssl.SSLError as error:
+            remedy = f"cannot be used with its key and authorities: {error}"
+            raise ConfigurationError.of("certificate", str(certificate), remedy) from error
+
+    def bind(self) -> socket.socket:
+        """The port, taken before anything slow is begun; nobody is answered yet. Raises ConfigurationError."""
+        taken = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        try:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind((self.host, self.port))
+        except OSError as error:
+            taken.close()
+            remedy = f"cannot be listened on: {error.strerror}"
+            raise ConfigurationError.of("port", f"{self.host}:{self.port}", remedy) from error
+        return taken
 
 
-def serve(served: Served, limits: Limits, listening: Listening, level: str = "info") -> None:
-    """Answer requests until SIGTERM or SIGINT. Raises ConfigurationError where it cannot listen."""
+def serve(served: Served, limits: Limits, listening: Listening, port: socket.socket, level: str = "info") -> None:
+    """Answer requests at `port`, which `listening` has bound, until SIGTERM or SIGINT."""
     set_up_logging(level)
     app = make_app(served, limits, listening.keys)
-    server = DrainingServer(configured(app, listening), app.state.desk, listening.drain_s)
-    try:
-        server.run()
-    except SystemExit as exit:  # uvicorn's way of saying that it could not start; the log has the reason
-        remedy = "cannot be listened on; the log says why"
-        raise ConfigurationError.of("port", f"{listening.host}:{listening.port}", remedy) from exit
+    DrainingServer(configured(app, listening), app.state.desk, listening.drain_s).run([port])
 
 
 def configured(app: FastAPI, listening: Listening) -> uvicorn.Config:
-    """uvicorn's options. Raises ConfigurationError for a certificate that cannot be used."""
-    config = uvicorn.Config(
+    """uvicorn's options."""
+    return uvicorn.Config(
         app,
         host=listening.host,
         port=listening.port,
@@ -76,12 +95,6 @@ def configured(app: FastAPI, listening: Listening) -> uvicorn.Config:
         ssl_ca_certs=str(listening.client_authorities) if listening.client_authorities else None,
         ssl_cert_reqs=ssl.CERT_REQUIRED if listening.client_authorities else ssl.CERT_NONE,
     )
-    try:
-        config.load()
-    except ssl.SSLError as error:
-        remedy = f"cannot be used with its key and authorities: {error}"
-        raise ConfigurationError.of("certificate", str(listening.certificate), remedy) from error
-    return config
 
 
 class DrainingServer(uvicorn.Server):
