@@ -85,7 +85,7 @@ def test_a_killed_rank_is_missed_at_once_and_named():
         while not request.done:
             cluster.front.pump()
         assert request.error == "rank 1 was killed by SIGKILL"
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 15
 
 
 def test_a_rank_that_fails_to_start_gives_its_reason():
@@ -125,9 +125,9 @@ def test_ranks_die_with_their_parent_and_leave_no_files(tmp_path, end):
         os.killpg(parent.pid, end)  # Ctrl-C reaches the ranks, too
     else:
         parent.send_signal(end)
-    parent.wait(20)
+    parent.wait(60)
     parent.stdout.close()
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 60
     while time.monotonic() < limit and (Path(folder).exists() or any(map(alive, pids))):
         time.sleep(0.05)
     assert not any(map(alive, pids))

@@ -10,7 +10,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from soloist.engine.pulse import Pulse
 
-DEADLINE_S = 1.0
+DEADLINE_S = 2.0
 
 
 def store() -> PrefixStore:
@@ -27,7 +27,7 @@ def pulses(shared: PrefixStore, ranks: list[int], size: int) -> tuple[list[Pulse
     return [Pulse(shared, rank, size, DEADLINE_S, ear(rank)) for rank in ranks], heard
 
 
-def wait_until(done, seconds: float = 5.0) -> None:
+def wait_until(done, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not done() and time.monotonic() < end:
         time.sleep(0.02)
@@ -42,8 +42,8 @@ def test_nobody_is_missed_who_lives_or_ends_in_order():
     assert heard == {}
     found[2].close()
     start = time.monotonic()
-    found[0].close(patience_s=5)
-    assert time.monotonic() - start < 2
+    found[0].close(patience_s=20)
+    assert time.monotonic() - start < 10
 
 
 def test_all_hear_who_is_lost():
@@ -52,7 +52,7 @@ def test_all_hear_who_is_lost():
     start = time.monotonic()
     wait_until(lambda: len(heard) == 2)
     assert heard == dict.fromkeys((0, 2), (1, f"has not been heard of for {DEADLINE_S:g} s"))
-    assert time.monotonic() - start < 3 * DEADLINE_S
+    assert time.monotonic() - start < 5 * DEADLINE_S
     for pulse in found:
         pulse.close()
 

@@ -207,11 +207,11 @@ def test_a_failing_rank_ends_all_requests_with_its_name_and_reason(tmp_path, lay
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
 def test_a_hanging_rank_ends_all_requests_within_the_deadline(tmp_path, layout):
-    with Deployment(tmp_path, layout, HangsAt13, deadline_s=1.0) as deployment, HangsAt13.until_the_end():
+    with Deployment(tmp_path, layout, HangsAt13, deadline_s=2.0) as deployment, HangsAt13.until_the_end():
         start = time.monotonic()
         requests = [deployment.front.submit([13], SamplingParams()) for _ in range(4)]
         deployment.finish(*requests)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 15
         assert all("rank 1" in request.error for request in requests), requests[0].error
 
 

@@ -59,12 +59,10 @@ def test_ranks_of_one_mind_go_on():
 
 def test_a_missing_rank_is_named_to_all_others():
     start = time.monotonic()
-    told = call([0, 1, 3], 4, deadline_s=0.5)
-    assert time.monotonic() - start < 4
+    told = call([0, 1, 3], 4, deadline_s=2.0)
+    assert time.monotonic() - start < 15
     for name, rank in enumerate([0, 1, 3]):
-        assert told[name].startswith(
-            f"rank {rank}: rank 2 of 4 did not come within 0.5 s: see whether they were started"
-        )
+        assert told[name].startswith(f"rank {rank}: rank 2 of 4 did not come within 2 s: see whether they were started")
 
 
 def test_without_rank_0_the_others_say_so():
@@ -167,7 +165,7 @@ def test_an_address_where_something_else_listens(monkeypatch, manner):
         start = time.monotonic()
         with pytest.raises(ClusterError, match="rank 1 of 2 cannot meet the others at 127.0.0.1.*check MASTER_ADDR"):
             Meeting.at_master(Place(1, 2, 1, 2), deadline_s=0.5)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10
 
 
 def test_a_port_that_is_taken(monkeypatch):

@@ -38,7 +38,7 @@ class Live:
         scheme = "https" if self.server.config.is_ssl else "http"
         return f"{scheme}://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
 
-    def wait(self, condition, seconds: float = 10.0) -> None:
+    def wait(self, condition, seconds: float = 30.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "did not happen in time"
@@ -54,7 +54,7 @@ def live(served: Served, listening: Listening = LOCAL, **limits) -> Iterator[Liv
         yield running
     finally:
         running.server.should_exit = True
-        running.thread.join(10)
+        running.thread.join(30)
         assert not running.thread.is_alive()
 
 

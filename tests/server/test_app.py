@@ -264,7 +264,7 @@ def test_a_full_queue_says_when_to_come_back(fake):
 def test_time_is_bounded(fake, stream):
     fake.paused = not stream
     fake.step_s = 0.05
-    with live(fake.served, request_timeout_s=0.3) as server:
+    with live(fake.served, request_timeout_s=1.0) as server:
         response = post(server, {"model": "fake", "prompt": [1], "max_tokens": 5000, "stream": stream})
         if stream:  # it had begun
             *pieces, last = (json.loads(line[6:]) for line in response.text.split("\n\n") if line)

@@ -1,4 +1,4 @@
-"""Metrics and details: what they count, and that they stay few."""
+"""Metrics and details: what they count, that they stay few, and that a terminal shows them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
+from soloist.cli import app
 from soloist.frontend.frontend import RankReport
 from soloist.frontend.wire import Figures
 from soloist.scheduling.scheduler import SchedulerStats
@@ -140,3 +142,20 @@ def test_what_the_model_did(server):
     assert {sum(tokens) for tokens in layers.values()} != {0}
     assert all(rank["weight_bytes"] > 0 for rank in record["ranks"])
     assert "<html" in httpx.get(f"{server.url}/dashboard").text
+
+
+def test_the_terminal_shows_what_the_dashboard_shows(server):
+    body = {"model": "novels", "prompt": "The old", "max_tokens": 5}
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+    server.wait(lambda: httpx.get(f"{server.url}/details").json()["ranks"])  # they are asked every two seconds
+    shown = CliRunner().invoke(app, ["top", server.url, "--once"]).stdout
+    assert "novels on ep2" in shown
+    assert "max/mean" in shown
+    assert "longest waits: rank" in shown
+    assert len(shown.splitlines()) > 8
+
+
+def test_the_terminal_says_where_there_is_no_server():
+    wrong = CliRunner().invoke(app, ["top", "http://127.0.0.1:1", "--once"])
+    assert wrong.exit_code == 1
+    assert "is a server running there" in wrong.stderr

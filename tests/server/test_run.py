@@ -35,7 +35,7 @@ class Process:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def wait(self, **options) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             try:
                 assert httpx.get(f"{self.url}/health", **options).status_code == 200
@@ -77,7 +77,7 @@ def test_sigterm_lets_accepted_requests_finish(process):
         found += lines
     assert found[-1] == "data: [DONE]"
     assert json.loads(found[-2][6:])["choices"][0]["finish_reason"] == "length"
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
     log = [json.loads(line) for line in server.process.stderr.read().splitlines()]
     assert any(line["event"] == "draining" and line["calls"] == 1 for line in log)
     (answered,) = [line for line in log if line.get("outcome") == "complete"]
@@ -95,7 +95,7 @@ def test_what_does_not_finish_in_time_ends_with_the_cause(process):
         server.process.send_signal(signal.SIGTERM)
         *_, last = lines
     assert json.loads(last[6:])["error"]["code"] == "shut_down"
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
 
 
 @pytest.mark.parametrize(
@@ -124,25 +124,6 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(monkeypatch):
     assert result.exit_code == second.exit_code == 2
     assert f"port = '127.0.0.1:{port}': cannot be listened on: Address already in use" in result.stderr
     assert "no-model" in second.stderr
-
-
-def test_the_terminal_shows_what_the_dashboard_shows(process):
-    server = process("--layout", "ep2")
-    server.wait()
-    body = {"model": NOVELS.name, "prompt": "The old", "max_tokens": 5}
-    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code == 200
-    end = time.monotonic() + 20
-    while not httpx.get(f"{server.url}/details").json()["ranks"]:  # they are asked every two seconds
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    shown = run("top", server.url, "--once").stdout
-    assert f"{NOVELS.name} on ep2" in shown
-    assert "max/mean" in shown
-    assert "longest waits: rank" in shown
-    assert len(shown.splitlines()) > 8
-    wrong = run("top", "http://127.0.0.1:1", "--once")
-    assert wrong.exit_code == 1
-    assert "is a server running there" in wrong.stderr
 
 
 def test_a_plan_says_how_to_serve(process, tmp_path):

@@ -70,6 +70,7 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
+    params.check()  # before anything is loaded
     wanted = read_prompts(prompts or [], prompt_file, token_ids)
     made = read_plan(plan, layout)
     options = engine_options(device, dtype, transport, kv_tokens, random_weights, settings, made)

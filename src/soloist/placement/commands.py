@@ -69,7 +69,7 @@ def run_solve(
     console = Console()
     console.print(table(_named(found), recorded, node_of_group))
     console.print(summary(found, target))
-    console.print(f"Written to {output}", highlight=False)
+    console.print(f"Written to {output}", highlight=False, soft_wrap=True)
 
 
 def run_show(placement: Path, trace: Path | None = None, gpus_per_node: int = 8, tp: int = 1, layer: int = 0) -> None:
@@ -165,6 +165,6 @@ def _figures(placement: Placement, trace: RoutingTrace, node_of_group: Sequence[
 
 def _say(notices: Notices, output: Path) -> None:
     console = Console()
-    console.print(f"Written to {output}", highlight=False)
+    console.print(f"Written to {output}", highlight=False, soft_wrap=True)
     for notice in notices:
-        console.print(f"· {notice}", highlight=False)
+        console.print(f"· {notice}", highlight=False, soft_wrap=True)  # may hold a command to copy
