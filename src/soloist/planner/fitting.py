@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from scipy.optimize import least_squares
 
 Constants = Mapping[str, float]
 R = TypeVar("R")
@@ -32,6 +31,8 @@ def fit(
     noise: float = NOISE,
 ) -> dict[str, float]:
     """Constants that explain `rows`, pairs of (row, measured values). `predict` gives as many values for a row."""
+    from scipy.optimize import least_squares  # half a second, which plans from fitted constants need not wait for
+
     names = list(priors)
     guess = np.log([priors[n].guess for n in names])
     sigma = np.array([priors[n].sigma for n in names])

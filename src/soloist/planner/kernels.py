@@ -90,7 +90,8 @@ class Kernels:
         """All experts of a rank in one layer."""
         seconds = compute.experts_seconds(work, self.cluster.gpu, self._experts.constants)
         at = expert_coordinates(work.pairs, work.active, work.hidden, work.width)
-        return self._experts.estimate(seconds, at).worse(self._known_gpu)
+        found = self._experts.estimate(seconds, at).worse(self._known_gpu)
+        return _unmeasured(found) if work.fused and work.dtype != "bf16" else found  # of our kernels those of bf16 are
 
     def decode_attention(self, work: DecodeAttention) -> Estimate:
         """One token of each sequence against its context."""

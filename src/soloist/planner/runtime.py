@@ -25,6 +25,7 @@ SYSTEM: dict[str, Prior] = {
     "pipeline": Prior(0.85, 0.25, 1.0),  # share of time in which the stages of a pipeline full of prefill chunks work
     "prefill": Prior(1.0, 0.001),  # the same of prefill alone
     "first_us": Prior(0.001, 0.001),  # once for prompts that come together: requests made, first launches, answers
+    "sequence_us": Prior(0.001, 0.001),  # of a sequence and decode step on the host, where nothing hides it: pipelines
     "layer_passes": Prior(10, 0.001),  # over the residual stream in a layer: norms, residual sums, rotary, router
 }
 # Our own engine where its kernels were measured by themselves: they are what runs, in graphs, ahead of the host.
@@ -40,6 +41,7 @@ OWN: dict[str, Prior] = {
     "pipeline": Prior(0.95, 0.05, 1.0),
     "prefill": Prior(1.04, 0.04),  # long arithmetic lowers the clocks: 1.01 to 1.10 in docs/benchmarks.md
     "first_us": Prior(1500, 0.7),
+    "sequence_us": Prior(5, 0.7),  # a pipeline makes up a step when the tokens are back (engine/options.py, ahead)
 }
 
 
@@ -59,7 +61,8 @@ class Runtime(Spec, frozen=True, kw_only=True):
     is_fitted: bool = False
 
     def __getitem__(self, key: str) -> float:
-        return self.constants[key]
+        """The guess of all systems for a constant that an older calibration does not have."""
+        return self.constants.get(key, SYSTEM[key].guess)
 
     @classmethod
     def named(cls, name: str, calibration: Calibration) -> Runtime:
@@ -69,14 +72,14 @@ class Runtime(Spec, frozen=True, kw_only=True):
         """
         if calibration.has(f"runs/{name}"):
             own = calibration.find("runs", name).fitted
-            return cls(name=name, constants=own.constants, band=own.band, is_fitted=True)
+            constants = {key: prior.guess for key, prior in OWN.items()} | own.constants
+            return cls(name=name, constants=constants, band=own.band, is_fitted=True)
         if library_of(name, calibration) == name:
             return cls.assumed(name, OWN)
         if "end_to_end/serving" not in calibration.fitted:
             return cls.assumed(name)
         found = calibration.find("end_to_end", "serving", name)
         constants = found.constants if found.exact else {**found.constants, "pipeline": SYSTEM["pipeline"].guess}
-        constants = {key: SYSTEM[key].guess for key in ("layer_passes", "prefill", "first_us")} | constants
         return cls(name=name, constants=constants, band=found.fitted.band, is_fitted=found.exact)
 
     @classmethod

@@ -1,7 +1,7 @@
 """Time of one decode step and of one prefill step of a deployment.
 
     stage  = layers of the slowest stage, with overlap or without, + output head
-    decode = micro-batches in flight · stage(batch / micro-batches) + hops      (pipeline full)
+    decode = micro-batches in flight · stage(batch / micro-batches) + hops + host's part   (pipeline full)
     prefill = stage(chunk) · (1 + bubble)
 
 Overlap of two half batches: each half's compute C and exchange M take 2C + 2M − η · min(2C, 2M), which pays only if the
@@ -51,7 +51,11 @@ class StepModel:
         pp = self.deployment.layout.pp
         flights = max(1, min(micro_batches or pp, int(max(1.0, sequences))))
         stage = self._stage(Batch("decode", sequences / flights, context))
-        return self._with_step(stage, max(flights, pp), sequences / flights)
+        cost = self._with_step(stage, max(flights, pp), sequences / flights)
+        if pp == 1:
+            return cost
+        host = Estimate(1e-6 * self.runtime["sequence_us"] * sequences / flights, 0.3, "interpolated")
+        return StepCost(total((cost.seconds, host)), {**cost.parts, "host": host}, cost.is_overlapped)
 
     def prefill(self, tokens: float, context: float, micro_batches: int = 0) -> StepCost:
         """A chunk of `tokens` new tokens of every attention group, each seeing `context` tokens on average.

@@ -15,7 +15,7 @@ from soloist.frontend.frontend import FrontEnd
 from soloist.server.slo import Slo
 
 if TYPE_CHECKING:
-    from soloist.planner.plan import Plan  # brings scipy, which serving does without
+    from soloist.planner.plan import Plan  # brings the planner, which serving does without
 
 LONG_TEXT = 4096  # characters from which a thread encodes it, lest streams wait
 
