@@ -211,7 +211,7 @@ def calibrate(
 
 
 def _spec(name: str) -> ModelSpec:
-    """Of a folder, a hub id or a preset; weights are not fetched."""
+    """Of a folder, a hub id or a preset."""
     from soloist.engine.model import Model
 
-    return Model.find(name, random_weights=True).spec
+    return Model.shape(name)

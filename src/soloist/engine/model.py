@@ -14,6 +14,11 @@ from soloist.specs.model import ModelSpec
 from soloist.specs.presets import preset
 
 
+def is_folder_or_hub_id(name: Path | str) -> bool:
+    """What is not the name of a preset."""
+    return Path(name).expanduser().is_dir() or "/" in str(name)
+
+
 @dataclass(frozen=True)
 class Model:
     """A shape, and the folder of its checkpoint if it has one."""
@@ -29,7 +34,7 @@ class Model:
 
         Raises ConfigurationError for a name that is none of these, CheckpointError where a model cannot be fetched.
         """
-        if Path(name).expanduser().is_dir() or "/" in str(name):
+        if is_folder_or_hub_id(name):
             folder = locate(name, weights=not random_weights)
             spec = read_config(folder)
             return cls(msgspec.structs.replace(spec, fp8_experts=False) if random_weights else spec, folder)
@@ -37,6 +42,11 @@ class Model:
         if not random_weights:
             raise ConfigurationError.of("model", str(name), "a preset has no weights: give random_weights a seed")
         return cls(spec, None)
+
+    @staticmethod
+    def shape(name: Path | str) -> ModelSpec:
+        """The spec alone, as the checkpoint has it: weights are not fetched."""
+        return read_config(locate(name, weights=False)) if is_folder_or_hub_id(name) else preset(str(name))
 
     @property
     def tokenizer(self) -> Path | None:

@@ -57,10 +57,11 @@ def run_plan(
     options = options or Options()
     kernels = Kernels(spec, used, library or library_of(system, used), options.nvlink_sums)
     scorer = Scorer(kernels, Runtime.named(system, used), wanted)
+    other = _baseline_layout(baseline, gpus) if baseline else None
     found = search(model, spec, gpus, wanted, scorer, dtypes, options)
     show = console()
     _print_front(found, show)
-    for line in _conclusions(found, _baseline(baseline, gpus, found.best, scorer), wanted):
+    for line in _conclusions(found, _baseline(other, found.best, scorer), wanted):
         show.print(line, highlight=False)
     for line in exchange_lines(found.best, spec) if explain else []:
         show.print(line, highlight=False)
@@ -89,20 +90,25 @@ def run_advise(
     return 0
 
 
-def _baseline(text: str, gpus: int, best: Score, scorer: Scorer) -> Score | None:
-    """The best batch of a layout that the user names; `dp` fills the GPUs that it leaves."""
-    if not text:
-        return None
+def _baseline_layout(text: str, gpus: int) -> Layout:
+    """A layout that the user names; `dp` fills the GPUs that it leaves."""
     layout = Layout.parse(text)
-    if layout.size != gpus:
-        times, rest = divmod(gpus, layout.size)
-        if rest or layout.dp > 1:
-            raise ConfigurationError.of("baseline", text, f"has {layout.size} GPUs, which do not fill {gpus}")
-        layout = msgspec.structs.replace(layout, dp=times)
+    if layout.size == gpus:
+        return layout
+    times, rest = divmod(gpus, layout.size)
+    if rest or layout.dp > 1:
+        raise ConfigurationError.of("baseline", text, f"has {layout.size} GPUs, which do not fill {gpus}")
+    return msgspec.structs.replace(layout, dp=times)
+
+
+def _baseline(layout: Layout | None, best: Score, scorer: Scorer) -> Score | None:
+    """That layout at its best batch."""
+    if layout is None:
+        return None
     d = best.deployment
     other = Deployment(model=d.model, layout=layout, precision=d.precision, skew=d.skew)
     if scorer.most_sequences(other, best.options) < 1:
-        raise ConfigurationError.of("baseline", text, "does not fit into memory")
+        raise ConfigurationError.of("baseline", str(layout), "does not fit into memory")
     return at_best(other, best.options, scorer)
 
 

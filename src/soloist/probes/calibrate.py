@@ -24,6 +24,7 @@ import torch.distributed as dist
 import typer
 from torch.distributed import PrefixStore, TCPStore
 
+from soloist.errors import ConfigurationError
 from soloist.kernels.language import AVAILABLE
 from soloist.kernels.norm import fused_norm
 from soloist.probes import device as probe
@@ -46,7 +47,14 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
 def calibrate(out: Path, ranks: int = 0, cpu: bool = False) -> int:
-    """Start the ranks and wait for them; the worst exit code. `ranks` 0: one for each GPU, or as the CPU has cores."""
+    """Start the ranks and wait for them; the worst exit code. `ranks` 0: one for each GPU, or as the CPU has cores.
+
+    Raises ConfigurationError where `out` cannot be written.
+    """
+    try:
+        out.touch()
+    except OSError as error:
+        raise ConfigurationError.of("out", str(out), f"cannot be written: {error.strerror}") from error
     gpus = 0 if cpu else torch.cuda.device_count()
     size = ranks or gpus or max(1, min(RANKS_OF_A_CPU, os.cpu_count() or 1))
     options = ["--out", str(out), *(["--cpu"] if not gpus else [])]
