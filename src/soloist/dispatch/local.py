@@ -17,6 +17,7 @@ from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
 from soloist.dispatch.forms import STREAMING, cut
 from soloist.errors import CapacityError
 from soloist.kernels.experts import expand_rows
+from soloist.kernels.follow import early
 from soloist.kernels.home import weigh_kernel
 from soloist.kernels.index import index_block, index_kernel
 from soloist.kernels.language import next_power
@@ -80,7 +81,7 @@ class LocalDispatcher(Dispatcher):
         index_kernel[(self.slots,)](
             slots_TK, choice.weight_TK.contiguous(), None, None, None, None, 0, 0,
             index.row_X, index.weight_X, index.place_TK, index.offsets_S, tokens,
-            K=top_k, KP=next_power(top_k), RANKS=0, BLOCK=block, num_warps=max(4, block // 128),
+            K=top_k, KP=next_power(top_k), RANKS=0, BLOCK=block, num_warps=max(4, block // 128), **early(x_TD.device),
         )  # fmt: skip
         ticket = Ticket(choice, index)
         return ExpertBatch(
@@ -105,7 +106,7 @@ class LocalDispatcher(Dispatcher):
                 y_XD, choice.slot_TK, ticket.index.place_TK, ticket.index.weight_X, None, None, out_TD,
                 tokens, tokens, 0, 1, 1, 0, 0,
                 D=d_model, K=top_k, KP=next_power(top_k), MOST=min(top_k, self.slots), RANKS=1, BLOCK=block,
-                CHUNKS=chunks, WEIGH=True, PUSH=False, SIGNAL=False, num_warps=warps,
+                CHUNKS=chunks, WEIGH=True, PUSH=False, SIGNAL=False, num_warps=warps, **early(y_XD.device),
             )  # fmt: skip
         return Done(out_TD)
 

@@ -18,6 +18,7 @@ from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
 from soloist.dispatch.forms import STREAMING, Form, SideStream, choose_form, cut
 from soloist.dispatch.lane import ExchangeShape, Lane
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
+from soloist.kernels.follow import early
 from soloist.kernels.home import home_kernel, weigh_kernel
 from soloist.kernels.index import index_block, index_kernel, spread_kernel
 from soloist.kernels.language import next_power
@@ -145,6 +146,7 @@ class OneSidedDispatcher(Dispatcher):
             D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks,
             CHOICES=choices, ROWS=rows, QUANTISE=shape.fp8, SIGNAL=rows not in ("own", "stage"),
             PIECES=self.form.pieces, STAGES=self.form.stages, num_warps=2 if rows == "none" else warps,
+            **self._early(),
         )  # fmt: skip
 
     def _receive(self, ticket: Ticket) -> ExpertBatch:
@@ -155,6 +157,7 @@ class OneSidedDispatcher(Dispatcher):
             lane.slots_RK, lane.weights_RK, lane.flags, lane.calls, *self._watching(ticket),
             lane.row_X, lane.weight_X, lane.place_RK, lane.offsets_S, shape.rows,
             K=shape.top_k, KP=next_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=max(4, block // 128),
+            **self._early(),
         )  # fmt: skip
         expanded = shape.rows * shape.most
         return ExpertBatch(
@@ -251,7 +254,7 @@ class OneSidedDispatcher(Dispatcher):
             y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.calls, lane.y_RD(shape),
             shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags,
             D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), MOST=shape.most, RANKS=shape.ranks, BLOCK=block,
-            CHUNKS=chunks, WEIGH=weigh, PUSH=push, SIGNAL=push, num_warps=warps,
+            CHUNKS=chunks, WEIGH=weigh, PUSH=push, SIGNAL=push, num_warps=warps, **self._early(),
         )  # fmt: skip
 
     def _copy_home(self, ticket: Ticket, y_RD: Tensor) -> None:
@@ -274,9 +277,14 @@ class OneSidedDispatcher(Dispatcher):
             lane.at.y if pulled else lane.at.home,
             D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), GROUPS=shape.groups, TP=shape.tp,
             RANKS=shape.ranks, BLOCK=block, CHUNKS=chunks, PULL=pulled, STAGES=self.form.stages, num_warps=warps,
+            **self._early(),
         )  # fmt: skip
         lane.busy = False
         return out_TD
+
+    def _early(self) -> dict[str, bool]:
+        """In the larger forms other streams need the SMs."""
+        return early(self.lanes[0].window.device) if self.form.name == "latency" else {}
 
     # -- flags --------------------------------------------------------------------------------------------------
     def _watching(self, ticket: Ticket) -> tuple[Tensor, Tensor, int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from soloist.kernels.choose import COLDEST
+from soloist.kernels.follow import early, follow
 from soloist.kernels.language import next_power, tl, triton
 
 BLOCK = 8192  # ids at a time
@@ -25,6 +26,7 @@ def choose_fused(logits_CV: Tensor, temperature_C1: Tensor, keys_C2: Tensor) -> 
         choose_kernel[(rows,)](
             logits_CV, temperature_C1, keys_C2, token_C, margin_C, logits_CV.stride(0), *keys_C2.stride(), vocab,
             COLDEST=COLDEST, BLOCK=block, num_warps=max(1, min(16, block // 512)),
+            **early(logits_CV.device),
         )  # fmt: skip
     return token_C, margin_C
 
@@ -35,6 +37,7 @@ def choose_kernel(
     COLDEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row. What is not a number is found by comparing it with itself."""
+    follow()
     row = tl.program_id(0)
     temperature = tl.load(temperatures + row)
     first, second = tl.load(keys + row * key_stride), tl.load(keys + row * key_stride + half_stride)

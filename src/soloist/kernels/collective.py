@@ -13,6 +13,7 @@ In Triton's interpreter the ranks run in turn, so sending and receiving can be l
 from __future__ import annotations
 
 from soloist.kernels.flags import LINE, await_flag, remote
+from soloist.kernels.follow import await_previous, release_next
 from soloist.kernels.language import tl, triton
 
 # Arguments for whose values no kernel is compiled: they differ between calls and ranks.
@@ -57,6 +58,7 @@ def all_reduce_kernel(
 
     NORM: normed_TD = sum / rms(sum) · weight. Programs share the rows. BYTES: of an element.
     """
+    await_previous()
     program, programs = tl.program_id(0), tl.num_programs(0)
     call = tl.load(calls + program * LINE)
     column = tl.arange(0, BLOCK)
@@ -73,6 +75,7 @@ def all_reduce_kernel(
         tl.store(calls + program * LINE, call)
     if RECEIVE:
         _hear(flags, call, failed, report, code, timeout_ns, me, RANKS)
+        release_next()
         for t in range(program, tokens, programs):
             total = tl.zeros((BLOCK,), tl.float32)
             for source in tl.static_range(RANKS):
@@ -105,6 +108,7 @@ def gather_kernel(
 
     Programs share the rows' CHUNKS of BLOCK columns, as many as the widest rank has. `columns` are all of V.
     """
+    await_previous()
     program, programs = tl.program_id(0), tl.num_programs(0)
     call = tl.load(calls + program * LINE)
     column = tl.arange(0, BLOCK)
@@ -126,6 +130,7 @@ def gather_kernel(
         tl.store(calls + program * LINE, call)
     if RECEIVE:
         _hear(flags, call, failed, report, code, timeout_ns, me, RANKS)
+        release_next()
         for unit in range(program, rows * CHUNKS, programs):
             row, at = unit // CHUNKS, unit % CHUNKS * BLOCK
             for step in tl.static_range(RANKS - 1):

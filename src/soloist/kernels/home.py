@@ -12,6 +12,7 @@ powers of two.
 from __future__ import annotations
 
 from soloist.kernels.flags import PHASE_HOME, await_all, publish, remote
+from soloist.kernels.follow import await_previous, follow, release_next
 from soloist.kernels.language import tl, triton
 
 
@@ -42,6 +43,7 @@ def weigh_kernel(
     WEIGH: `y_D` is `y_XD` and a row is the sum of its entries; otherwise it is `y_RD`. PUSH: to the window of the rank
     that the row came from, rows without a local slot left out; otherwise to `out_RD`, zeros for those. SIGNAL: publish.
     """
+    follow()
     k = tl.arange(0, KP)
     width = tl.full((), D, tl.int64)
     for unit in range(tl.program_id(0), rows * CHUNKS, tl.num_programs(0)):
@@ -82,7 +84,9 @@ def home_kernel(
     from the windows of the ranks that made them, row `first_row + t`; otherwise from this rank's, where rank r put them
     in row `r · capacity + t`.
     """
+    await_previous()
     await_all(flags, calls, failed, report, code, timeout_ns, PHASE_HOME, RANKS)
+    release_next()
     k = tl.arange(0, KP)
     width = tl.full((), D, tl.int64)
     for unit in tl.range(tl.program_id(0), tokens * CHUNKS, tl.num_programs(0), num_stages=STAGES):

@@ -6,6 +6,7 @@ Shape legend: R rows, K top-k, X expanded rows, S slots, D width. `KP` and `BLOC
 from __future__ import annotations
 
 from soloist.kernels.flags import PHASE_CHOICES, await_all
+from soloist.kernels.follow import await_previous, release_next
 from soloist.kernels.language import next_power, tl, triton
 
 
@@ -20,9 +21,11 @@ def index_kernel(
     Writes the slot's part of `row_X` and `weight_X`, the end of that part, and to `place_RK` where the row's j-th
     choice in order of slot lies among the expanded rows. RANKS: those to wait for, 0 where nothing travels.
     """
+    await_previous()
     slot = tl.program_id(0)
     if RANKS > 0:
         await_all(flags, calls, failed, report, code, timeout_ns, PHASE_CHOICES, RANKS)
+    release_next()
     k = tl.arange(0, KP)
     lower = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, rows, BLOCK):

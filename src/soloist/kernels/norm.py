@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from soloist.kernels.follow import early, follow
 from soloist.kernels.language import next_power, tl, triton
 
 HEADS = 8  # that a program of `heads_kernel` takes
@@ -31,6 +32,7 @@ def fused_norm(x_TD: Tensor, added_TD: Tensor | None, weight_D: Tensor, eps: flo
             x_TD, x_TD if added_TD is None else added_TD, weight_D, sum_TD, normed_TD,
             x_TD.stride(0), 0 if added_TD is None else added_TD.stride(0), eps,
             D=d, DP=block, ADD=added_TD is not None, num_warps=max(1, min(16, block // 512)),
+            **early(x_TD.device),
         )  # fmt: skip
     return sum_TD, normed_TD
 
@@ -41,6 +43,7 @@ def norm_kernel(
     D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """A program a token. The sum is rounded before it is squared, as everybody who reads it back would have it."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DP)
     inside = column < D
@@ -81,7 +84,7 @@ def fused_heads(
             qkv_TN, q_norm_Q, k_norm_Q, cos, sin, slots_T, q_THQ, keys, values,
             qkv_TN.stride(0), keys.stride(0), values.stride(0), eps,
             H=heads, C=kv_heads, Q=width, QP=next_power(width), W=2 * cos.shape[-1], HEADS=HEADS,
-            NORM=norms is not None, INTERLEAVED=interleaved, num_warps=4,
+            NORM=norms is not None, INTERLEAVED=interleaved, num_warps=4, **early(qkv_TN.device),
         )  # fmt: skip
     return q_THQ
 
@@ -94,6 +97,7 @@ def heads_kernel(
     NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, parts of the heads). The other element of a rotated pair is read a second time."""
+    follow()
     t = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, QP)[None, :]

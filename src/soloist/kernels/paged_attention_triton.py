@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soloist.kernels.follow import early
 from soloist.kernels.language import TensorDescriptor, next_power
 from soloist.kernels.paged_attention import PagedBatch
 from soloist.kernels.paged_attention_kernels import merge_kernel, tile_kernel
@@ -183,13 +184,13 @@ class _Call:
             SHARED=widths.shared, BULK=bulk[0] is not None, APART=cut.apart, PAGE=batch.block_size,
             HEAD_TILES=tiles.each, G=tiles.heads, BQ=queries, R=cut.rows, B=cut.keys, Q=widths.key, QA=widths.first,
             QX=widths.rest, V=widths.value, VP=widths.values,
-            num_warps=cut.warps, num_stages=cut.stages,
+            num_warps=cut.warps, num_stages=cut.stages, **early(self.out_THV.device),
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(rows, heads, -(-widths.value // MERGED))](
                 sums, stats, batch.starts_N, layer.sinks_H, self.out_THV, splits, heads,
                 DECODE=decode, SINKS=layer.sinks_H is not None, SP=_power_of_two(splits, 2), V=widths.value, VB=MERGED,
-                num_warps=1 if splits <= 16 else 4,
+                num_warps=1 if splits <= 16 else 4, **early(self.out_THV.device),
             )  # fmt: skip
 
     def _descriptors(self, widths: Widths, cut: Tiling) -> tuple[Any, Any, Any]:

@@ -11,6 +11,7 @@ token that does not come leaves its row unused: no slot is noted for it, and not
 from __future__ import annotations
 
 from soloist.kernels.flags import PHASE_CHOICES, PHASE_HOME, PHASE_ROWS, count, publish, remote
+from soloist.kernels.follow import follow
 from soloist.kernels.language import tl, triton
 from soloist.kernels.quantise import to_fp8
 
@@ -48,6 +49,7 @@ def push_kernel(
     nobody. QUANTISE: rows in fp8 with one fp32 scale each (CHUNKS = 1). SIGNAL: publish. STAGES: rows that a program
     loads ahead.
     """
+    follow()
     program = tl.program_id(0)
     if CHOICES:
         if program == 0:

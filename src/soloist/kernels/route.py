@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from soloist.kernels.follow import early, follow
 from soloist.kernels.language import next_power, tl, triton
 
 FEW_TOKENS = 256  # up to here the logits are made in the same kernel, above by a GEMM before it
@@ -66,7 +67,7 @@ def route(
             D=d, E=experts, EP=padded, K=top_k, KP=next_power(top_k), TURNS=group_EN.shape[1], BT=BT, BE=be,
             BD=BD, SPLITS=splits, SPLIT=SPLIT, GROUPS=groups, KEPT=kept_groups, TWO=sums_two, SCORING=scoring,
             RENORMALISE=renormalise, BIAS=bias_E is not None and not made, CORRECTED=correction_E is not None,
-            LIVE=live_T is not None, MADE=made, num_warps=4,
+            LIVE=live_T is not None, MADE=made, num_warps=4, **early(x_TD.device),
         )  # fmt: skip
     return ids_TK, weights_TK, group_TK, slot_TK
 
@@ -123,6 +124,7 @@ def route_kernel(
     BIAS: tl.constexpr, CORRECTED: tl.constexpr, LIVE: tl.constexpr, MADE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of tokens, tiles of experts · splits). MADE: the logits are there already."""
+    follow()
     tile = tl.program_id(0)
     token_B = tile * BT + tl.arange(0, BT)
     here_B = token_B < tokens

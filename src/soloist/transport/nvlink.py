@@ -13,6 +13,7 @@ from torch import Tensor
 
 from soloist.kernels.collective import all_reduce_kernel, gather_kernel
 from soloist.kernels.flags import LINE_BYTES
+from soloist.kernels.follow import early
 from soloist.transport.base import Pending, Transport
 from soloist.transport.symmetric import Watch, Window
 
@@ -96,6 +97,7 @@ class NvlinkTransport(Transport):
                 0, self.channels.flags_at,
                 D=d_model, BLOCK=block, BYTES=part_TD.itemsize, RANKS=self.size, RESIDUAL=residual_TD is not None,
                 NORM=weight_D is not None, SEND=send, RECEIVE=receive, num_warps=max(1, min(16, block // 512)),
+                **early(self.device),
             )  # fmt: skip
         return sum_TD, normed_TD
 
@@ -126,7 +128,7 @@ class NvlinkTransport(Transport):
             part_Cv, out_CV, self._first_columns(tuple(widths)), *self._common(where), rows, sum(widths), self.rank,
             ROOM, 0, self.channels.flags_at,
             CHUNKS=chunks, BLOCK=CHUNK, BYTES=part_Cv.itemsize, RANKS=self.size, SEND=send, RECEIVE=receive,
-            num_warps=8,
+            num_warps=8, **early(self.device),
         )  # fmt: skip
 
     def _common(self, where: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:

@@ -1,0 +1,50 @@
+"""Programmatic dependent launch: a kernel comes to the SMs while the one ahead of it in the stream still works.
+
+On Hopper and later (CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"). A kernel launched
+with the options of `early` may start once all programs of the one ahead have called `release_next` or ended, and calls
+`await_previous` before it touches anything that an earlier kernel reads or writes. So the stream's order holds, and
+decode does not pay for the start of each of its many small kernels.
+
+A kernel that waits for peers releases the next one only after that: programs that wait could otherwise take the place
+that another stream needs to send what the peers wait for.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from soloist.kernels.language import AVAILABLE, INTERPRETED, tl, triton
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Options for the launch of a kernel that calls `await_previous`."""
+    supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"launch_pdl": True} if supported else {}
+
+
+if AVAILABLE:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.target_info import cuda_capability_geq
+
+COMPILED = tl.constexpr(not INTERPRETED)  # the interpreter runs one kernel after the other
+
+
+@triton.jit
+def await_previous():
+    """Returns when all earlier kernels of the stream have ended and what they wrote is seen."""
+    if COMPILED and cuda_capability_geq(9, 0):
+        gdc_wait()
+
+
+@triton.jit
+def release_next():
+    """Lets the next kernel come to the SMs as soon as every program has called this or ended."""
+    if COMPILED and cuda_capability_geq(9, 0):
+        gdc_launch_dependents()
+
+
+@triton.jit
+def follow():
+    """Both, for a kernel that waits for nobody else."""
+    release_next()
+    await_previous()
