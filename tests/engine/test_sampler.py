@@ -18,8 +18,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from soloist.engine.sampler import draw, sample, score_prompt
-from soloist.scheduling.request import Chunk, SamplingParams
+from soloist.engine.sampler import draw, score_prompt
+from soloist.scheduling.request import Chunk, Sampled, SamplingParams
 
 V = 64
 GREEDY = SamplingParams(temperature=0)
@@ -32,6 +32,10 @@ def chunk(params: SamplingParams, sequence: int = 0, stop: int = 5, history: tup
 
 def logits_of(rows: int, seed: int = 0, vocab: int = V) -> Tensor:
     return 2 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(logits_CV: Tensor, chunks: list[Chunk]) -> list[Sampled]:
+    return draw(logits_CV, chunks).sampled()
 
 
 def draws(logits_V: Tensor, params: SamplingParams, count: int, history: tuple[int, ...] = ()) -> list[int]:

@@ -55,11 +55,6 @@ class Drawn:
         ]
 
 
-def sample(logits_CV: Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
-    """Choose the token after each chunk, see `draw`."""
-    return draw(logits_CV, chunks).sampled()
-
-
 def draw(logits_CV: Tensor, chunks: Sequence[Chunk], input_C: Tensor | None = None) -> Drawn:
     """Choose the token after each chunk. Row i of `logits_CV` (fp32, left unchanged) belongs to `chunks[i]`.
 
