@@ -50,6 +50,44 @@ def test_a_file_of_conversations(tmp_path):
         plan_file(LOAD, path, 3, "m", 0)
 
 
+CHAT = """HTTP/1.1 200 OK\r
+Transfer-Encoding: chunked\r
+\r
+{size:x}\r
+{events}\r
+0\r
+\r
+"""
+DELTAS = ({"role": "assistant", "content": ""}, {"content": "I am"}, {"content": " Who."})
+
+
+async def ask_a_chat_server(planned) -> list[Outcome]:
+    """One that answers with `DELTAS`, whatever it is asked."""
+    chunks = [json.dumps({"choices": [{"index": 0, "delta": delta}]}) for delta in DELTAS]
+    events = "".join(f"data: {chunk}\n\n" for chunk in (*chunks, "[DONE]"))
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(CHAT.format(size=len(events), events=events).encode())
+        await writer.drain()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        return await send(Client(f"127.0.0.1:{port}", keep_events=True), planned, "/v1/chat/completions")
+
+
+def test_prompts_of_a_file_may_be_messages(tmp_path):
+    path = tmp_path / "share.json"
+    path.write_text(json.dumps([{"conversations": [{"value": "Who?"}, {"value": "x" * 20}]}]))
+    planned = plan_file(LOAD, path, 2, "m", 0, chat=True)
+    assert planned[0].body["messages"] == [{"role": "user", "content": "Who?"}]
+    assert "prompt" not in planned[0].body
+    for outcome in asyncio.run(ask_a_chat_server(planned)):
+        assert (outcome.error, outcome.text) == (None, "I am Who.")
+        assert outcome.tokens == 2  # what opens a chat is none
+
+
 def test_every_token_is_read_and_counted(fake, tmp_path):
     with live(fake.served) as server:
         planned = plan_random(LOAD, 30, "fake", 0, vocab=50)

@@ -53,10 +53,11 @@ def plan_random(load: Load, requests: int, model: str, seed: int, vocab: int, pr
     return _due(load, bodies, random)
 
 
-def plan_file(load: Load, path: Path, requests: int, model: str, seed: int) -> list[Planned]:
+def plan_file(load: Load, path: Path, requests: int, model: str, seed: int, chat: bool = False) -> list[Planned]:
     """Prompts of a ShareGPT-style file: a list of `{"conversations": [{"from", "value"}, …]}`.
 
     The first turn is the prompt; the answer may be as long as the second one, four characters taken for a token.
+    chat: the prompt is a user's message.
     Raises ConfigurationError for a file of another form.
     """
     try:
@@ -69,13 +70,14 @@ def plan_file(load: Load, path: Path, requests: int, model: str, seed: int) -> l
         raise ConfigurationError.of("--dataset", str(path), "holds no conversation of two turns")
     random = np.random.default_rng(seed)
     chosen = random.choice(len(pairs), requests, replace=requests > len(pairs))
-    bodies = [_body(model, pairs[i][0], min(load.output, max(1, len(pairs[i][1]) // 4))) for i in chosen]
+    bodies = [_body(model, pairs[i][0], min(load.output, max(1, len(pairs[i][1]) // 4)), chat) for i in chosen]
     return _due(load, bodies, random)
 
 
-def _body(model: str, prompt: str | list[int], output: int) -> dict[str, Any]:
+def _body(model: str, prompt: str | list[int], output: int, chat: bool = False) -> dict[str, Any]:
+    asked = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.0}
-    return {"model": model, "prompt": prompt, "max_tokens": output} | options
+    return {"model": model, "max_tokens": output} | asked | options
 
 
 def _due(load: Load, bodies: Sequence[Mapping[str, Any]], random: np.random.Generator) -> list[Planned]:

@@ -100,6 +100,8 @@ class Stream(asyncio.Protocol):
 
     def _token(self, event: bytes) -> None:
         outcome = self.outcome
+        if not outcome.events and _is_opening(event):
+            return
         outcome.events += 1
         if outcome.events == 1:
             outcome.first_s = self._now
@@ -121,6 +123,12 @@ class Stream(asyncio.Protocol):
             self.outcome.error = error
             self.outcome.tokens = self.outcome.tokens or self.outcome.events
             self.done.set_result(None)
+
+
+def _is_opening(event: bytes) -> bool:
+    """Of a chat: it names the role and holds no text."""
+    delta = msgspec.json.decode(event)["choices"][0].get("delta")
+    return delta is not None and "role" in delta and not delta.get("content")
 
 
 class Client:

@@ -105,6 +105,7 @@ def serve_(
     ] = "prompt=100,output=50,rate=10",
     requests: Annotated[int, typer.Option(help="How many.")] = 100,
     dataset: Annotated[Path | None, typer.Option(help="ShareGPT-style JSON; instead of random token ids.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts of --dataset are messages to a chat model.")] = False,
     prefixes: Annotated[int, typer.Option(help="Different common parts that prompts have, with prefix=SHARE.")] = 1,
     vocab: Annotated[int, typer.Option(help="Random token ids are drawn below this.")] = 1000,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key to send.")] = None,
@@ -120,12 +121,15 @@ def serve_(
     from soloist.specs.workload import Load
 
     wanted = Load.parse(load)
+    if chat and dataset is None:
+        raise ConfigurationError.of("--chat", chat, "messages are texts: give --dataset, too")
     planned = (
-        bench.plan_file(wanted, dataset, requests, model, seed)
+        bench.plan_file(wanted, dataset, requests, model, seed, chat)
         if dataset
         else bench.plan_random(wanted, requests, model, seed, vocab, prefixes)
     )
-    outcomes = run(bench.send(Client(url, api_key, timeout), planned, "/v1/completions"))
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    outcomes = run(bench.send(Client(url, api_key, timeout), planned, path))
     summary = bench.summarise(outcomes, wanted)
     console = Console()
     console.print(bench.table(summary))
