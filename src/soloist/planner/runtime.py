@@ -26,6 +26,7 @@ SYSTEM: dict[str, Prior] = {
     "prefill": Prior(1.0, 0.001),  # the same of prefill alone
     "first_us": Prior(0.001, 0.001),  # once for prompts that come together: requests made, first launches, answers
     "sequence_us": Prior(0.001, 0.001),  # of a sequence and decode step on the host, where nothing hides it: pipelines
+    "launch_us": Prior(0.001, 0.001),  # of a layer on the host in steps that no graph holds: they take so long at least
     "layer_passes": Prior(10, 0.001),  # over the residual stream in a layer: norms, residual sums, rotary, router
 }
 # Our own engine where its kernels were measured by themselves: they are what runs, in graphs, ahead of the host.
@@ -41,6 +42,7 @@ OWN: dict[str, Prior] = {
     "pipeline": Prior(0.95, 0.05, 1.0),
     "prefill": Prior(1.04, 0.04),  # long arithmetic lowers the clocks: 1.01 to 1.10 in docs/benchmarks.md
     "first_us": Prior(1500, 0.7),
+    "launch_us": Prior(800, 0.7),
     "sequence_us": Prior(5, 0.7),  # a pipeline makes up a step when the tokens are back (engine/options.py, ahead)
 }
 

@@ -2,7 +2,7 @@
 
     stage  = layers of the slowest stage, with overlap or without, + output head
     decode = micro-batches in flight · stage(batch / micro-batches) + hops + host's part   (pipeline full)
-    prefill = stage(chunk) · (1 + bubble)
+    prefill = max(stage(chunk), the host's launches) · (1 + bubble)
 
 Overlap of two half batches: each half's compute C and exchange M take 2C + 2M − η · min(2C, 2M), which pays only if the
 fixed costs that both halves pay are less than what is hidden.
@@ -52,10 +52,7 @@ class StepModel:
         flights = max(1, min(micro_batches or pp, int(max(1.0, sequences))))
         stage = self._stage(Batch("decode", sequences / flights, context))
         cost = self._with_step(stage, max(flights, pp), sequences / flights)
-        if pp == 1:
-            return cost
-        host = Estimate(1e-6 * self.runtime["sequence_us"] * sequences / flights, 0.3, "interpolated")
-        return StepCost(total((cost.seconds, host)), {**cost.parts, "host": host}, cost.is_overlapped)
+        return _waiting(cost, 1e-6 * self.runtime["sequence_us"] * sequences / flights if pp > 1 else 0.0)
 
     def prefill(self, tokens: float, context: float, micro_batches: int = 0) -> StepCost:
         """A chunk of `tokens` new tokens of every attention group, each seeing `context` tokens on average.
@@ -66,7 +63,8 @@ class StepModel:
         stage = self._stage(Batch("prefill", tokens, context))
         flights = max(1, micro_batches or 8 * pp)
         bubble = (flights + pp - 1) / flights / (self.runtime["pipeline"] if pp > 1 else 1.0)
-        return self._with_step(stage, bubble, tokens)
+        launches = 1e-6 * self.runtime["launch_us"] * -(-self.deployment.model.layers // pp)
+        return _waiting(self._with_step(stage, bubble, tokens), max(0.0, launches - stage.seconds.value) * bubble)
 
     def _with_step(self, stage: StepCost, factor: float, tokens: float) -> StepCost:
         """A stage's cost `factor` times, plus what a step costs once."""
@@ -127,6 +125,14 @@ class StepModel:
         logits = rows * d.model.vocab
         gathered, written = kernels.gather(ranks, 2 * logits / ranks), kernels.stream((2 + 4 + 4) * logits)
         return total((product.times(self.runtime["kernels"]), gathered, written))
+
+
+def _waiting(cost: StepCost, seconds: float) -> StepCost:
+    """With what GPUs wait for the host."""
+    if seconds < 1e-9:
+        return cost
+    host = Estimate(seconds, 0.3, "interpolated")
+    return StepCost(total((cost.seconds, host)), {**cost.parts, "host": host}, cost.is_overlapped)
 
 
 @lru_cache(maxsize=1024)
