@@ -20,7 +20,8 @@ from tests.ranks import RankPool  # noqa: E402
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the processes of tests inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WORKERS = 2  # each has ranks of its own, up to 16 processes
+WORKERS = 2
+WORKER_BYTES = 5 << 30  # of memory: each has ranks of its own, up to 16 processes at once
 # How long an example takes says how busy the machine is.
 settings.register_profile("busy", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
@@ -30,7 +31,10 @@ DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}
 
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`. Where there are GPUs the tests come one by one: they measure, and fill the memory."""
-    return 0 if torch.cuda.is_available() else min(WORKERS, os.cpu_count() or 1)
+    if torch.cuda.is_available():
+        return 0
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(WORKERS, len(os.sched_getaffinity(0)), memory_bytes // WORKER_BYTES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
