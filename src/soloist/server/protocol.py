@@ -7,60 +7,19 @@ return_token_ids. A field that it does not support is refused unless it has the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from soloist.errors import RequestError
 from soloist.scheduling.request import SamplingParams
+from soloist.server.neutral import without_neutral
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**62)]
 Body = TypeVar("Body", bound="SharedFields | TokenizeRequest | DetokenizeRequest")
 
 DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's; a chat goes on to the model's limit
-
-# Fields that other servers know and this one does not, with the values that mean "do not"; null always does.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # OpenAI's
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (False, True),
-    "functions": ([],),
-    "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "store": (False,),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    # of an answer's message, which clients send back as it is
-    "refusal": ("",),
-    "tool_calls": ([],),
-    "annotations": ([],),
-    "reasoning_content": ("",),
-    # vLLM's
-    "continuous_usage_stats": (False,),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
-    "min_tokens": (0,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "add_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template_kwargs": ({},),
-    "priority": (0,),
-    "bad_words": ([],),
-    "return_token_strs": (False,),
-}
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -229,27 +188,16 @@ def parse(body: bytes, kind: type[Body]) -> Body:
 
 def _asked(fields: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
     """A request's fields but for those that ask for nothing, in its options and messages, too."""
-    kept = _without_neutral(fields, kind)
+    kept = without_neutral(fields, kind)
     for name, inner in (("stream_options", StreamOptions), ("messages", ChatMessage)):
         given = kept.get(name)
         if isinstance(given, dict):
-            kept[name] = _without_neutral(given, inner, f"{name}.")
+            kept[name] = without_neutral(given, inner, f"{name}.")
         elif isinstance(given, list):
             kept[name] = [
-                _without_neutral(one, inner, f"{name}[{i}].") if isinstance(one, dict) else one
+                without_neutral(one, inner, f"{name}[{i}].") if isinstance(one, dict) else one
                 for i, one in enumerate(given)
             ]
-    return kept
-
-
-def _without_neutral(fields: dict[str, Any], kind: type[msgspec.Struct], place: str = "") -> dict[str, Any]:
-    """The fields but for those that `kind` lacks and that ask for nothing."""
-    kept = dict(fields)
-    for key in fields.keys() - set(kind.__struct_fields__):
-        if fields[key] is None or fields[key] in NEUTRAL.get(key, ()):
-            del kept[key]
-        elif key in NEUTRAL:
-            raise RequestError(f"{place}{key}: is not supported by this server")
     return kept
 
 
