@@ -123,6 +123,23 @@ def test_logprobs_stand_beside_their_tokens(client, novels):
     assert bytes(entries[0].bytes).decode() == entries[0].token
 
 
+def test_a_prompt_is_echoed_with_its_log_probabilities(client):
+    """What a model makes of a text that is given: of the answer sent back as a prompt, what it had as an answer."""
+    answer = client.completions.create(**GREEDY, logprobs=1).choices[0]
+    text = GREEDY["prompt"] + answer.text
+    (echoed,) = client.completions.create(**GREEDY | {"prompt": text, "max_tokens": 1}, echo=True, logprobs=1).choices
+    assert echoed.text.startswith(text)
+    found = echoed.logprobs
+    assert "".join(found.tokens) == echoed.text
+    assert found.token_logprobs[0] is found.top_logprobs[0] is None
+    assert found.token_logprobs[-13:-1] == pytest.approx(answer.logprobs.token_logprobs, abs=1e-4)
+    assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(len(found.tokens))]
+    plain = client.completions.create(**GREEDY, echo=True, n=2).choices
+    assert [choice.text for choice in plain] == [text, text]
+    with pytest.raises(openai.BadRequestError, match="echo = true: is for whole answers"):
+        client.completions.create(**GREEDY, echo=True, stream=True)
+
+
 def test_token_ids_on_demand(server):
     whole = post(server, GREEDY | {"return_token_ids": True}).json()["choices"][0]["token_ids"]
     streamed = events(post(server, GREEDY | {"return_token_ids": True, "stream": True}))

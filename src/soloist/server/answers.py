@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from soloist.frontend.requests import SequenceState
+from soloist.frontend.requests import Request, SequenceState
 from soloist.frontend.wire import Delta
 from soloist.scheduling.request import TokenLogprob
 from soloist.server.desk import Call
@@ -29,6 +29,7 @@ class Form:
     with_usage: bool = False
     with_ids: bool = False
     n: int = 1  # continuations of each prompt
+    echoed: Sequence[str] = ()  # the prompts, where they stand before their continuations
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     _heads: dict[int, bytes] = field(default_factory=dict)
@@ -75,14 +76,20 @@ class Form:
     # -- the whole --------------------------------------------------------------------------------------------------
     def whole(self, call: Call) -> bytes:
         """The response to a call that is done."""
-        choices = [self._choice(index, sequence) for index, sequence in continuations(call)]
+        choices = [self._choice(index, *each) for index, each in continuations(call)]
         return _encode(self._envelope(self.kind, choices) | {"usage": usage(call)})
 
-    def _choice(self, index: int, sequence: SequenceState) -> dict[str, Any]:
-        logprobs = self.logprobs(index, sequence.text, sequence.logprobs) if sequence.logprobs else None
+    def _choice(self, index: int, request: Request, sequence: SequenceState) -> dict[str, Any]:
+        text, logprobs = sequence.text, None
+        if self.echoed:
+            text = self.echoed[index // self.n] + text
+        if sequence.logprobs and self.echoed:
+            logprobs = self._from_the_prompt_on(index, request, sequence)
+        elif sequence.logprobs:
+            logprobs = self.logprobs(index, text, sequence.logprobs)
         ids = {"token_ids": sequence.tokens} if self.with_ids else {}
         rest = {"logprobs": logprobs, "finish_reason": sequence.finish_reason} | ids
-        return {"index": index} | self.content(sequence.text) | rest
+        return {"index": index} | self.content(text) | rest
 
     def content(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -105,6 +112,14 @@ class Form:
             "top_logprobs": [{self.text_of(token): value for token, value in entry.top} for entry in entries],
             "text_offset": offsets,
         }
+
+    def _from_the_prompt_on(self, index: int, request: Request, sequence: SequenceState) -> dict[str, Any]:
+        """Nothing comes before a prompt's first token that could make it probable."""
+        first = self.text_of(request.prompt[0])
+        self._lengths[index] = len(first)
+        entries = [*request.sequences[0].prompt_logprobs, *sequence.logprobs]
+        begin = {"tokens": first, "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+        return {key: [begin[key], *values] for key, values in self.logprobs(index, "", entries).items()}
 
 
 class ChatForm(Form):
@@ -143,7 +158,7 @@ def usage(call: Call) -> dict[str, Any]:
     }
 
 
-def continuations(call: Call) -> Iterator[tuple[int, SequenceState]]:
+def continuations(call: Call) -> Iterator[tuple[int, tuple[Request, SequenceState]]]:
     """All continuations with the index of their choice: those of the first prompt, then of the second, …"""
-    flat = (sequence for request in call.requests for sequence in request.sequences)
+    flat = ((request, sequence) for request in call.requests for sequence in request.sequences)
     return enumerate(flat)

@@ -100,7 +100,9 @@ async def completions(request: Request) -> Response:
     if len(wanted.prompts) > MAX_PROMPTS:
         raise RequestError(f"prompt: {len(wanted.prompts)} prompts in one request, at most {MAX_PROMPTS} are taken")
     prompts = [await desk.served.encode(prompt) for prompt in wanted.prompts]
-    return _answer(desk, wanted, prompts, Form)
+    served = desk.served
+    echoed = [p if isinstance(p, str) else served.decode(p) for p in wanted.prompts] if wanted.echo else []
+    return _answer(desk, wanted, prompts, Form, echoed)
 
 
 async def chat(request: Request) -> Response:
@@ -112,12 +114,18 @@ async def chat(request: Request) -> Response:
     return _answer(desk, wanted, [prompt], ChatForm)
 
 
-def _answer(desk: Desk, wanted: SharedFields, prompts: Sequence[Sequence[int]], form: type[Form]) -> Answer:
+def _answer(
+    desk: Desk,
+    wanted: SharedFields,
+    prompts: Sequence[Sequence[int]],
+    form: type[Form],
+    echoed: Sequence[str] = (),
+) -> Answer:
     longest = desk.front.longest_sequence
     params = [wanted.params(_max_tokens(len(prompt), wanted.most_tokens, longest)) for prompt in prompts]
     call = desk.submit(prompts, params, bool(wanted.stream))
     style = form(
-        desk.served.name, desk.served.text_of, wanted.includes_usage, bool(wanted.return_token_ids), params[0].n
+        desk.served.name, desk.served.text_of, wanted.includes_usage, bool(wanted.return_token_ids), params[0].n, echoed
     )
     return Answer(desk, call, style)
 

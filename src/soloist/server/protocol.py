@@ -54,7 +54,8 @@ class SharedFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         given |= {"stop": tuple(stops or ()), "stop_token_ids": tuple(self.stop_token_ids or ())}
         if self.top_k == -1:  # vLLM's word for off
             given["top_k"] = 0
-        params = SamplingParams(max_tokens=max_tokens, logprobs=self.wanted_logprobs, **given)
+        given |= {"logprobs": self.wanted_logprobs, "prompt_logprobs": self.wanted_prompt_logprobs}
+        params = SamplingParams(max_tokens=max_tokens, **given)
         params.check()
         return params
 
@@ -65,6 +66,10 @@ class SharedFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def wanted_logprobs(self) -> int | None:
+        return None
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
         return None
 
     @property
@@ -85,6 +90,7 @@ class CompletionRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
 
     prompt: str | list[str | int | list[int]]
     logprobs: Int | None = None
+    echo: bool | None = None  # the prompt, with its log probabilities if there are any, before its continuation
 
     @property
     def prompts(self) -> list[Any]:
@@ -100,8 +106,14 @@ class CompletionRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
     def check(self) -> None:
         SharedFields.check(self)
+        if self.echo and self.stream:
+            raise RequestError("echo = true: is for whole answers; give stream = false")
         if not self.prompt:
             raise RequestError(f"prompt = {self.prompt!r}: must not be empty")
         if isinstance(self.prompt, list) and len({type(entry) for entry in self.prompt}) > 1:
