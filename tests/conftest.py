@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two workers share the cores
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # read when Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,13 +22,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
 
 WORKERS = 2
 WORKER_BYTES = 5 << 30  # of memory: each has ranks of its own, up to 16 processes at once
-# How long an example takes says how busy the machine is.
-settings.register_profile("busy", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
+if find_spec("hypothesis"):  # for tests on GPUs pytest and torch are enough
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says how busy the machine is.
+    settings.register_profile("busy", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
 
 DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`. Where there are GPUs the tests come one by one: they measure, and fill the memory."""
     if torch.cuda.is_available():
