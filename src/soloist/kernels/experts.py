@@ -33,6 +33,8 @@ class ExpertTiles:
 # Most slots empty (measured on H200, docs/exchange.md): narrow tiles keep all SMs busy, deep stages keep them reading.
 LONE_ROWS = ExpertTiles(Tile(16, 64, 128, 4, 4), Tile(16, 64, 256, 4, 4), gather=True)
 LONE_ROWS_NARROW = ExpertTiles(LONE_ROWS.gate_up, Tile(16, 64, 128, 4, 4, 2), gather=True)
+# A few rows in most slots: the same product, and results in wider pieces (measured on H200, docs/exchange.md).
+LOW_ROWS = ExpertTiles(LONE_ROWS.gate_up, Tile(16, 128, 128, 4, 4), gather=True)
 # Measured on H100 (docs/exchange.md): the best of seven shapes each.
 FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gather=True)
 SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
@@ -55,6 +57,8 @@ def choose_tiles(rows_per_slot: float, width: int, dtype: torch.dtype = torch.bf
         return FP32_ROWS
     if rows_per_slot <= 1:
         return LONE_ROWS_NARROW if width % LONE_ROWS.down.bk else LONE_ROWS
+    if rows_per_slot <= 8:
+        return LOW_ROWS
     if rows_per_slot <= 24:
         return FEW_ROWS
     if rows_per_slot <= 96:
