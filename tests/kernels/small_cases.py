@@ -39,6 +39,7 @@ from soloist.kernels.experts import (
     swiglu_experts,
 )
 from soloist.kernels.grouped_gemm import BLOCK
+from soloist.kernels.index import make_index
 from soloist.kernels.norm import fused_heads, fused_norm
 from soloist.models.layers import rms_norm
 from soloist.models.rope import Rope
@@ -126,6 +127,18 @@ def local() -> None:
     batch, x_XD = dispatcher.start_dispatch(x_TD, choice).wait_expanded()
     out_TD = dispatcher.start_combine_expanded(x_XD * 0.5, batch).wait()
     _near(out_TD, x_TD.float() * 0.5 * choice.weight_TK.sum(1, keepdim=True), 0.01)
+
+
+def many_rows() -> None:
+    """The index that is made in parts: row r chooses slot r modulo 3, and every fifth row slot 7 as well."""
+    row_R, rows = torch.arange(1100, device=DEVICE), 1100
+    slots_RK = torch.stack([row_R % 3, torch.where(row_R % 5 == 0, 7, -1)], 1).int()
+    row_X, place_RK = torch.zeros(2 * rows, device=DEVICE).long(), torch.zeros(rows, 2, device=DEVICE).int()
+    weight_X, offsets_S = torch.zeros(2 * rows, device=DEVICE), torch.zeros(8, device=DEVICE).int()
+    make_index(slots_RK, slots_RK.float(), rows, 2, 8, (row_X, weight_X, place_RK, offsets_S))
+    wanted_X = torch.cat([row_R[row_R % 3 == 0], row_R[row_R % 3 == 1], row_R[row_R % 3 == 2], row_R[::5]])
+    _near(row_X[: len(wanted_X)], wanted_X, 1e-6)
+    _near(weight_X[: len(wanted_X)], slots_RK[slots_RK >= 0].float().sort().values, 1e-6)
 
 
 # -- experts --------------------------------------------------------------------------------------------------------
@@ -245,6 +258,7 @@ CASES: dict[str, Callable[[], None]] = {
     "exchange, copy, fp8": lambda: exchange(COPY, fp8=True),
     "exchange, copied home": lambda: exchange(replace(COPY, pull=False)),
     "local": local,
+    "index of many rows": many_rows,
     "experts, a row here and there": lambda: experts(LONE_ROWS),
     "experts, low rows": lambda: experts(LOW_ROWS),
     "experts, few rows": lambda: experts(FEW_ROWS),

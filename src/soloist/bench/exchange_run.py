@@ -75,7 +75,7 @@ class ExchangeRun:
         # Captured one after the other on one lane; the eager calls of `captured` would take the other lane's turn.
         both = [captured(work, warm_up=0) for work in (dispatch, combine)]
         first, second = self.bench.seconds(*both)
-        trace.shot(name, lambda: [half() for half in both])
+        trace.shot(name, lambda: (self.bench.enter(), [half() for half in both]))
         return first, second
 
     def round_trip(self, expand: bool = True, calls: int = 10) -> float:

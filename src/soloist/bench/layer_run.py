@@ -151,7 +151,7 @@ class LayerRun:
         alone()
         forward, bare = repeated(self.forward, calls), repeated(alone, calls)
         seconds = self.bench.seconds(forward, bare, repeats=15, pause_s=pause_s)
-        trace.shot(name, forward)
+        trace.shot(name, lambda: (self.bench.enter(), forward()))
         return seconds[0] / calls, seconds[1] / calls
 
 

@@ -19,7 +19,7 @@ from soloist.errors import CapacityError
 from soloist.kernels.experts import expand_rows
 from soloist.kernels.follow import early
 from soloist.kernels.home import weigh_kernel
-from soloist.kernels.index import index_block, index_kernel
+from soloist.kernels.index import make_index
 from soloist.kernels.language import next_power
 
 BLOCK = 2048  # elements of a row that a program of the weighted sum takes
@@ -77,12 +77,9 @@ class LocalDispatcher(Dispatcher):
     def make_index(self, x_TD: Tensor, choice: SlotChoice) -> ExpertBatch:
         index, (tokens, top_k) = self.index, choice.slot_TK.shape
         expanded = tokens * min(top_k, self.slots)
-        block, slots_TK = index_block(tokens), choice.slot_TK.contiguous()
-        index_kernel[(self.slots,)](
-            slots_TK, choice.weight_TK.contiguous(), None, None, None, None, 0, 0,
-            index.row_X, index.weight_X, index.place_TK, index.offsets_S, tokens,
-            K=top_k, KP=next_power(top_k), RANKS=0, BLOCK=block, num_warps=max(4, block // 128), **early(x_TD.device),
-        )  # fmt: skip
+        slots_TK, out = choice.slot_TK.contiguous(), (index.row_X, index.weight_X, index.place_TK, index.offsets_S)
+        weight_TK, options = choice.weight_TK.contiguous(), early(x_TD.device)
+        make_index(slots_TK, weight_TK, tokens, top_k, self.slots, out, options=options)
         ticket = Ticket(choice, index)
         return ExpertBatch(
             x_TD, index.row_X[:expanded], index.weight_X[:expanded], index.offsets_S[: self.slots], ticket, dense=False,

@@ -20,7 +20,7 @@ from soloist.dispatch.lane import ExchangeShape, Lane
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
 from soloist.kernels.follow import early
 from soloist.kernels.home import home_kernel, weigh_kernel
-from soloist.kernels.index import index_block, index_kernel, spread_kernel
+from soloist.kernels.index import make_index, spread_kernel
 from soloist.kernels.language import next_power
 from soloist.kernels.push import SPAN, push_kernel
 from soloist.transport.symmetric import Watch
@@ -152,13 +152,11 @@ class OneSidedDispatcher(Dispatcher):
     def _receive(self, ticket: Ticket) -> ExpertBatch:
         """The index, which needs the choices alone."""
         lane, shape = ticket.lane, ticket.shape
-        block = index_block(shape.rows)
-        index_kernel[(max(shape.slots, 1),)](
-            lane.slots_RK, lane.weights_RK, lane.flags, lane.calls, *self._watching(ticket),
-            lane.row_X, lane.weight_X, lane.place_RK, lane.offsets_S, shape.rows,
-            K=shape.top_k, KP=next_power(shape.top_k), RANKS=shape.ranks, BLOCK=block, num_warps=max(4, block // 128),
-            **self._early(),
-        )  # fmt: skip
+        out = lane.row_X, lane.weight_X, lane.place_RK, lane.offsets_S
+        waits, options = (lane.flags, lane.calls, *self._watching(ticket)), self._early()
+        make_index(
+            lane.slots_RK, lane.weights_RK, shape.rows, shape.top_k, shape.slots, out, waits, shape.ranks, options
+        )
         expanded = shape.rows * shape.most
         return ExpertBatch(
             lane.rows_RD(shape),

@@ -5,8 +5,13 @@ Shape legend: R rows, K top-k, X expanded rows, S slots, D width. `KP` and `BLOC
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
 from soloist.kernels.flags import PHASE_CHOICES, await_all
-from soloist.kernels.follow import await_previous, release_next
+from soloist.kernels.follow import await_previous, follow, release_next
 from soloist.kernels.language import next_power, tl, triton
 
 
@@ -49,9 +54,92 @@ def index_kernel(
     tl.store(offsets_S + slot, place)
 
 
-def index_block(rows: int) -> int:
-    """BLOCK of `index_kernel`."""
-    return min(2048 if rows > 4096 else 1024, max(16, next_power(rows)))
+@triton.jit
+def _chosen(slots_RK, first, rows, K: tl.constexpr, ROWS: tl.constexpr, SP: tl.constexpr):
+    """`[ROWS, SP]`: 1 where a row chose a slot."""
+    row, slot = first + tl.arange(0, ROWS), tl.arange(0, SP)
+    chosen = tl.zeros((ROWS, SP), tl.int32)
+    for k in tl.static_range(K):
+        own = tl.load(slots_RK + row * K + k, mask=row < rows, other=-1)
+        chosen += (own[:, None] == slot[None, :]).to(tl.int32)
+    return chosen
+
+
+@triton.jit
+def part_counts_kernel(
+    slots_RK, flags, calls, failed, report, code, timeout_ns, counts_PS, rows,
+    K: tl.constexpr, ROWS: tl.constexpr, SP: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """One program for each part of ROWS rows: how many of them chose each slot."""
+    await_previous()
+    if RANKS > 0:
+        await_all(flags, calls, failed, report, code, timeout_ns, PHASE_CHOICES, RANKS)
+    release_next()
+    part = tl.program_id(0)
+    tl.store(counts_PS + part * SP + tl.arange(0, SP), tl.sum(_chosen(slots_RK, part * ROWS, rows, K, ROWS, SP), 0))
+
+
+@triton.jit
+def part_index_kernel(
+    slots_RK, weights_RK, counts_PS, row_X, weight_X, place_RK, offsets_S, rows, slots,
+    K: tl.constexpr, ROWS: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    """What index_kernel writes, by one program for each part of the rows, which adds up the counts of the others."""
+    follow()
+    part, slot = tl.program_id(0), tl.arange(0, SP)
+    total, before = tl.zeros((SP,), tl.int32), tl.zeros((SP,), tl.int32)
+    for first in range(0, tl.num_programs(0), ROWS):
+        other = first + tl.arange(0, ROWS)
+        there = (other < tl.num_programs(0))[:, None] & (slot < SP)[None, :]
+        counts = tl.load(counts_PS + other[:, None] * SP + slot[None, :], mask=there, other=0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((other < part)[:, None], counts, 0), 0)
+    ends = tl.cumsum(total, 0)
+    if part == 0:
+        tl.store(offsets_S + slot, ends, mask=slot < slots)
+    row = part * ROWS + tl.arange(0, ROWS)
+    chosen = _chosen(slots_RK, part * ROWS, rows, K, ROWS, SP)
+    weights = tl.zeros((ROWS, SP), tl.float32)
+    for k in tl.static_range(K):
+        own = tl.load(slots_RK + row * K + k, mask=row < rows, other=-1)
+        weight = tl.load(weights_RK + row * K + k, mask=row < rows, other=0.0)
+        weights += tl.where(own[:, None] == slot[None, :], weight[:, None], 0.0)
+    at = (ends - total + before)[None, :] + tl.cumsum(chosen, 0) - chosen
+    nth = tl.cumsum(chosen, 1) - chosen
+    tl.store(row_X + at, row.to(tl.int64)[:, None] + tl.zeros((ROWS, SP), tl.int64), mask=chosen > 0)
+    tl.store(weight_X + at, weights, mask=chosen > 0)
+    tl.store(place_RK + row[:, None] * K + nth, at, mask=chosen > 0)
+
+
+Waits = tuple[Tensor, Tensor, Tensor, Tensor, int, int]  # flags, calls, failed, report, code, timeout_ns
+NO_WAITS = None, None, None, None, 0, 0
+FEW_ROWS = 1024  # up to which every slot's program goes through all choices by itself
+
+
+def make_index(
+    slots_RK: Tensor, weights_RK: Tensor, rows: int, top_k: int, slots: int, out: tuple[Tensor, Tensor, Tensor, Tensor],
+    waits: Waits | None = None, ranks: int = 0, options: Mapping[str, bool] | None = None,
+) -> None:  # fmt: skip
+    """The index of the first `rows` rows, each with `top_k` local slots (−1: none), when all `ranks` have sent them.
+
+    `out`: row_X, weight_X, place_RK and offsets_S. One launch for few rows; for many two, in which the rows are shared
+    out and each choice is looked at twice in all. `options`: of the launches; see `early`.
+    """
+    waiting, options = waits or NO_WAITS, options or {}
+    if rows <= FEW_ROWS:
+        block = min(1024, max(16, next_power(rows)))
+        index_kernel[(max(slots, 1),)](
+            slots_RK, weights_RK, *waiting, *out, rows,
+            K=top_k, KP=next_power(top_k), RANKS=ranks, BLOCK=block, num_warps=max(4, block // 128), **options,
+        )  # fmt: skip
+        return
+    padded = max(16, next_power(slots))
+    size = max(32, 8192 // padded)  # of a part
+    parts, warps = -(-rows // size), size * padded // 1024
+    counts_PS = torch.empty(parts, padded, dtype=torch.int32, device=slots_RK.device)
+    shape = {"K": top_k, "ROWS": size, "SP": padded, "num_warps": warps, **options}
+    part_counts_kernel[(parts,)](slots_RK, *waiting, counts_PS, rows, **shape, RANKS=ranks)
+    part_index_kernel[(parts,)](slots_RK, weights_RK, counts_PS, *out, rows, max(slots, 1), **shape)
 
 
 @triton.jit

@@ -111,12 +111,21 @@ class OneGpu:
         everybody = self.gathered(own)
         return [median_of_slowest([[spans[i] for spans in rank] for rank in everybody]) for i in range(len(parts))]
 
+    def enter(self) -> None:
+        """All ranks do together what follows, the link awake; only after `seconds`."""
+        assert self._meet is not None
+        self._head_start()
+        self._meet()
+
+    def _head_start(self) -> None:
+        torch.cuda._sleep(_HEAD_START)
+        self.wake()
+
     def _timed(self, part: Callable[[], object], pause_s: float) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         if pause_s:
             torch.cuda.synchronize()
             time.sleep(pause_s)
-            torch.cuda._sleep(_HEAD_START)
-            self.wake()
+            self._head_start()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         assert self._meet is not None
         self._meet()
