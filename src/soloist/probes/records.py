@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -32,14 +33,15 @@ class Record:
 def commit(file: Path = Path(__file__)) -> str:
     """The commit of the checkout that `file` belongs to, "-dirty" behind it where something was changed since.
 
-    "unknown" where no checkout knows the file: a copy, though it may lie in the folder of some repository.
+    A copy that no checkout knows, though it may lie in the folder of some repository: SOLOIST_COMMIT, or "unknown".
     """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(file.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    return (git("ls-files", file.name) and git("describe", "--always", "--dirty", "--exclude=*")) or "unknown"
+    found = git("ls-files", file.name) and git("describe", "--always", "--dirty", "--exclude=*")
+    return found or os.environ.get("SOLOIST_COMMIT", "unknown")
 
 
 def device_name(device: torch.device) -> str:
