@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from soloist.bench.crossover import ByForm, told
+from soloist.bench.crossover import ByForm, crossing_of_shares, crossing_of_tokens
 from soloist.bench.load import Load
 
 
@@ -13,13 +13,9 @@ def found(tokens: int = 4096, top_k: int = 8, **micro: float) -> ByForm:
 def test_where_forms_cross() -> None:
     by_tokens = [found(128, latency=10, push=20), found(512, latency=30, push=33), found(1024, latency=60, push=50)]
     by_share = [found(top_k=1, push=10, copy=20), found(top_k=2, push=20, copy=19), found(top_k=3, push=20, copy=21)]
-    assert told(by_tokens, by_share, 2) == (
-        "the latency form is the fastest up to 512 tokens a rank, push before copy up to 1 choices among 2 groups"
-    )
-    assert told(by_tokens[2:], by_share[1:], 2) == (
-        "the latency form is the fastest nowhere from 1024 tokens a rank on, "
-        "push before copy nowhere from 2 choices among 2 groups on"
-    )
+    assert crossing_of_tokens(by_tokens) == "the latency form is the fastest up to 512 tokens a rank"
+    assert crossing_of_tokens(by_tokens[2:]) == "the latency form is the fastest nowhere from 1024 tokens a rank on"
+    assert crossing_of_shares(by_share, 2) == "push is faster than copy up to 1 choices among 2 groups"
 
 
 def test_what_is_said_of_a_form() -> None:

@@ -131,7 +131,7 @@ def local() -> None:
 
 def many_rows() -> None:
     """The index that is made in parts: row r chooses slot r modulo 3, and every fifth row slot 7 as well."""
-    row_R, rows = torch.arange(1100, device=DEVICE), 1100
+    row_R, rows = torch.arange(4100, device=DEVICE), 4100
     slots_RK = torch.stack([row_R % 3, torch.where(row_R % 5 == 0, 7, -1)], 1).int()
     row_X, place_RK = torch.zeros(2 * rows, device=DEVICE).long(), torch.zeros(rows, 2, device=DEVICE).int()
     weight_X, offsets_S = torch.zeros(2 * rows, device=DEVICE), torch.zeros(8, device=DEVICE).int()

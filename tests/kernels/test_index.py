@@ -12,11 +12,12 @@ from soloist.kernels.language import AVAILABLE, INTERPRETED
 pytestmark = pytest.mark.skipif(not (AVAILABLE and INTERPRETED), reason="needs Triton and TRITON_INTERPRET=1")
 
 
-@pytest.mark.parametrize("few", [0, 4096], ids=["in parts", "slot by slot"])
+@pytest.mark.parametrize("few", [0, 9999], ids=["in parts", "slot by slot"])
 @pytest.mark.parametrize(("rows", "slots", "chosen"), [(1100, 5, 3), (70, 140, 8), (1, 1, 1), (40, 7, 0)])
 def test_index(few: int, rows: int, slots: int, chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row chooses up to `chosen` slots."""
     monkeypatch.setattr(index, "FEW_ROWS", few)
+    monkeypatch.setattr(index, "MANY_SLOTS", 1000)
     generator, top_k = torch.Generator().manual_seed(rows), max(1, chosen)
     slots_RK = torch.stack([torch.randperm(slots, generator=generator)[:top_k] for _ in range(rows)]).int()
     slots_RK[torch.rand(rows, top_k, generator=generator) < 0.4 if chosen else torch.ones(rows, top_k).bool()] = -1

@@ -20,8 +20,9 @@ from soloist.probes.gpus import Bench
 FORMS = {form.name: form for form in (LATENCY, PUSH, COPY)}
 TOKENS = (128, 256, 512, 1024, 2048)
 MANY = 4096  # tokens, where the share is what counts
-TOP_K = (1, 2, 3, 4, 8)
-LOADS = (Load(MANY, 7168, 8, 64), Load(MANY, 2048, 8, 128))
+TOP_K = (1, 2, 3, 8)
+BY_TOKENS = (Load(MANY, 7168, 8, 64), Load(MANY, 2048, 8, 128))
+BY_SHARE = BY_TOKENS[0]
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,39 @@ def by_form(bench: Bench, load: Load, names: Sequence[str]) -> ByForm:
 
 def crossovers(bench: Bench, point: Callable[[str, str, Load, float, int], Point]) -> Iterator[Point]:
     """A point for each load and form; the first rank says where they cross. `point`: as of the exchange."""
-    for load in LOADS:
+    for load in BY_TOKENS:
         by_tokens = [by_form(bench, replace(load, tokens=tokens), tuple(FORMS)) for tokens in TOKENS]
-        by_share = [by_form(bench, replace(load, top_k=top_k), ("push", "copy")) for top_k in TOP_K]
-        for found in (*by_tokens, *by_share):
-            for name, seconds in found.seconds.items():
-                made = point("form", name, found.load, seconds, 2 * load.d_model * load.dtype.itemsize)
-                yield replace(made, bound_by=f"{made.bound_by}; {found.said_of(name)}")
-        if bench.rank == 0:
-            print(f"D={load.d_model}: {told(by_tokens, by_share, bench.size)}", flush=True)
+        yield from _points(by_tokens, point)
+        _tell(bench, f"D={load.d_model}, top-{load.top_k}: {crossing_of_tokens(by_tokens)}")
+    by_share = [by_form(bench, replace(BY_SHARE, top_k=top_k), ("push", "copy")) for top_k in TOP_K]
+    yield from _points(by_share, point)
+    _tell(bench, f"D={BY_SHARE.d_model}, {MANY} tokens: {crossing_of_shares(by_share, bench.size)}")
 
 
-def told(by_tokens: Sequence[ByForm], by_share: Sequence[ByForm], groups: int) -> str:
-    """Where the forms cross, in words."""
-    few = _up_to([(found.load.tokens, found.fastest == "latency") for found in by_tokens], "tokens a rank")
-    some = _up_to([(found.load.top_k, found.fastest == "push") for found in by_share], f"choices among {groups} groups")
-    return f"the latency form is the fastest {few}, push before copy {some}"
+def _points(found: Sequence[ByForm], point: Callable[[str, str, Load, float, int], Point]) -> Iterator[Point]:
+    for each in found:
+        for name, seconds in each.seconds.items():
+            made = point("form", name, each.load, seconds, 2 * each.load.d_model * each.load.dtype.itemsize)
+            yield replace(made, bound_by=f"{made.bound_by}; {each.said_of(name)}")
+
+
+def _tell(bench: Bench, words: str) -> None:
+    if bench.rank == 0:
+        print(words, flush=True)
+
+
+def crossing_of_tokens(found: Sequence[ByForm]) -> str:
+    """In words."""
+    return "the latency form is the fastest " + _up_to(
+        [(each.load.tokens, each.fastest == "latency") for each in found], "tokens a rank"
+    )
+
+
+def crossing_of_shares(found: Sequence[ByForm], groups: int) -> str:
+    """In words."""
+    return "push is faster than copy " + _up_to(
+        [(each.load.top_k, each.fastest == "push") for each in found], f"choices among {groups} groups"
+    )
 
 
 def _up_to(found: list[tuple[int, bool]], unit: str) -> str:

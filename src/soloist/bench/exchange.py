@@ -124,7 +124,7 @@ class Measured:
                 yield from self.decode(load, fp8=True)
                 yield from self.decode(load, fp8=False)
             yield from self.portable(DECODE[0], transport)
-        if preset in ("forms", "all"):
+        if preset == "forms":
             yield from crossovers(self.bench, self.point)
 
     def case(self, load: Load, transport: Transport) -> Iterator[Point]:

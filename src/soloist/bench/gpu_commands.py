@@ -28,7 +28,7 @@ ExplainOption = Annotated[bool, typer.Option("--explain", help="Say what bounds 
 TraceOption = Annotated[
     Path | None, typer.Option("--trace", help="Write FILE-CASE.json for Perfetto, a row a stream, of rank 0.")
 ]
-PRESETS = "prefill, decode, wire, forms (where they cross), all, none, or vdev (all_to_all_vdev; part of all)."
+PRESETS = "prefill, decode, wire, all of them, vdev (PyTorch's, part of all), forms (where they cross), or none."
 
 
 def exchange(

@@ -63,10 +63,11 @@ def choose_form(shape: ExchangeShape) -> Form:
 
 
 class SideStream:
-    """Work beside the current stream; on the CPU it is done at once."""
+    """Work beside the current stream and before it, so that a flag does not wait until a large kernel has started all
+    of its programs; on the CPU it is done at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def fork(self) -> AbstractContextManager[object]:
         if self.stream is None:

@@ -113,7 +113,9 @@ def part_index_kernel(
 
 Waits = tuple[Tensor, Tensor, Tensor, Tensor, int, int]  # flags, calls, failed, report, code, timeout_ns
 NO_WAITS = None, None, None, None, 0, 0
-FEW_ROWS = 1024  # up to which every slot's program goes through all choices by itself
+# Up to so many rows, or from so many slots on, every slot's program goes through all choices by itself: measured on
+# H200 (docs/exchange.md).
+FEW_ROWS, MANY_SLOTS = 4096, 65
 
 
 def make_index(
@@ -126,8 +128,8 @@ def make_index(
     out and each choice is looked at twice in all. `options`: of the launches; see `early`.
     """
     waiting, options = waits or NO_WAITS, options or {}
-    if rows <= FEW_ROWS:
-        block = min(1024, max(16, next_power(rows)))
+    if rows <= FEW_ROWS or slots >= MANY_SLOTS:
+        block = min(2048 if rows > 4096 else 1024, max(16, next_power(rows)))
         index_kernel[(max(slots, 1),)](
             slots_RK, weights_RK, *waiting, *out, rows,
             K=top_k, KP=next_power(top_k), RANKS=ranks, BLOCK=block, num_warps=max(4, block // 128), **options,
