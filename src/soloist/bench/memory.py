@@ -55,7 +55,7 @@ def check(model: str, layout: Layout, options: EngineOptions, step_tokens: int, 
     buckets = given.graph_buckets(is_gpu)
     load = MemoryLoad(
         sequences=1, longest=kv_tokens, step_tokens=step_tokens, block=filled.block_size,
-        replicated=filled.replicate_below, graph_rows=sum(buckets) + 1,
+        replicated=filled.replicate_below, graph_rows=max(buckets, default=1),
     )  # fmt: skip
     for rank, one in sorted(figures.items()):
         predicted = memory_parts(spec, layout.at(rank), dtype, load, "pushed")

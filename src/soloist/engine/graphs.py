@@ -74,7 +74,10 @@ class _Numbers:
 
 
 class StaticStep:
-    """One bucket. `stage` computes a step: the logits on the last stage, what goes to the next one elsewhere."""
+    """One bucket. `stage` computes a step: the logits on the last stage, what goes to the next one elsewhere.
+
+    All buckets leave their logits in the same memory: whoever reads them does before the next replay.
+    """
 
     def __init__(
         self,
@@ -83,13 +86,14 @@ class StaticStep:
         replicated: bool,
         rope: Rope,
         feedback: Feedback,
-        stage: Callable[[StepInput, Tensor | None], Tensor],
+        stage: Callable[[StepInput, Tensor | None, Tensor | None], Tensor],
         x_tD: Tensor | None,
-        chooses: bool,
+        logits_BV: Tensor | None,
     ) -> None:
-        """`x_tD`: where the stage before leaves its result, None on the first stage."""
+        """`x_tD`: where the stage before leaves its result, None on the first stage. logits_BV: where this stage leaves
+        its logits, None if it is not the last."""
         self.rows, self.shape, self.replicated = rows, shape, replicated
-        self.rope, self.feedback, self.stage, self.x_tD, self.chooses = rope, feedback, stage, x_tD, chooses
+        self.rope, self.feedback, self.stage, self.x_tD, self.logits_BV = rope, feedback, stage, x_tD, logits_BV
         self._host, self._numbers = (_Numbers(rows, shape.blocks_per_sequence, d) for d in (_CPU, shape.device))
         self._held: list[tuple[int, ...]] = [()] * rows  # what stands in each row of the tables
         self._used = 0
@@ -141,12 +145,11 @@ class StaticStep:
     def compute(self) -> None:
         """What is captured. Leaves `out`, and where it chooses, `chosen`: tokens and margins, as doubles [2, B]."""
         step = self._input()
-        self.ids_B, self.out = step.ids_T, self.stage(step, self.x_tD)
-        if self.chooses:
+        self.ids_B, self.out = step.ids_T, self.stage(step, self.x_tD, self.logits_BV)
+        if self.logits_BV is not None:
             fused = self.out.is_cuda and AVAILABLE
-            logits_BV = self.out if self.out.stride(1) == 1 else self.out.contiguous()
             temperature_B1, keys_B2 = self._numbers["temperature"].view(torch.float32)[:, None], self._numbers.keys_B2
-            token_B, margin_B = (choose_fused if fused else choose)(logits_BV, temperature_B1, keys_B2)
+            token_B, margin_B = (choose_fused if fused else choose)(self.out, temperature_B1, keys_B2)
             self.feedback.ids.index_copy_(0, self._numbers["place"], token_B)
             self.chosen = torch.stack([token_B.double(), margin_B.double()])
 

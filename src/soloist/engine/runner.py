@@ -20,6 +20,7 @@ from soloist.engine.host_copy import HostCopy
 from soloist.engine.kv_cache import allocate, blocks_that_fit
 from soloist.engine.memory import device_bytes, held, settle
 from soloist.engine.options import EngineOptions
+from soloist.engine.rehearsal import rehearsals
 from soloist.engine.replica_loads import ReplicaLoads
 from soloist.engine.sampler import Drawn, ScoredPrompt, draw, score_prompt, takes_plain_choice
 from soloist.engine.world import World
@@ -58,7 +59,7 @@ class Runner:
         """Reads this rank's weights. Collective only in that peers must not wait longer than the start deadline."""
         placement.check(spec, layout)
         options = options.on(source.device.type, layout.pp, layout.attention_ranks)
-        self.spec, self.world, self.options = spec, world, options
+        self.spec, self.placement, self.world, self.options = spec, placement, world, options
         self.device, self.dtype = source.device, source.dtype
         self.watch, self.recorder = Stopwatch(self.device, options.measure), self._recorder(layout)
         every = options.replicas_every if placement.has_replicas else 0
@@ -122,10 +123,42 @@ class Runner:
         self.feedback = Feedback(options.micro_batches + 1, options.max_sequences, self.device)
         is_enabled, self.watch.enabled = self.watch.enabled, False  # events in a graph cannot be read
         is_gpu = self.device.type == "cuda"
+        if is_gpu and options.rehearse and not self.recorder:
+            self.rehearse()
         buckets = [rows for rows in options.graph_buckets(is_gpu) if not is_gpu or self._captures(rows)]
-        held = widths(options.longest(self.spec), options.block_size)
+        held, shape = widths(options.longest(self.spec), options.block_size), (max(buckets, default=0), self.spec.vocab)
+        is_last = self.world.seat.is_last_stage
+        self.logits_BV = torch.empty(shape, dtype=self.dtype, device=self.device) if is_last else None
         self.static = StaticSteps(buckets, held, self._static_step, self.device)
         self.watch.enabled = is_enabled
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Run steps of all sizes through a layer of each kind (engine/rehearsal.py). Nothing of them is counted."""
+        options, whole = self.options, (self.decoder.blocks, self.caches)
+        kept = self._kinds().values()
+        self.decoder.blocks, self.caches = ([parts[index] for index in kept] for parts in whole)
+        longest, sequences = options.longest(self.spec), options.max_sequences
+        for batch in rehearsals(options.max_batch_tokens, longest, sequences, self.kv_blocks, options.block_size):
+            sources, places = self.feedback.sources(batch), self.feedback.begin(batch)
+            out = self._forward(batch, sources, places, None)
+            if self.world.seat.is_last_stage:
+                self._answer(batch, out, places)
+        self.decoder.blocks, self.caches = whole
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.world.check()
+        self.stats.forget()
+        self.world.take_traffic()
+
+    def _kinds(self) -> dict[object, int]:
+        """The first layer of each kind, counted from this stage's first; the same on all ranks of the stage."""
+        spec, found = self.spec, dict[object, int]()
+        for index, layer in enumerate(self.decoder.layers):
+            is_moe = layer in spec.moe_layers
+            slots = self.placement.slots[spec.moe_layers.index(layer)] if is_moe else ()
+            found.setdefault((spec.window(layer), is_moe, tuple(map(len, slots))), index)
+        return found
 
     def _captures(self, rows: int) -> bool:
         """No part of a step of so many rows asks the host for anything: attention, experts, exchange. Equal on all
@@ -143,7 +176,8 @@ class Runner:
             split = TokenSplit(self.world.attention, rows, replicated, self.watch, rows)
             tokens = split.tokens_here(seat.attention_index)
             x_tD = torch.zeros(tokens, self.spec.d_model, dtype=self.dtype, device=self.device)
-        return StaticStep(rows, shape, replicated, self.rope, self.feedback, self._stage, x_tD, seat.is_last_stage)
+        logits_BV = None if self.logits_BV is None else self.logits_BV[:rows]
+        return StaticStep(rows, shape, replicated, self.rope, self.feedback, self._stage, x_tD, logits_BV)
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> Answer | None:
@@ -201,14 +235,15 @@ class Runner:
             pipeline.send(out, stage + 1, f"{name}, to stage {stage + 1}")
         return out
 
-    def _stage(self, step: StepInput, x_tD: Tensor | None) -> Tensor:
-        """The layers of this stage: from ids or `x_tD` to logits, or to what the next stage takes."""
+    def _stage(self, step: StepInput, x_tD: Tensor | None, logits_CV: Tensor | None = None) -> Tensor:
+        """The layers of this stage: from ids or `x_tD` to logits (in `logits_CV`, if given), or to what the next stage
+        takes."""
         split = self.decoder.split(step)
         x_tD = self.decoder.forward(self.decoder.embed(step, split) if x_tD is None else x_tD, step, split, self.caches)
         if not self.world.seat.is_last_stage:
             return x_tD
         with self.watch("logits"):
-            return self.decoder.logits(x_tD, step, split)
+            return self.decoder.logits(x_tD, step, split, logits_CV)
 
     def _replay(self, static: StaticStep) -> Tensor:
         with self.watch("graph"):

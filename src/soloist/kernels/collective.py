@@ -104,7 +104,7 @@ def gather_kernel(
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, RANKS: tl.constexpr,
     SEND: tl.constexpr, RECEIVE: tl.constexpr,
 ):  # fmt: skip
-    """out_CV (fp32): the ranks' columns side by side. firsts [ranks + 1]: where each rank's begin.
+    """out_CV: the ranks' columns side by side. firsts [ranks + 1]: where each rank's begin.
 
     Programs share the rows' CHUNKS of BLOCK columns, as many as the widest rank has. `columns` are all of V.
     """
@@ -125,7 +125,7 @@ def gather_kernel(
                 there = remote(bases, (me + 1 + step) % RANKS, to + (unit // programs) * (BLOCK * BYTES), dtype)
                 tl.store(there + column, part, mask=at + column < width)
             out = out_CV + row * columns + first + at + column
-            tl.store(out, part.to(tl.float32), mask=at + column < width)
+            tl.store(out, part, mask=at + column < width)
         _tell(bases, flags_at, me, RANKS)
         tl.store(calls + program * LINE, call)
     if RECEIVE:
@@ -139,4 +139,4 @@ def gather_kernel(
                 inside = at + column < tl.load(firsts + source + 1) - theirs
                 there = _channel(data_at, room, source, call, RANKS) + (unit // programs) * (BLOCK * BYTES)
                 part = tl.load(remote(bases, me, there, dtype) + column, mask=inside, other=0.0)
-                tl.store(out_CV + row * columns + theirs + at + column, part.to(tl.float32), mask=inside)
+                tl.store(out_CV + row * columns + theirs + at + column, part, mask=inside)

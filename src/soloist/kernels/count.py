@@ -25,7 +25,7 @@ def count_choices(ids_TK: Tensor, live_T: Tensor | None, slots_RK: Tensor, count
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "rows"))
 def count_kernel(
     ids_TK, live_T, slots_RK, counts, tokens, rows, experts,
     K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr, LIVE: tl.constexpr,

@@ -87,13 +87,13 @@ def await_all(flags, calls, failed, report, code, timeout_ns, PHASE: tl.constexp
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("me",))
 def signal_kernel(bases, calls, flags_at, me, PHASE: tl.constexpr, RANKS: tl.constexpr):
     """Publish what earlier work of the stream wrote. One program."""
     publish(bases, calls, flags_at, me, PHASE, RANKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("code", "timeout_ns", "behind"))
 def await_kernel(flags, calls, failed, report, code, timeout_ns, PHASE: tl.constexpr, RANKS: tl.constexpr, behind=0):
     """Hold the stream until every rank has published. One program."""
     await_all(flags, calls, failed, report, code, timeout_ns, PHASE, RANKS, behind)

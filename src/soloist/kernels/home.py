@@ -31,7 +31,7 @@ def _weighted(y_XD, place_K, weight_X, count, column, D: tl.constexpr, MOST: tl.
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "capacity", "me", "groups", "tp"))
 def weigh_kernel(
     y_D, slots_RK, place_RK, weight_X, bases, calls, out_RD,
     rows, capacity, me, groups, tp, home_at, flags_at,
@@ -71,7 +71,7 @@ def weigh_kernel(
         publish(bases, calls, flags_at, me, PHASE_HOME, RANKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("code", "timeout_ns", "tokens", "capacity", "first_row", "me"))
 def home_kernel(
     out_TD, group_TK, bases, flags, calls, failed, report, code, timeout_ns,
     tokens, capacity, first_row, me, from_at,

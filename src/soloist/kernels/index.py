@@ -15,7 +15,7 @@ from soloist.kernels.follow import await_previous, follow, release_next
 from soloist.kernels.language import next_power, tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("code", "timeout_ns", "rows"))
 def index_kernel(
     slots_RK, weights_RK, flags, calls, failed, report, code, timeout_ns,
     row_X, weight_X, place_RK, offsets_S, rows,
@@ -175,7 +175,7 @@ def expand_kernel(
                 tl.store(scale_XB + x * SCALES + block, scale, mask=once)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("base", "first", "count", "span", "stride", "skip"))
 def spread_kernel(
     rows_RD, scale_R, slots_RK, place_RK, x_XD, base, first, count, span, stride, skip,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,

@@ -19,6 +19,13 @@ KEYS = 192  # MKL adds up so many terms of a row at a time, fewer where they are
 FEW_KEYS = 16  # multiples of these are enough below
 
 
+def product(x_TD: Tensor, weight_ND: Tensor, out_TN: Tensor | None) -> Tensor:
+    """`linear` without a bias, into `out_TN` where there is one."""
+    if out_TN is None:
+        return linear(x_TD, weight_ND)
+    return torch.mm(x_TD, weight_ND.T, out=out_TN) if x_TD.is_cuda else out_TN.copy_(linear(x_TD, weight_ND))
+
+
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """`F.linear`, of rows that are filled up on the CPU."""
     if not (missing := missing_rows(x_TD)):

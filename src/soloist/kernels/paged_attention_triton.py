@@ -189,7 +189,7 @@ class _Call:
         if splits > 1:
             merge_kernel[(rows, heads, -(-widths.value // MERGED))](
                 sums, stats, batch.starts_N, layer.sinks_H, self.out_THV, splits, heads,
-                DECODE=decode, SINKS=layer.sinks_H is not None, SP=_power_of_two(splits, 2), V=widths.value, VB=MERGED,
+                DECODE=decode, SINKS=layer.sinks_H is not None, SP=_merged(splits), V=widths.value, VB=MERGED,
                 num_warps=1 if splits <= 16 else 4, **early(self.out_THV.device),
             )  # fmt: skip
 
@@ -228,6 +228,11 @@ def splits_of(programs: int, choices: range, processors: int, per_sm: int) -> in
     rounds = {n: -(-programs * n // processors) for n in choices}
     even = {n: programs * n / (processors * rounds[n]) for n in choices if rounds[n] >= per_sm}
     return next((n for n, share in even.items() if share > 0.9 * max(even.values())), choices[-1])
+
+
+def _merged(splits: int) -> int:
+    """The splits that a merge is compiled for: 16, 64, 256 …"""
+    return 16 if splits <= 16 else 4 * _merged(-(-splits // 4))
 
 
 def _processors(device: torch.device) -> int:

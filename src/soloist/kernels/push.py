@@ -15,6 +15,7 @@ from soloist.kernels.follow import follow
 from soloist.kernels.language import tl, triton
 from soloist.kernels.quantise import to_fp8
 
+NUMBERS = ("tokens", "capacity", "first_row", "me", "tp")  # not compiled for: see kernels/language.py
 SPAN = tl.constexpr(256)  # choices that a program sends at a time
 
 
@@ -34,7 +35,7 @@ def _push_choices(
         tl.store(weights + entry, weight, mask=entry < room)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def push_kernel(
     x_TD, group_TK, slot_TK, weight_TK, bases, calls,
     tokens, capacity, first_row, me, tp, rows_at, scales_at, slots_at, weights_at, flags_at,

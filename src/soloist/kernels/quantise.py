@@ -23,7 +23,7 @@ def to_fp8(x, axis: tl.constexpr):
     return (x / scale).to(tl.float8e4nv), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def quantise_kernel(
     x_XD, q_XD, scale_XB, used, rows,
     D: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr, WP: tl.constexpr, COUNTED: tl.constexpr,

@@ -114,7 +114,7 @@ def _kept(score_TE, BT: tl.constexpr, EP: tl.constexpr, GROUPS: tl.constexpr, KE
     return tl.broadcast_to(kept_TG[:, :, None], (BT, GROUPS, EP // GROUPS)).reshape(BT, EP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "own_group"))
 def route_kernel(
     x_TD, weight_ED, bias_E, correction_E, logits_STE, arrived, group_EN, slot_EN, live_T,
     ids_TK, weights_TK, group_TK, slot_TK, tokens, own_group, scaling,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from soloist.kernels.linear import linear
+from soloist.kernels.linear import linear, product
 from soloist.models.attention import ATTENTION, Heads, LayerCache
 from soloist.models.layers import Added, FeedForward, TokenSplit, add_norm
 from soloist.models.rope import Rope
@@ -198,13 +198,15 @@ class Decoder:
             x_tD, added = block(x_tD, added, step, split, cache)
         return x_tD if added is None else split.add(x_tD, added)
 
-    def logits(self, x_tD: Tensor, step: StepInput, split: TokenSplit) -> Tensor:
-        """logits_CV (fp32) of the tokens in `step.logits_rows`, on every rank of the last stage's attention group."""
+    def logits(self, x_tD: Tensor, step: StepInput, split: TokenSplit, out_CV: Tensor | None = None) -> Tensor:
+        """logits_CV of the tokens in `step.logits_rows`, on every rank of the last stage's attention group.
+
+        In the model's dtype, and in `out_CV`, if given.
+        """
         x_CD = split.gather(x_tD, f"{step.name}, output head")[step.logits_rows]
         _, h_CD = add_norm(x_CD, None, self.final_norm, self.spec.norm_eps)
-        part_CV = linear(h_CD, self.head)
         if self.group is None:
-            return part_CV.float()
+            return product(h_CD, self.head, out_CV)
         shares = [share(self.spec.vocab, self.group.size, index) for index in range(self.group.size)]
         counts = [stop - start for start, stop in shares]
-        return self.group.gather_columns(part_CV, counts, f"{step.name}, output head")
+        return self.group.gather_columns(linear(h_CD, self.head), counts, f"{step.name}, output head", out_CV)

@@ -55,6 +55,11 @@ class LoadStats:
         counts.index_add_(0, ids_TK.flatten(), live_TK.flatten())
         counts[-1] += len(batch.rows_RD) if batch.dense else _rows_named(batch)
 
+    def forget(self) -> None:
+        """What was counted so far belongs to no request. Before anybody has read it."""
+        for counts in self._counts.values():
+            counts.zero_()
+
     def reader(self) -> Reader:
         return Reader(self._counts)
 

@@ -17,7 +17,6 @@ CONTEXT_BYTES = 0.6e9  # CUDA context and loaded kernels
 NCCL_BYTES = 0.4e9  # communicators' own buffers, where there are any
 RESIDUALS = 6  # tensors as large as the residual stream that were found alive at once
 LIBRARY_BYTES = 50e6  # that cuBLAS and the sampler keep
-GRAPH_ROWS = 4.9  # of all captured steps, for each sequence of the largest (engine/options.py)
 GEMM_WORKSPACE_BYTES = 32e6 * 2
 PUSHED_BYTES, FEWEST_PUSHED = 6e9, 512  # of a pushed call's expanded rows on a rank; tokens that go whatever they take
 # Tokens of a step below which all ranks of an attention group have all of them: usually, and where our own kernels sum
@@ -35,7 +34,7 @@ class MemoryLoad(Spec, frozen=True, kw_only=True):
     spare_slots: int = 0
     block: int = 16  # tokens of a KV block
     replicated: int = REPLICATED_NVLINK  # tokens of a step below which all ranks of an attention group have them all
-    graph_rows: float = 0.0  # of all captured decoding steps, each of which keeps its logits; 0: of the usual ones
+    graph_rows: float = 0.0  # of the largest captured decoding step; 0: as many as sequences
 
 
 def memory_parts(
@@ -156,9 +155,9 @@ def activation_bytes(spec: ModelSpec, layout: Layout, load: MemoryLoad, mode: Mo
 
 
 def _logits(spec: ModelSpec, layout: Layout, load: MemoryLoad) -> float:
-    """In fp32 for every captured step, and once more as the output head leaves them."""
-    rows = load.sequences
-    return spec.vocab * (4 * (load.graph_rows or GRAPH_ROWS * rows) + 2 * rows / layout.attention_ranks)
+    """In 16 bits, of the largest captured step; where ranks share the vocabulary, their part of it beside it."""
+    parts = 1 + (1 / layout.attention_ranks if layout.attention_ranks > 1 else 0)
+    return 2 * spec.vocab * (load.graph_rows or load.sequences) * parts
 
 
 def _blocks(tokens: int, block: int) -> int:

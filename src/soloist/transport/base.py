@@ -149,9 +149,12 @@ class Transport(ABC):
     def reduce_scatter_rows(self, rows_RW: Tensor, counts: Sequence[int], where: str = "") -> Tensor:
         """The sum over ranks of this rank's part: `counts[p]` rows go to p, R = sum(counts) on every rank."""
 
-    def gather_columns(self, part_Cv: Tensor, widths: Sequence[int], where: str = "") -> Tensor:
-        """fp32 [C, V]: the members' columns side by side, `widths[p]` of member p; C equal on all ranks."""
-        return self.all_gather_rows(part_Cv.T.contiguous(), widths, where).T.float()
+    def gather_columns(
+        self, part_Cv: Tensor, widths: Sequence[int], where: str = "", out_CV: Tensor | None = None
+    ) -> Tensor:
+        """The members' columns side by side, `widths[p]` of member p; C equal on all ranks. In `out_CV`, if given."""
+        found_CV = self.all_gather_rows(part_Cv.T.contiguous(), widths, where).T
+        return found_CV if out_CV is None else out_CV.copy_(found_CV)
 
     @abstractmethod
     def barrier(self, where: str = "") -> None:

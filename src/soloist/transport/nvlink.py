@@ -101,12 +101,14 @@ class NvlinkTransport(Transport):
             )  # fmt: skip
         return sum_TD, normed_TD
 
-    def gather_columns(self, part_Cv: Tensor, widths: Sequence[int], where: str = "") -> Tensor:
-        """out_CV (fp32): the members' columns side by side; `widths` are all members' v."""
+    def gather_columns(
+        self, part_Cv: Tensor, widths: Sequence[int], where: str = "", out_CV: Tensor | None = None
+    ) -> Tensor:
+        """The members' columns side by side; `widths` are all members' v. In `out_CV`, if given."""
         if len(part_Cv) * max(widths) * part_Cv.itemsize * (self.size - 1) > GATHER_BYTES:
-            return super().gather_columns(part_Cv, widths, where)
+            return super().gather_columns(part_Cv, widths, where, out_CV)
         part_Cv = part_Cv.contiguous()
-        out_CV = torch.empty(len(part_Cv), sum(widths), dtype=torch.float32, device=self.device)
+        out_CV = part_Cv.new_empty(len(part_Cv), sum(widths)) if out_CV is None else out_CV
         for rows in self.rounds(part_Cv, widths):
             self.start_gather(part_Cv[rows], out_CV[rows], widths, where)
         return out_CV
