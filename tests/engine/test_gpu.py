@@ -44,6 +44,11 @@ def mean_difference(found: list[float], expected: list[float]) -> float:
     return mean(abs(a - b) for a, b in zip(found, expected, strict=True))
 
 
+def on_two(layout: str) -> Any:
+    """A layout for a test of two GPUs."""
+    return pytest.param(layout, marks=pytest.mark.multigpu)
+
+
 @pytest.fixture(scope="module")
 def one_gpu() -> list[RequestOutput]:
     return answer("ep1", "float32", GREEDY)
@@ -86,6 +91,22 @@ def test_a_layer_of_the_reference_model_runs_in_bf16() -> None:
     assert len(first.outputs[0].tokens) == 8
     assert first.outputs[0].tokens == second.outputs[0].tokens
     assert all(math.isfinite(token.logprob) for token in first.outputs[0].logprobs)
+
+
+@pytest.mark.parametrize("layout", [pytest.param("ep1", marks=pytest.mark.gpu), *map(on_two, ("ep2", "tp2"))])
+def test_no_request_waits_for_a_compiler(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's cache grows while the ranks start, and not by prompts of many lengths that come one after the other."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    lengths = [3, 900, 1, 17, 250, 40, 2600, 120, 5, 64, 700]
+    prompts = [[(7 * i + n) % 1000 for i in range(length)] for n, length in enumerate(lengths)]
+    params = [SamplingParams(max_tokens=4 + n, temperature=0.0, ignore_eos=True) for n in range(len(prompts))]
+    fields: dict[str, Any] = {"random_weights": 1, "max_positions": 4096, "kv_tokens": 16_384, "max_batch_tokens": 2048}
+    with LLM("qwen3-30b-a3b@2", layout=layout, device="cuda", max_sequences=8, show_progress=False, **fields) as llm:
+        compiled = {*tmp_path.rglob("*.cubin")}
+        for few in (2, 5, len(prompts)):
+            assert not any(output.error for output in llm.generate(prompts[:few], params[:few]))
+    assert compiled
+    assert [path.name for path in tmp_path.rglob("*.cubin") if path not in compiled] == []
 
 
 FP8_SIZES = {"hidden_size": 256, "moe_intermediate_size": 256, "n_shared_experts": 1, "num_experts_per_tok": 3}
