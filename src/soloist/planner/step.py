@@ -116,15 +116,15 @@ class StepModel:
         return {name: total(found) for name, found in parts.items()}
 
     def _head(self, batch: Batch) -> Estimate:
-        """Logits of each sequence's last token; in our own engine gathered, written in fp32 and read by the choice."""
+        """Logits of each sequence's last token; in our own engine gathered, and read by the choice."""
         d, ranks, kernels = self.deployment, self.deployment.layout.attention_ranks, self.kernels
         rows = batch.tokens if batch.is_decode else max(1.0, batch.tokens / max(1.0, 2 * batch.context))
         product = kernels.matmul(rows, d.model.vocab / ranks, d.model.d_model, d.precision.other)
         if kernels.library != OWN_LIBRARY:
             return product.times(self.runtime["kernels"])
         logits = rows * d.model.vocab
-        gathered, written = kernels.gather(ranks, 2 * logits / ranks), kernels.stream((2 + 4 + 4) * logits)
-        return total((product.times(self.runtime["kernels"]), gathered, written))
+        gathered, read = kernels.gather(ranks, 2 * logits / ranks), kernels.stream(2 * logits)
+        return total((product.times(self.runtime["kernels"]), gathered, read))
 
 
 def _waiting(cost: StepCost, seconds: float) -> StepCost:
