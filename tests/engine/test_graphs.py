@@ -40,13 +40,14 @@ def answers(layout: str, **options: Any) -> list[tuple]:
 def test_no_answer_changes(layout: str) -> None:
     plain = answers(layout, cuda_graphs="off", ahead="off")
     assert answers(layout, cuda_graphs="3,8", ahead="on") == plain
+    assert answers(layout, cuda_graphs="3,8", mixed_graphs="16,24,64", ahead="on") == plain
 
 
 def test_steps_without_a_long_context_have_graphs_of_their_own() -> None:
     held = widths(10_000, 16)
     assert held == (256, 625)
     assert widths(4096, 16) == (256,)
-    steps = StaticSteps((2, 4), held, lambda *shape: cast(Any, shape), torch.device("cpu"))
+    steps = StaticSteps((2, 4), (), held, 9, lambda rows, _, width: cast(Any, (rows, width)), torch.device("cpu"))
     chunks = [
         Chunk(sequence, (1,), 16 * blocks - 1, tuple(range(blocks)), True) for sequence, blocks in enumerate((3, 257))
     ]

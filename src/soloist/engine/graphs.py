@@ -1,13 +1,16 @@
-"""Decoding steps of fixed shape: captured once in a CUDA graph, replayed with other numbers.
+"""Steps of fixed shape: captured once in a CUDA graph, replayed with other numbers.
 
-A step of up to B sequences, one token each, is one graph for the smallest bucket B that holds it: input, layers with
-their exchange, logits, and the choice of the next tokens. Attention is cut for the longest context that a graph may
-meet, so where sequences may grow beyond SHORT_CONTEXT, steps in which none has have graphs of their own. All that
-differs between two replays lies in one buffer of integers, filled on the host and copied once. Rows that no sequence
-uses are padding: their keys and values go to a block that nobody owns. On a CPU nothing is captured: the same function
-is called.
+A decoding step of up to B sequences, one token each, is one graph for the smallest bucket that holds it: input, layers
+with their exchange, logits, and the choice of the next tokens. A mixed step, in which some sequences have several
+tokens, is one for the smallest bucket of T tokens, where the host would take longer to start its kernels than the GPU
+to run them. Attention is cut for the longest context that a graph may meet, so where sequences may grow beyond
+SHORT_CONTEXT, decoding steps in which none has have graphs of their own, and mixed steps in which one has are not
+captured. All that differs between two replays lies in one buffer of integers, filled on the host and copied once. Rows
+that no sequence uses are padding: their keys and values go to a block that nobody owns. On a CPU nothing is captured:
+the same function is called.
 
-Shape legend: B rows, M blocks of the longest table, D model width, V vocabulary.
+Shape legend: T tokens, B sequences (T where each has one token), M blocks of the longest table, D model width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,8 +38,10 @@ from soloist.scheduling.request import StepBatch
 _CPU = torch.device("cpu")
 SHORT_CONTEXT = 4096  # tokens: what a program of the attention takes without a split
 WARM_UP = 2  # calls before a capture: kernels are compiled, buffers made
-LONG = ("id", "source", "position", "slot", "place")  # int64 numbers of a row: what indexes tensors
-SHORT = ("length", "live", "key", "key2", "temperature")  # int32; the last one holds a float's bits
+# int64 numbers, which index tensors: of a token, then of a sequence.
+OF_TOKEN, OF_SEQUENCE = ("id", "source", "position", "slot"), ("place", "row")
+SHORT = ("length", "key", "key2", "temperature")  # int32 of a sequence; the last one holds a float's bits
+WASTE, FEW = 1.25, 1024  # tokens of a mixed step's bucket over its own; up to FEW of them the host is what takes long
 
 
 @dataclass(frozen=True)
@@ -52,17 +58,24 @@ class Shape:
 class _Numbers:
     """All numbers of a step side by side in one tensor, so that one copy takes them to the device."""
 
-    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
-        shorts = len(SHORT) * rows + rows * blocks
-        self._all = torch.zeros(len(LONG) * rows + -(-shorts // 2), dtype=torch.int64, device=device)
-        long, short = self._all[: len(LONG) * rows], self._all[len(LONG) * rows :].view(torch.int32)
-        self._rows: dict[str, Tensor] = dict(zip(LONG, long.view(len(LONG), rows), strict=True))
-        self._rows |= dict(zip(SHORT, short[: len(SHORT) * rows].view(len(SHORT), rows), strict=True))
-        self.keys_B2 = short[SHORT.index("key") * rows :][: 2 * rows].view(2, rows).T
-        self.tables_BM = short[len(SHORT) * rows : shorts].view(rows, blocks)
+    def __init__(self, tokens: int, sequences: int, blocks: int, device: torch.device) -> None:
+        long = {name: tokens for name in OF_TOKEN} | {name: sequences for name in OF_SEQUENCE}
+        short = {name: sequences for name in SHORT} | {"starts": sequences + 1, "live": tokens}
+        short["tables"] = sequences * blocks
+        longs, shorts = sum(long.values()), sum(short.values())
+        self._all = torch.zeros(longs + -(-shorts // 2), dtype=torch.int64, device=device)
+        ints = self._all[longs:].view(torch.int32)
+        self._parts: dict[str, Tensor] = dict(zip(long, self._all[:longs].split([*long.values()]), strict=True))
+        self._parts |= dict(zip(short, ints[:shorts].split([*short.values()]), strict=True))
+        self.keys_B2 = ints[sequences : 3 * sequences].view(2, sequences).T
+        self.tables_BM = self["tables"].view(sequences, blocks)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._rows[name]
+        return self._parts[name]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All but the tables, on the host."""
+        return {name: part.numpy() for name, part in self._parts.items() if name != "tables"}
 
     def take(self, other: _Numbers) -> None:
         """A copy of what stands in `other` now; the host may write there again at once."""
@@ -81,7 +94,8 @@ class StaticStep:
 
     def __init__(
         self,
-        rows: int,
+        tokens: int,
+        sequences: int,
         shape: Shape,
         replicated: bool,
         rope: Rope,
@@ -92,18 +106,17 @@ class StaticStep:
     ) -> None:
         """`x_tD`: where the stage before leaves its result, None on the first stage. logits_BV: where this stage leaves
         its logits, None if it is not the last."""
-        self.rows, self.shape, self.replicated = rows, shape, replicated
+        self.tokens, self.sequences, self.shape, self.replicated = tokens, sequences, shape, replicated
         self.rope, self.feedback, self.stage, self.x_tD, self.logits_BV = rope, feedback, stage, x_tD, logits_BV
-        self._host, self._numbers = (_Numbers(rows, shape.blocks_per_sequence, d) for d in (_CPU, shape.device))
-        self._held: list[tuple[int, ...]] = [()] * rows  # what stands in each row of the tables
+        blocks = shape.blocks_per_sequence
+        self._host, self._numbers = (_Numbers(tokens, sequences, blocks, device) for device in (_CPU, shape.device))
+        self._held: list[tuple[int, ...]] = [()] * sequences  # what stands in each row of the tables
         self._used = 0
-        longest = shape.blocks_per_sequence * shape.block_size
-        starts_N = torch.arange(rows + 1, dtype=torch.int32, device=shape.device)
+        # What the host cuts launches by: one token a sequence; in a mixed step also a sequence of several.
         self.paged = PagedBatch(
-            list(range(rows + 1)), [longest] * rows, self._numbers.tables_BM, shape.block_size, starts_N,
-            self._numbers["length"],
+            [*range(sequences), tokens], [blocks * shape.block_size] * sequences, self._numbers.tables_BM,
+            shape.block_size, self._numbers["starts"], self._numbers["length"],
         )  # fmt: skip
-        self._rows_B = torch.arange(rows, device=shape.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.fill(StepBatch(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
@@ -112,23 +125,30 @@ class StaticStep:
         """Put a batch's numbers where the next replay reads them. `sources` and `places`: see `Feedback`."""
         chunks, used, size = batch.chunks, len(batch.chunks), self.shape.block_size
         self._fill_tables(batch)
-        row = {name: self._host[name].numpy() for name in (*LONG, *SHORT)}
+        row = self._host.arrays()
         for values in row.values():
             values[:] = 0
         row["source"][:], row["place"][:], row["length"][:] = -1, self.feedback.nowhere, 1
         row["slot"][:] = self.shape.scratch * size
-        positions = np.fromiter((c.start for c in chunks), np.int64, used)
-        row["id"][:used] = np.fromiter((max(c.tokens[0], 0) for c in chunks), np.int64, used)
-        row["source"][:used], row["place"][:used] = sources, places
-        row["position"][:used], row["length"][:used], row["live"][:used] = positions, positions + 1, 1
+        counts = np.fromiter((len(c.tokens) for c in chunks), np.int64, used)
+        ends, live = np.cumsum(counts), int(counts.sum())
+        first, of = ends - counts, np.repeat(np.arange(used), counts)
+        before = np.fromiter((c.start for c in chunks), np.int64, used)
+        positions = np.arange(live) + (before - first)[of]
+        row["id"][:live] = np.fromiter(chain.from_iterable(c.tokens for c in chunks), np.int64, live).clip(min=0)
+        row["source"][first], row["position"][:live], row["live"][:live] = sources, positions, 1
+        row["place"][:used], row["row"][:used], row["length"][:used] = places, ends - 1, before + counts
+        row["starts"][1 : used + 1], row["starts"][used + 1 :] = ends, live
+        if self.tokens == self.sequences:  # padding has a token a sequence, too
+            row["starts"][:], row["row"][:] = np.arange(self.tokens + 1), np.arange(self.tokens)
         tables_BM = self._host.tables_BM.numpy()
-        row["slot"][:used] = tables_BM[np.arange(used), positions // size].astype(np.int64) * size + positions % size
+        row["slot"][:live] = tables_BM[of, positions // size].astype(np.int64) * size + positions % size
         for index, chunk in enumerate(chunks):
             if chunk.samples and chunk.params and chunk.params.temperature > 0:
                 row["key"][index], row["key2"][index] = key_of(chunk)
                 row["temperature"].view(np.float32)[index] = chunk.params.temperature
         if self.shape.device.type == "cpu":  # in a graph these are bounds
-            self.paged.lengths[:] = row["length"].tolist()
+            self.paged.lengths[:], self.paged.query_starts[:] = row["length"].tolist(), row["starts"].tolist()
         self._numbers.take(self._host)
 
     def _fill_tables(self, batch: StepBatch) -> None:
@@ -145,7 +165,7 @@ class StaticStep:
     def compute(self) -> None:
         """What is captured. Leaves `out`, and where it chooses, `chosen`: tokens and margins, as doubles [2, B]."""
         step = self._input()
-        self.ids_B, self.out = step.ids_T, self.stage(step, self.x_tD, self.logits_BV)
+        self.ids_B, self.out = step.ids_T[step.logits_rows], self.stage(step, self.x_tD, self.logits_BV)
         if self.logits_BV is not None:
             fused = self.out.is_cuda and AVAILABLE
             temperature_B1, keys_B2 = self._numbers["temperature"].view(torch.float32)[:, None], self._numbers.keys_B2
@@ -154,13 +174,13 @@ class StaticStep:
             self.chosen = torch.stack([token_B.double(), margin_B.double()])
 
     def _input(self) -> StepInput:
-        numbers, rows = self._numbers, self.rows
-        source_B = numbers["source"]
-        ids_B = torch.where(source_B < 0, numbers["id"], self.feedback.ids[source_B.clamp(min=0)])
+        numbers, tokens = self._numbers, self.tokens
+        source_T = numbers["source"]
+        ids_T = torch.where(source_T < 0, numbers["id"], self.feedback.ids[source_T.clamp(min=0)])
         cos, sin = self.rope.angles(numbers["position"], self.shape.dtype)
         return StepInput(
-            ids_B, numbers["slot"], self.paged, cos, sin, self._rows_B, self.replicated,
-            f"a step of {rows} rows", rows, live_T=numbers["live"].bool(), static=True,
+            ids_T, numbers["slot"], self.paged, cos, sin, numbers["row"], self.replicated,
+            f"a step of {tokens} rows", tokens, live_T=numbers["live"].bool(), static=True,
         )  # fmt: skip
 
     def capture(self, pool: Any, stream: torch.cuda.Stream) -> None:
@@ -191,27 +211,43 @@ class StaticSteps:
     def __init__(
         self,
         buckets: Sequence[int],
+        mixed: Sequence[int],
         widths: Sequence[int],
-        make: Callable[[int, int], StaticStep],
+        sequences: int,
+        make: Callable[[int, int, int], StaticStep],
         device: torch.device,
     ) -> None:
-        """`make`: from rows and width. Captures the largest first, so that the others fit into its memory."""
-        self.buckets, self.widths = tuple(buckets), tuple(widths)
-        self._steps = {(rows, width): make(rows, width) for rows in reversed(buckets) for width in reversed(widths)}
-        if device.type == "cuda" and self._steps:
+        """buckets: sequences of decoding steps. mixed: tokens of the others, with up to `sequences` sequences.
+
+        `make`: from tokens, sequences and width. Captures the largest first, so that the others fit into its memory.
+        """
+        self.buckets, self.mixed, self.widths = tuple(buckets), tuple(mixed), tuple(widths)
+        self._mixed = {tokens: make(tokens, min(sequences, tokens - 1), widths[0]) for tokens in reversed(mixed)}
+        self._decodes = {(rows, width): make(rows, rows, width) for rows in buckets[::-1] for width in widths[::-1]}
+        steps = [*self._mixed.values(), *self._decodes.values()]
+        if device.type == "cuda" and steps:
             stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
             stream.wait_stream(torch.cuda.current_stream(device))
-            for step in self._steps.values():
+            for step in steps:
                 step.capture(pool, stream)
             torch.cuda.current_stream(device).wait_stream(stream)
 
-    def of(self, batch: StepBatch) -> StaticStep | None:
-        """For a batch that all groups run in this form; None where they run it otherwise.
-
-        All ranks take the same bucket; the width concerns nobody but the ranks that share these sequences.
-        """
-        at = bisect_left(self.buckets, max(batch.peak, 1))
-        if not batch.decodes or at == len(self.buckets):
+    def bucket(self, batch: StepBatch) -> int | None:
+        """Rows that all ranks take a batch for, None for as many as it has: for that its agreed fields are enough."""
+        buckets, rows = self.buckets if batch.decodes else self.mixed, max(batch.peak, 1)
+        at = bisect_left(buckets, rows)
+        if at == len(buckets) or (not batch.decodes and buckets[at] > max(FEW, WASTE * rows)):
             return None
-        blocks = max((len(chunk.blocks) for chunk in batch.chunks), default=0)
-        return self._steps[self.buckets[at], self.widths[bisect_left(self.widths, blocks)]]
+        return buckets[at]
+
+    def of(self, batch: StepBatch) -> StaticStep | None:
+        """The graph for a batch, None where these ranks run it without one: that concerns nobody but those that share
+        its sequences. Other groups run one of as many rows then."""
+        if (rows := self.bucket(batch)) is None:
+            return None
+        chunks, blocks = batch.chunks, max((len(chunk.blocks) for chunk in batch.chunks), default=0)
+        if batch.decodes:
+            return self._decodes[rows, self.widths[bisect_left(self.widths, blocks)]]
+        step = self._mixed[rows]
+        fits = blocks <= self.widths[0] and len(chunks) <= step.sequences
+        return step if fits and not any(chunk.scores_prompt for chunk in chunks) else None

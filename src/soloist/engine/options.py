@@ -20,6 +20,7 @@ from soloist.transport.mpi_options import MpiOptions
 _REPLICATE_BELOW, _REPLICATE_BELOW_NVLINK = 64, 257
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+_MIXED = (64, 128, 256, 512, 1024)  # tokens of mixed steps
 
 
 class EngineOptions(Spec, frozen=True, kw_only=True):
@@ -51,6 +52,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     micro_batches: int = 0  # batches in flight in a pipeline; 0: one for each stage
     rehearse: bool = True  # on a GPU run steps of all sizes at the start, so that no request waits for a compiler
     cuda_graphs: str = "auto"  # sequences of the decoding steps that are captured: auto, off, or like 1,8,64
+    mixed_graphs: str = "auto"  # tokens of the other steps that are captured: auto, off, or like 256,8192
     ahead: Literal["auto", "on", "off"] = "auto"  # make up a step before the last is back; auto: on GPUs, save pp > 1
     random_weights: int | None = None  # a seed: make weights up instead of reading them
     measure: bool = False  # time the phases of every step
@@ -79,6 +81,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
         if self.ahead == "on" and self.record:
             raise ConfigurationError.of("ahead", "on", "a record needs every token on the host; leave one of them out")
         self.graph_buckets(is_gpu=True)
+        self.mixed_buckets(is_gpu=True)
 
     def on(self, device: str, stages: int = 1, attention_ranks: int = 1) -> EngineOptions:
         """With everything filled in that depends on the kind of device, the stages, and the attention groups."""
@@ -104,14 +107,16 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
             return ()
         if self.cuda_graphs == "auto":
             return (*(rows for rows in (*_BUCKETS, *range(320, most, 64)) if rows < most), most)
-        try:
-            found = sorted({int(number) for number in self.cuda_graphs.split(",")})
-        except ValueError:
-            found = [0]
-        if found[0] < 1:
-            remedy = "must be auto, off, or numbers of sequences like 1,8,64"
-            raise ConfigurationError.of("cuda_graphs", self.cuda_graphs, remedy)
-        return tuple(rows for rows in found if rows <= most)
+        return _numbers("cuda_graphs", self.cuda_graphs, 1, most)
+
+    def mixed_buckets(self, is_gpu: bool) -> tuple[int, ...]:
+        """The same for tokens of steps in which some sequences have several."""
+        if "off" in (self.cuda_graphs, self.mixed_graphs) or self.record:
+            return ()
+        most = self.max_batch_tokens or 8192
+        if self.mixed_graphs == "auto":
+            return tuple(tokens for tokens in _MIXED if tokens <= most) if is_gpu else ()
+        return _numbers("mixed_graphs", self.mixed_graphs, 2, most)
 
     def longest(self, spec: ModelSpec) -> int:
         """Tokens that a sequence may reach."""
@@ -137,3 +142,14 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
             reason, _, place = str(error).partition(" - at ")
             key = place.strip("`").removeprefix("$.")
             raise ConfigurationError.of(key, fields.get(key), reason) from None
+
+
+def _numbers(key: str, text: str, least: int, most: int) -> tuple[int, ...]:
+    """Ascending numbers from a list of them, those above `most` left out."""
+    try:
+        found = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < least:
+        raise ConfigurationError.of(key, text, f"must be auto, off, or numbers like 8,64, at least {least}")
+    return tuple(number for number in found if number <= most)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -123,13 +124,18 @@ class Runner:
         self.feedback = Feedback(options.micro_batches + 1, options.max_sequences, self.device)
         is_enabled, self.watch.enabled = self.watch.enabled, False  # events in a graph cannot be read
         is_gpu = self.device.type == "cuda"
+        self.static = StaticSteps((), (), (), 0, self._static_step, self.device)
         if is_gpu and options.rehearse and not self.recorder:
             self.rehearse()
-        buckets = [rows for rows in options.graph_buckets(is_gpu) if not is_gpu or self._captures(rows)]
-        held, shape = widths(options.longest(self.spec), options.block_size), (max(buckets, default=0), self.spec.vocab)
+        buckets, mixed = (
+            [rows for rows in found if not is_gpu or self._captures(rows)]
+            for found in (options.graph_buckets(is_gpu), options.mixed_buckets(is_gpu))
+        )
+        held, most = widths(options.longest(self.spec), options.block_size), options.max_sequences
+        shape = max(*buckets, *(min(most, tokens) for tokens in mixed), 0, 0), self.spec.vocab
         is_last = self.world.seat.is_last_stage
         self.logits_BV = torch.empty(shape, dtype=self.dtype, device=self.device) if is_last else None
-        self.static = StaticSteps(buckets, held, self._static_step, self.device)
+        self.static = StaticSteps(buckets, mixed, held, most, self._static_step, self.device)
         self.watch.enabled = is_enabled
 
     @torch.inference_mode()
@@ -168,7 +174,7 @@ class Runner:
         experts = all(block.moe.experts.capturable for block in blocks if block.moe)
         return attention and experts and self.dispatchers.captures(rows < self.options.replicate_below)
 
-    def _static_step(self, rows: int, width: int) -> StaticStep:
+    def _static_step(self, rows: int, sequences: int, width: int) -> StaticStep:
         seat, replicated = self.world.seat, rows < self.options.replicate_below
         shape = Shape(width, self.options.block_size, self.kv_blocks, self.device, self.dtype)
         x_tD = None
@@ -176,8 +182,8 @@ class Runner:
             split = TokenSplit(self.world.attention, rows, replicated, self.watch, rows)
             tokens = split.tokens_here(seat.attention_index)
             x_tD = torch.zeros(tokens, self.spec.d_model, dtype=self.dtype, device=self.device)
-        logits_BV = None if self.logits_BV is None else self.logits_BV[:rows]
-        return StaticStep(rows, shape, replicated, self.rope, self.feedback, self._stage, x_tD, logits_BV)
+        logits_BV = None if self.logits_BV is None else self.logits_BV[:sequences]
+        return StaticStep(rows, sequences, shape, replicated, self.rope, self.feedback, self._stage, x_tD, logits_BV)
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> Answer | None:
@@ -212,7 +218,8 @@ class Runner:
         if static is not None:
             static.fill(batch, sources, places)
             return self._pass(static.x_tD, lambda _: self._replay(static), f"step {batch.step}")
-        replicated = max(batch.peak, batch.tokens) < self.options.replicate_below
+        batch = msgspec.structs.replace(batch, peak=self.static.bucket(batch) or max(batch.peak, batch.tokens))
+        replicated = batch.peak < self.options.replicate_below
         step = StepInput.of(batch, self.options.block_size, self.rope, replicated, self.device, self.dtype)
         step = replace(step, ids_T=self.feedback.fill(step.ids_T, batch, sources))
         split = self.decoder.split(step)

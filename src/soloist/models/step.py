@@ -31,7 +31,7 @@ class StepInput:
     name: str  # "step 17", for errors
     peak: int  # the most tokens of any attention group in the step
     live_T: Tensor | None = None  # bool: False where a row is padding; None: no row is
-    static: bool = False  # shapes only are known to the host: one token a sequence, the rows padded to a fixed number
+    static: bool = False  # shapes only are known to the host, the rows padded to a fixed number
 
     @property
     def tokens(self) -> int:
