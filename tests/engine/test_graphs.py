@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -58,12 +59,39 @@ def test_steps_without_a_long_context_have_graphs_of_their_own() -> None:
     assert steps.of(StepBatch(0, tuple(chunks), peak=2, decodes=False)) is None
 
 
+def test_mixed_steps_take_a_bucket_that_is_not_mostly_padding() -> None:
+    def made(tokens: int, sequences: int, width: int) -> Any:
+        return SimpleNamespace(at=(tokens, sequences, width), sequences=sequences)
+
+    steps = StaticSteps((2,), (4, 64, 1024, 8192), (256, 625), 9, made, torch.device("cpu"))
+    prompt = Chunk(0, (1, 2, 3), 0, (5,), True)
+
+    def of(peak: int, *chunks: Chunk) -> Any:
+        found = steps.of(StepBatch(0, chunks, peak=peak))
+        return found and found.at
+
+    assert of(3, prompt) == (4, 3, 256)
+    assert of(65, prompt) == (1024, 9, 256)  # the host takes longer than the GPU with all of the padding
+    assert of(7000, prompt) == (8192, 9, 256)
+    assert (of(5000, prompt), of(9000, prompt)) == (None, None)
+    assert of(5) == (64, 9, 256)  # others have something to do
+    for other in (Chunk(0, (1, 2), 4096, tuple(range(257)), True), Chunk(0, (1, 2), 0, (5,), True, scores_prompt=True)):
+        assert of(5, other) is None
+        assert steps.bucket(StepBatch(0, (other,), peak=5)) == 64  # the form of the others' exchange
+    assert of(5, *[prompt] * 10) is None
+
+
 def test_buckets() -> None:
     assert EngineOptions().graph_buckets(is_gpu=False) == ()
     assert EngineOptions(max_sequences=20).graph_buckets(is_gpu=True) == (1, 2, 4, 8, 16, 20)
     assert EngineOptions(cuda_graphs="8,1,512").graph_buckets(is_gpu=True) == (1, 8)
+    assert EngineOptions().mixed_buckets(is_gpu=False) == EngineOptions(cuda_graphs="off").mixed_buckets(True) == ()
+    assert EngineOptions(max_batch_tokens=300).mixed_buckets(is_gpu=True) == (64, 128, 256)
+    assert EngineOptions(mixed_graphs="8,2,9000").mixed_buckets(is_gpu=False) == (2, 8)
     for wrong in ("0,4", "some"):
         with pytest.raises(ConfigurationError, match="cuda_graphs"):
             EngineOptions(cuda_graphs=wrong)
+    with pytest.raises(ConfigurationError, match="mixed_graphs"):
+        EngineOptions(mixed_graphs="1,4")
     with pytest.raises(ConfigurationError, match="ahead"):
         EngineOptions(ahead="on").on("cuda", stages=2)

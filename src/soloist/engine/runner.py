@@ -141,16 +141,15 @@ class Runner:
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Run steps of all sizes through a layer of each kind (engine/rehearsal.py). Nothing of them is counted."""
-        options, whole = self.options, (self.decoder.blocks, self.caches)
-        kept = self._kinds().values()
-        self.decoder.blocks, self.caches = ([parts[index] for index in kept] for parts in whole)
+        options, blocks, caches, kept = self.options, self.decoder.blocks, self.caches, self._kinds().values()
+        self.decoder.blocks, self.caches = [blocks[index] for index in kept], [caches[index] for index in kept]
         longest, sequences = options.longest(self.spec), options.max_sequences
         for batch in rehearsals(options.max_batch_tokens, longest, sequences, self.kv_blocks, options.block_size):
             sources, places = self.feedback.sources(batch), self.feedback.begin(batch)
             out = self._forward(batch, sources, places, None)
             if self.world.seat.is_last_stage:
                 self._answer(batch, out, places)
-        self.decoder.blocks, self.caches = whole
+        self.decoder.blocks, self.caches = blocks, caches
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.world.check()
