@@ -37,7 +37,7 @@ from soloist.scheduling.request import StepBatch
 
 _CPU = torch.device("cpu")
 SHORT_CONTEXT = 4096  # tokens: what a program of the attention takes without a split
-WARM_UP = 2  # calls before a capture: kernels are compiled, buffers made
+WARM_UP = 1  # calls before a capture: kernels are compiled, buffers made
 # int64 numbers, which index tensors: of a token, then of a sequence.
 OF_TOKEN, OF_SEQUENCE = ("id", "source", "position", "slot"), ("place", "row")
 SHORT = ("length", "key", "key2", "temperature")  # int32 of a sequence; the last one holds a float's bits
@@ -219,18 +219,21 @@ class StaticSteps:
     ) -> None:
         """buckets: sequences of decoding steps. mixed: tokens of the others, with up to `sequences` sequences.
 
-        `make`: from tokens, sequences and width. Captures the largest first, so that the others fit into its memory.
+        `make`: from tokens, sequences and width. The largest come first, so that the others fit into their memory.
         """
         self.buckets, self.mixed, self.widths = tuple(buckets), tuple(mixed), tuple(widths)
         self._mixed = {tokens: make(tokens, min(sequences, tokens - 1), widths[0]) for tokens in reversed(mixed)}
         self._decodes = {(rows, width): make(rows, rows, width) for rows in buckets[::-1] for width in widths[::-1]}
-        steps = [*self._mixed.values(), *self._decodes.values()]
-        if device.type == "cuda" and steps:
-            stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-            stream.wait_stream(torch.cuda.current_stream(device))
-            for step in steps:
+        self.steps, self.device = [*self._mixed.values(), *self._decodes.values()], device
+
+    def capture(self) -> None:
+        """On a GPU. Called by all ranks together."""
+        if self.device.type == "cuda" and self.steps:
+            stream, pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            for step in self.steps:
                 step.capture(pool, stream)
-            torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def bucket(self, batch: StepBatch) -> int | None:
         """Rows that all ranks take a batch for, None for as many as it has: for that its agreed fields are enough."""

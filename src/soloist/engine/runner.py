@@ -26,6 +26,7 @@ from soloist.engine.replica_loads import ReplicaLoads
 from soloist.engine.sampler import Drawn, ScoredPrompt, draw, score_prompt, takes_plain_choice
 from soloist.engine.world import World
 from soloist.frontend.wire import Figures
+from soloist.kernels.compile_ahead import compile_ahead
 from soloist.kernels.paged_attention_triton import TritonPagedAttention
 from soloist.models.decoder import Decoder
 from soloist.models.layers import TokenSplit
@@ -39,10 +40,14 @@ from soloist.moe.router import Router, SlotTable
 from soloist.moe.stats import LoadStats
 from soloist.placement.placement import Placement
 from soloist.placement.replicas import Closeness
+from soloist.planner.memory import MemoryLoad, activation_bytes
+from soloist.planner.weights import expert_slots
 from soloist.scheduling.request import StepBatch
 from soloist.specs.layout import Layout, share
 from soloist.specs.model import ModelSpec
 from soloist.timing import Stopwatch
+
+KEPT_BYTES = 2e9  # of the largest step's activations, for it to have a graph: they stay with it
 
 
 class Runner:
@@ -124,37 +129,50 @@ class Runner:
         self.feedback = Feedback(options.micro_batches + 1, options.max_sequences, self.device)
         is_enabled, self.watch.enabled = self.watch.enabled, False  # events in a graph cannot be read
         is_gpu = self.device.type == "cuda"
-        self.static = StaticSteps((), (), (), 0, self._static_step, self.device)
-        if is_gpu and options.rehearse and not self.recorder:
-            self.rehearse()
         buckets, mixed = (
             [rows for rows in found if not is_gpu or self._captures(rows)]
-            for found in (options.graph_buckets(is_gpu), options.mixed_buckets(is_gpu))
+            for found in (options.graph_buckets(is_gpu), self._mixed_buckets(is_gpu))
         )
         held, most = widths(options.longest(self.spec), options.block_size), options.max_sequences
         shape = max(*buckets, *(min(most, tokens) for tokens in mixed), 0, 0), self.spec.vocab
         is_last = self.world.seat.is_last_stage
         self.logits_BV = torch.empty(shape, dtype=self.dtype, device=self.device) if is_last else None
         self.static = StaticSteps(buckets, mixed, held, most, self._static_step, self.device)
+        if is_gpu and options.rehearse and not self.recorder:
+            self.rehearse()
+        self.static.capture()
         self.watch.enabled = is_enabled
 
     @torch.inference_mode()
     def rehearse(self) -> None:
-        """Run steps of all sizes through a layer of each kind (engine/rehearsal.py). Nothing of them is counted."""
-        options, blocks, caches, kept = self.options, self.decoder.blocks, self.caches, self._kinds().values()
+        """Run steps of all sizes through a layer of each kind (engine/rehearsal.py). Nothing of them is counted.
+
+        Where no step asks the host for what a kernel wrote, they are gone through without their kernels first.
+        """
+        blocks, caches, kept = self.decoder.blocks, self.caches, self._kinds().values()
+        asks_nothing = self._captures(1) and self._captures(self.options.max_batch_tokens)
         self.decoder.blocks, self.caches = [blocks[index] for index in kept], [caches[index] for index in kept]
+        if asks_nothing:
+            with compile_ahead(torch.get_num_threads()):
+                self._rehearse()
+        self._rehearse()
+        self.decoder.blocks, self.caches = blocks, caches
+        self.world.check()
+        self.stats.forget()
+        self.world.take_traffic()
+
+    def _rehearse(self) -> None:
+        options = self.options
         longest, sequences = options.longest(self.spec), options.max_sequences
         for batch in rehearsals(options.max_batch_tokens, longest, sequences, self.kv_blocks, options.block_size):
             sources, places = self.feedback.sources(batch), self.feedback.begin(batch)
             out = self._forward(batch, sources, places, None)
             if self.world.seat.is_last_stage:
                 self._answer(batch, out, places)
-        self.decoder.blocks, self.caches = blocks, caches
+        for step in self.static.steps:
+            step.compute()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.world.check()
-        self.stats.forget()
-        self.world.take_traffic()
 
     def _kinds(self) -> dict[object, int]:
         """The first layer of each kind, counted from this stage's first; the same on all ranks of the stage."""
@@ -164,6 +182,16 @@ class Runner:
             slots = self.placement.slots[spec.moe_layers.index(layer)] if is_moe else ()
             found.setdefault((spec.window(layer), is_moe, tuple(map(len, slots))), index)
         return found
+
+    def _mixed_buckets(self, is_gpu: bool) -> tuple[int, ...]:
+        """Tokens of mixed steps; by default also of the largest, unless its activations are."""
+        options, spec, layout = self.options, self.spec, self.world.seat.layout
+        found, most = options.mixed_buckets(is_gpu), options.max_batch_tokens
+        if options.mixed_graphs != "auto" or not found or most in found:
+            return found
+        load = MemoryLoad(sequences=1, longest=1, step_tokens=most, graph_rows=1)
+        held = activation_bytes(spec, layout, load, "pushed", expert_slots(spec, layout, 0))
+        return (*found, most) if held < KEPT_BYTES else found
 
     def _captures(self, rows: int) -> bool:
         """No part of a step of so many rows asks the host for anything: attention, experts, exchange. Equal on all
