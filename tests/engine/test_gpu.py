@@ -100,7 +100,13 @@ def test_no_request_waits_for_a_compiler(layout: str, tmp_path: Path, monkeypatc
     lengths = [3, 900, 1, 17, 250, 40, 2600, 120, 5, 64, 700]
     prompts = [[(7 * i + n) % 1000 for i in range(length)] for n, length in enumerate(lengths)]
     params = [SamplingParams(max_tokens=4 + n, temperature=0.0, ignore_eos=True) for n in range(len(prompts))]
-    fields: dict[str, Any] = {"random_weights": 1, "max_positions": 4096, "kv_tokens": 16_384, "max_batch_tokens": 2048}
+    fields: dict[str, Any] = {
+        "random_weights": 1,
+        "rehearse": True,
+        "max_positions": 4096,
+        "kv_tokens": 16_384,
+        "max_batch_tokens": 2048,
+    }
     with LLM("qwen3-30b-a3b@2", layout=layout, device="cuda", max_sequences=8, show_progress=False, **fields) as llm:
         compiled = {*tmp_path.rglob("*.cubin")}
         for few in (2, 5, len(prompts)):

@@ -50,9 +50,9 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     replicate_below: int = -1  # tokens of a step under which an attention group replicates them; -1: by the device
     nvlink_sums: bool = True  # small sums of an attention group in a node of GPUs by kernels, not NCCL
     micro_batches: int = 0  # batches in flight in a pipeline; 0: one for each stage
-    rehearse: bool = True  # on a GPU run steps of all sizes at the start, so that no request waits for a compiler
+    rehearse: bool = False  # on a GPU run steps of all sizes at the start, so that no request waits for a compiler
     cuda_graphs: str = "auto"  # sequences of the decoding steps that are captured: auto, off, or like 1,8,64
-    mixed_graphs: str = "auto"  # tokens of the other steps that are captured: auto, off, or like 256,8192
+    mixed_graphs: str = "auto"  # tokens of other steps that are captured: auto (on one GPU), off, or like 256,8192
     ahead: Literal["auto", "on", "off"] = "auto"  # make up a step before the last is back; auto: on GPUs, save pp > 1
     random_weights: int | None = None  # a seed: make weights up instead of reading them
     measure: bool = False  # time the phases of every step
