@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -186,6 +186,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="File of JSON lines to write.")] = Path("calibration.jsonl"),
     ranks: Annotated[int, typer.Option(help="Processes; 0: one for each GPU, or for each of up to four cores.")] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
+    only: Annotated[Literal["", "kernels", "links"], typer.Option(help="Measure only these.")] = "",
     logs: Annotated[
         list[Path] | None, typer.Option("--nccl-tests", help="Read this log of nccl-tests instead of measuring.")
     ] = None,
@@ -205,7 +206,7 @@ def calibrate(
         raise typer.Exit(run_fit(out))
     from soloist.probes.calibrate import calibrate as measure
 
-    if status := measure(out, ranks, cpu):
+    if status := measure(out, ranks, cpu, only):
         raise ClusterError(f"a rank of the probes ended with {status}; its error stands above")
     raise typer.Exit(run_fit(out))
 

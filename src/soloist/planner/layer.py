@@ -158,9 +158,8 @@ def _attention_exchange(d: Deployment, batch: Batch, kernels: Kernels) -> Estima
 
 def _between(d: Deployment, batch: Batch, own: float, kernels: Kernels, runtime: Runtime) -> Estimate:
     """What lies between the large kernels: measured as it is, and what the runtime adds."""
-    rest = total(
-        (kernels.stream(runtime["layer_passes"] * 2 * own * d.model.d_model), _fixed(1e-6 * runtime["layer_us"]))
-    )
+    fixed = runtime["layer_us"] + (0.0 if batch.is_decode else runtime["eager_us"])
+    rest = total((kernels.stream(runtime["layer_passes"] * 2 * own * d.model.d_model), _fixed(1e-6 * fixed)))
     if kernels.library != OWN_LIBRARY:
         return rest
     a, ranks = d.model.attention, d.layout.attention_ranks

@@ -26,22 +26,24 @@ SYSTEM: dict[str, Prior] = {
     "prefill": Prior(1.0, 0.001),  # the same of prefill alone
     "first_us": Prior(0.001, 0.001),  # once for prompts that come together: requests made, first launches, answers
     "sequence_us": Prior(0.001, 0.001),  # of a sequence and decode step on the host, where nothing hides it: pipelines
+    "eager_us": Prior(0.001, 0.001),  # of a layer on the GPU between kernels that no graph holds, beyond layer_us
     "launch_us": Prior(0.001, 0.001),  # of a layer on the host in steps that no graph holds: they take so long at least
     "layer_passes": Prior(10, 0.001),  # over the residual stream in a layer: norms, residual sums, rotary, router
 }
 # Our own engine where its kernels were measured by themselves: they are what runs, in graphs, ahead of the host.
 OWN: dict[str, Prior] = {
     **SYSTEM,
-    "kernels": Prior(1.0, 0.02),
+    "kernels": Prior(1.0, 0.03),
     "expert_flops": Prior(1.0, 0.02),
     "waiting": Prior(1.1, 0.05),
     "imbalance": Prior(1.0, 0.01),
-    "layer_us": Prior(5, 1.0),
+    "layer_us": Prior(5, 0.4),  # between kernels of a graph
     "step_us": Prior(50, 0.7),  # the next step is made up meanwhile: what is left are its numbers and the choice
     "layer_passes": Prior(1, 0.7),
     "pipeline": Prior(0.95, 0.05, 1.0),
     "prefill": Prior(1.04, 0.04),  # long arithmetic lowers the clocks: 1.01 to 1.10 in docs/benchmarks.md
     "first_us": Prior(1500, 0.7),
+    "eager_us": Prior(15, 1.0),
     "launch_us": Prior(800, 0.7),
     "sequence_us": Prior(5, 0.7),  # a pipeline makes up a step when the tokens are back (engine/options.py, ahead)
 }

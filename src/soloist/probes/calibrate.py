@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import msgspec
 import torch
@@ -38,6 +38,7 @@ from soloist.transport.connect import connect
 from soloist.transport.nvlink import Channels, NvlinkTransport
 from soloist.transport.symmetric import Watch
 
+Only = Literal["", "kernels", "links"]  # of the points; "": all
 RANKS_OF_A_CPU = 4  # at most, where nothing else is asked for
 DEADLINE_S = 60.0
 SIZES = {"cuda": [1 << e for e in (11, 14, 17, 20, 22, 24, 26, 28)], "cpu": [1 << e for e in (10, 14, 18, 22)]}
@@ -46,7 +47,7 @@ SUMMED = (1, 4, 16, 64, 128, 256)  # rows
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
-def calibrate(out: Path, ranks: int = 0, cpu: bool = False) -> int:
+def calibrate(out: Path, ranks: int = 0, cpu: bool = False, only: Only = "") -> int:
     """Start the ranks and wait for them; the worst exit code. `ranks` 0: one for each GPU, or as the CPU has cores.
 
     Raises ConfigurationError where `out` cannot be written.
@@ -57,7 +58,7 @@ def calibrate(out: Path, ranks: int = 0, cpu: bool = False) -> int:
         raise ConfigurationError.of("out", str(out), f"cannot be written: {error.strerror}") from error
     gpus = 0 if cpu else torch.cuda.device_count()
     size = ranks or gpus or max(1, min(RANKS_OF_A_CPU, os.cpu_count() or 1))
-    options = ["--out", str(out), *(["--cpu"] if not gpus else [])]
+    options = ["--out", str(out), "--only", only, *(["--cpu"] if not gpus else [])]
     return start_ranks("soloist.probes.calibrate", options, size)
 
 
@@ -135,21 +136,35 @@ def _measured(machine: Machine) -> GpuSpec:
     )  # fmt: skip
 
 
-def records(machine: Machine, cluster: ClusterSpec) -> Iterator[Record]:
+def records(machine: Machine, cluster: ClusterSpec, only: Only = "") -> Iterator[Record]:
     """All points, the slowest rank's of each."""
+    if only != "links":
+        yield from _alone(machine, cluster)
+    if only != "kernels" and machine.transport:
+        yield from _together(machine, machine.transport, cluster.name)
+
+
+def _alone(machine: Machine, cluster: ClusterSpec) -> Iterator[Record]:
+    """What each rank does by itself."""
     device, dtype, gpu = machine.device, DTYPES[machine.device.type], cluster.gpu.name
-    for found in (kernels.streams(device, gpu), kernels.matmuls(device, dtype, gpu)):
+    every = (
+        kernels.streams(device, gpu), kernels.matmuls(device, dtype, gpu), kernels.attentions(device, dtype, gpu),
+        kernels.experts(device, dtype, gpu), small_kernels(device, dtype, gpu),
+        exchange.local(device, cluster.name, dtype),
+    )  # fmt: skip
+    for found in every:
         yield from (Record(one.what, one.shape, machine.slowest(one.seconds)) for one in found)
-    alone = (kernels.attentions(device, dtype, gpu), kernels.experts(device, dtype, gpu))
-    for found in (*alone, small_kernels(device, dtype, gpu), exchange.local(device, cluster.name, dtype)):
-        yield from (Record(one.what, one.shape, machine.slowest(one.seconds)) for one in found)
-    if machine.transport:
-        yield from _collectives(machine, machine.transport, cluster.name)
-        if machine.bench:
-            yield from _sums(machine.bench, machine.transport, cluster.name, dtype)
-            yield from exchange.one_sided(machine.bench, cluster.name, dtype)
-        else:
-            yield from exchange.over_transport(machine.transport, cluster.name, dtype)
+
+
+def _together(machine: Machine, transport: Transport, fabric: str) -> Iterator[Record]:
+    """What ranks do with each other."""
+    dtype = DTYPES[machine.device.type]
+    if machine.bench:
+        yield from _sums(machine.bench, transport, fabric, dtype)
+        yield from exchange.one_sided(machine.bench, fabric, dtype)
+    else:
+        yield from exchange.over_transport(transport, fabric, dtype)
+    yield from _collectives(machine, transport, fabric)
 
 
 def _collectives(machine: Machine, transport: Transport, fabric: str) -> Iterator[Record]:
@@ -211,7 +226,7 @@ def _each(bench: Bench, work: Callable[[], object], calls: int = 10) -> float:
     return taken / calls
 
 
-def write(machine: Machine, file: TextIO) -> None:
+def write(machine: Machine, file: TextIO, only: Only = "") -> None:
     """The machine, then its points as they come, to rank 0's file; the time of each kind to its standard error."""
     link = 0.0
     if machine.transport:
@@ -224,7 +239,7 @@ def write(machine: Machine, file: TextIO) -> None:
     print(json.dumps(first, separators=(",", ":")), file=file)
     spent: dict[str, float] = {}
     before = time.monotonic()
-    for record in records(machine, cluster):
+    for record in records(machine, cluster, only):
         print(record.line(**common), file=file, flush=True)
         spent[record.what] = spent.get(record.what, 0.0) + time.monotonic() - before
         before = time.monotonic()
@@ -235,11 +250,12 @@ def write(machine: Machine, file: TextIO) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="file of JSON lines")],
     cpu: Annotated[bool, typer.Option(help="leave GPUs alone")] = False,
+    only: Annotated[Only, typer.Option(help="kernels or links")] = "",
 ) -> None:
     """One rank; started by `calibrate`, or once a rank by torchrun and the like."""
     machine = Machine.join(cpu)
     with open(out if os.environ["RANK"] == "0" else os.devnull, "w") as file:
-        write(machine, file)
+        write(machine, file, only)
     if machine.transport:
         machine.transport.barrier("calibrate, end")
         machine.transport.close()

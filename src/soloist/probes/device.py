@@ -18,7 +18,7 @@ LARGE = {"cuda": 8192, "cpu": 512}  # side of the matrices that show the arithme
 BUFFER = {"cuda": 1 << 30, "cpu": 1 << 25}  # bytes read, beyond the caches
 COLD = 1 << 27  # bytes, twice a GPU's cache and more
 PATIENCE_S = 0.1  # spent on one number
-SHORT_S = 500e-6  # of what is captured several times over
+SHORT_S = 150e-6  # of what is captured several times over
 
 
 def seconds(work: Callable[[], object], device: torch.device, patience_s: float = PATIENCE_S) -> float:
@@ -26,7 +26,7 @@ def seconds(work: Callable[[], object], device: torch.device, patience_s: float 
     run, calls = (captured(work), 1) if device.type == "cuda" else (work, 1)
     first = median(measure(run, repeats=2, warm_up=1, device=device))
     if device.type == "cuda" and first < SHORT_S:  # a replay costs some microseconds more: several in one graph
-        calls = 10 if first < SHORT_S / 5 else 3
+        calls = 10 if first < SHORT_S / 3 else 3
         run = captured(lambda: [work() for _ in range(calls)], warm_up=1)
     repeats = max(5, min(50, int(patience_s / max(first * calls, 1e-7))))
     return median(measure(run, repeats=repeats, warm_up=1, device=device)) / calls

@@ -115,7 +115,7 @@ def experts(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Reco
 
 def _routed(tokens: int, shape: ExpertShape, device: torch.device, dtype: torch.dtype, seed: int) -> ExpertBatch:
     """Rows of all ranks that chose an expert of this one."""
-    generator = torch.Generator().manual_seed(tokens + 1009 * seed)
+    generator = torch.Generator(device).manual_seed(tokens + 1009 * seed)
     ids_TK = _typical(tokens, shape, generator)
     chosen = (ids_TK < shape.local).flatten().nonzero()[:, 0]
     slot_X, order = ids_TK.flatten()[chosen].sort(stable=True)
@@ -136,8 +136,13 @@ def _typical(tokens: int, shape: ExpertShape, generator: torch.Generator) -> Ten
         return abs(len(here) / rows - 1) + abs(len(here.unique()) / active - 1)
 
     number = DRAWS if tokens < MANY else 1
-    draws = [torch.rand(tokens, experts, generator=generator).topk(shape.top_k).indices for _ in range(number)]
+    draws = [_drawn(tokens, experts, shape.top_k, generator) for _ in range(number)]
     return min(draws, key=odd)
+
+
+def _drawn(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
+    """ids_TK of a uniform routing."""
+    return torch.rand(tokens, experts, generator=generator, device=generator.device).topk(top_k).indices
 
 
 def _feed_forward(shape: ExpertShape, batch: ExpertBatch, gate_up: Tensor, down: Tensor) -> Callable[[], object]:

@@ -1,7 +1,6 @@
 """What calibrates the small kernels of a layer: norms with residuals, heads into the cache, router and slots.
 
-In decode they are a third of a layer of narrow experts, so they are measured as they are, one after the other, and
-with a router that no cache still holds.
+In decode they are a third of a layer of narrow experts, so they are measured as they are, one after the other.
 
 Shape legend: T tokens, D model width, E experts, N columns of queries, keys and values side by side.
 """
@@ -60,15 +59,13 @@ def small_kernels(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterato
             "gpu": gpu, "tokens": tokens, "hidden": shape.d_model, "columns": shape.columns if with_heads else 0,
             "experts": shape.experts, "top_k": shape.top_k,
         }  # fmt: skip
-        copies = probe.cold_copies(shape.experts * shape.d_model * dtype.itemsize, device)
-        work = _layers(copies, shape, tokens, device, dtype, with_heads)
-        yield Record("small", columns, probe.seconds(work, device) / copies)
+        yield Record("small", columns, probe.seconds(_layer(shape, tokens, device, dtype, with_heads), device))
 
 
-def _layers(
-    number: int, shape: LayerShape, tokens: int, device: torch.device, dtype: torch.dtype, with_heads: bool
-) -> Callable[[], object]:
-    """Of each layer norm, heads, norm, router; the residual stream goes from one norm to the next."""
+def _layer(
+    shape: LayerShape, tokens: int, device: torch.device, dtype: torch.dtype, with_heads: bool
+) -> Callable[[], None]:
+    """Norm, heads, norm, router; the residual stream goes from one norm to the next."""
 
     def drawn(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=device).to(dtype)
@@ -79,18 +76,15 @@ def _layers(
     cache = torch.zeros(tokens, shape.kv_heads, shape.head_dim, device=device, dtype=dtype)
     slots_T = torch.randperm(tokens).to(device)
     norms = (norm_Q, norm_Q) if shape.normed else None
+    router = Router(RouterSpec(top_k=shape.top_k), drawn(shape.experts, shape.d_model))
     placement = Placement(experts=shape.experts, slots=((tuple(range(shape.experts)),),))
-    table = SlotTable(placement, 0, 0, device)
+    choose = Chooser(router, SlotTable(placement, 0, 0, device))
 
-    def chooser() -> Chooser:
-        return Chooser(Router(RouterSpec(top_k=shape.top_k), drawn(shape.experts, shape.d_model)), table)
-
-    def layer(choose: Chooser) -> None:
+    def layer() -> None:
         sum_TD, _ = add_norm(x_TD, added_TD, weight_D, EPS)
         if with_heads:
             fused_heads(qkv_TN, norms, EPS, angles, angles, False, slots_T, cache, cache)
         _, h_TD = add_norm(sum_TD, added_TD, weight_D, EPS)
         choose(h_TD)
 
-    choosers = [chooser() for _ in range(number)]
-    return lambda: [layer(choose) for choose in choosers]
+    return layer
