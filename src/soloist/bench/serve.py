@@ -112,6 +112,7 @@ def summarise(outcomes: Sequence[Outcome], load: Load) -> dict[str, Any]:
     return {
         "what": "serve",
         "load": str(load),
+        "slo_s": {"ttft": load.ttft_s or None, "tpot": load.tpot_s or None},
         "requests": len(outcomes),
         "answered": len(good),
         "errors": _errors(outcomes),

@@ -23,12 +23,15 @@ def plot_serve(requests: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
         fontsize=9,
     )
     answered = [request for request in requests if request["error"] is None and request["ttft_s"] is not None]
-    for axis, key, title in (
-        (axes[0, 0], "ttft_s", "TTFT, ms"),
-        (axes[0, 1], "tpot_s", "TPOT, ms"),
-        (axes[1, 0], "latency_s", "Whole request, ms"),
+    for axis, key, title, limit_s in (
+        (axes[0, 0], "ttft_s", "TTFT, ms", summary["slo_s"]["ttft"]),
+        (axes[0, 1], "tpot_s", "TPOT, ms", summary["slo_s"]["tpot"]),
+        (axes[1, 0], "latency_s", "Whole request, ms", None),
     ):
         _cumulated(axis, [r[key] * 1e3 for r in answered if r[key] is not None], title)
+        if limit_s:
+            axis.axvline(limit_s * 1e3, color="tab:red", linestyle="--", linewidth=1, label="SLO")
+            axis.legend(loc="best", fontsize=8)
     axes[1, 1].scatter([r["due_s"] for r in answered], [r["ttft_s"] * 1e3 for r in answered], s=6)
     axes[1, 1].set_title("TTFT (ms) by arrival (s)", fontsize=10)
     axes[1, 1].spines[["top", "right"]].set_visible(False)
