@@ -11,11 +11,14 @@ that another stream needs to send what the peers wait for.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from soloist.kernels.language import AVAILABLE, INTERPRETED, tl, triton
 
 
+@cache
 def early(device: torch.device) -> dict[str, bool]:
     """Options for the launch of a kernel that calls `await_previous`."""
     supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

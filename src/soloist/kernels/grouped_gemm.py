@@ -10,6 +10,7 @@ the next tile run ahead of the end of this one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ def grouped_gemm(
     return out_XN
 
 
+@cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
@@ -91,7 +93,12 @@ def _programs(tile: Tile, device: torch.device) -> int:
         return tile.programs
     if device.type != "cuda":
         return 1  # in the interpreter
-    return tile.per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    return tile.per_sm * _processors(device)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
