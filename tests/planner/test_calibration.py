@@ -154,9 +154,9 @@ def test_files_that_are_no_calibration(tmp_path: Path) -> None:
 
 
 def test_runs_of_our_own_engine_are_predicted_and_tell_its_costs(tmp_path: Path) -> None:
-    """A layer's fixed cost that was made up is found again, and carries over to a model of another depth."""
+    """A step's fixed cost that was made up is found again, and carries over to a model of another depth."""
     used = load_calibration("2xh100")
-    known = Runtime(name="soloist", constants={**Runtime.assumed("soloist", OWN).constants, "layer_us": 12.0})
+    known = Runtime(name="soloist", constants={**Runtime.assumed("soloist", OWN).constants, "step_us": 400.0})
 
     def run(model: str, layout: str, phase: str, sequences: int, tokens: float) -> RunRow:
         row = RunRow(
@@ -166,7 +166,7 @@ def test_runs_of_our_own_engine_are_predicted_and_tell_its_costs(tmp_path: Path)
 
     points = [run("qwen3-30b-a3b@8", layout, "decode", n, 192) for layout in ("ep2", "tp2") for n in (1, 32, 256)]
     found = fit_machine("mine", (own_runs(used),), points, used.machine).fitted["runs/soloist"]
-    assert found.constants["layer_us"] == pytest.approx(12, rel=0.2)
+    assert found.constants["step_us"] == pytest.approx(400, rel=0.15)
     far = run("mixtral-8x7b", "ep2", "decode", 128, 400)
     again = predict_run(far, used, Runtime(name="soloist", constants=found.constants))
     assert again == pytest.approx(far.seconds, rel=0.05)

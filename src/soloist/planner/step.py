@@ -21,6 +21,7 @@ from soloist.planner.runtime import Runtime
 from soloist.specs.model import ModelSpec
 
 Overlap = Literal["on", "off", "auto"]
+LAUNCHES, EXCHANGE_LAUNCHES = 11, 6  # of a layer's kernels in our own engine, and more where tokens travel
 
 
 class StepCost(NamedTuple):
@@ -63,8 +64,9 @@ class StepModel:
         stage = self._stage(Batch("prefill", tokens, context))
         flights = max(1, micro_batches or 8 * pp)
         bubble = (flights + pp - 1) / flights / (self.runtime["pipeline"] if pp > 1 else 1.0)
-        launches = 1e-6 * self.runtime["launch_us"] * -(-self.deployment.model.layers // pp)
-        return _waiting(self._with_step(stage, bubble, tokens), max(0.0, launches - stage.seconds.value) * bubble)
+        launches = LAUNCHES + (EXCHANGE_LAUNCHES if self.deployment.layout.stage_ranks > 1 else 0)
+        host = 1e-6 * self.runtime["launch_us"] * launches * -(-self.deployment.model.layers // pp)
+        return _waiting(self._with_step(stage, bubble, tokens), max(0.0, host - stage.seconds.value) * bubble)
 
     def _with_step(self, stage: StepCost, factor: float, tokens: float) -> StepCost:
         """A stage's cost `factor` times, plus what a step costs once."""
