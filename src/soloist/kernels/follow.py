@@ -5,6 +5,9 @@ with the options of `early` may start once all programs of the one ahead have ca
 `await_previous` before it touches anything that an earlier kernel reads or writes. So the stream's order holds, and
 decode does not pay for the start of each of its many small kernels.
 
+Kernels whose programs are cut to fill the SMs evenly (grouped GEMM, attention) do not come early: their programs would
+go where the one ahead leaves room first, two to an SM beside an empty one. They release the next one all the same.
+
 A kernel that waits for peers releases the next one only after that: programs that wait could otherwise take the place
 that another stream needs to send what the peers wait for.
 """

@@ -15,11 +15,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from soloist.kernels.follow import early, follow
+from soloist.kernels.follow import release_next
 from soloist.kernels.language import TensorDescriptor, next_power, tl, triton
 
 BLOCK = 128  # side of the blocks of weights that share a scale
-EARLY_ROWS = 64  # of a tile, up to which a launch is one of decode and comes early
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def grouped_gemm(
         row_X, scale_R, weight, scale_SN, out_XN, offsets_S,
         SLOTS=slots, SP=next_power(slots), D=d, N=n, BM=tile.bm, BN=tile.bn, BK=tile.bk,
         GATED=gated, GATHER=row_X is not None, SCALED=scaled and not blocked, BLOCKED=blocked,
-        num_warps=tile.warps, num_stages=tile.stages, **(early(x.device) if tile.bm <= EARLY_ROWS else {}),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_XN
 
@@ -143,7 +142,7 @@ def grouped_gemm_kernel(
     is a descriptor of `x_XD`, blocks of `[BM, BK]`. SCALED: x and weight are fp8 with a scale a row: `scale_R` and
     `scale_SN`. BLOCKED: they are fp8 with a scale for BK columns of a row of x, and for BK × BK elements of the weight.
     """
-    follow()
+    release_next()
     WIDE: tl.constexpr = 2 * BN if GATED else BN
     programs, tile = tl.num_programs(0), tl.program_id(0)
     index_S = tl.arange(0, SP)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 
-from soloist.kernels.follow import follow
+from soloist.kernels.follow import follow, release_next
 from soloist.kernels.language import tl, triton
 
 LOWEST = tl.constexpr(-1e30)  # below every logit, and finite: a difference of two of them is 0
@@ -137,7 +137,7 @@ def tile_kernel(
     where there is none. SPLIT: weighted sums go to `sums` [S, rows, H, V], greatest logit and sum of weights to
     `stats` [S, rows, H, 2], where a row is a sequence (DECODE) or a token.
     """
-    follow()
+    release_next()
     if DECODE:
         head_tile, sequence, query = tl.program_id(0), tl.program_id(1), 0
     else:  # the last queries see most keys: they go first

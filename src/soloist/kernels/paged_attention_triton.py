@@ -185,7 +185,7 @@ class _Call:
             SHARED=widths.shared, BULK=bulk[0] is not None, APART=cut.apart, PAGE=batch.block_size,
             HEAD_TILES=tiles.each, G=tiles.heads, BQ=queries, R=cut.rows, B=cut.keys, Q=widths.key, QA=widths.first,
             QX=widths.rest, V=widths.value, VP=widths.values,
-            num_warps=cut.warps, num_stages=cut.stages, **early(self.out_THV.device),
+            num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(rows, heads, -(-widths.value // MERGED))](
