@@ -143,6 +143,8 @@ class Allocate(Message, frozen=True):
 
 
 class Step(Message, frozen=True):
+    """Of a leader to its peers: run this batch."""
+
     batch: StepBatch
 
 

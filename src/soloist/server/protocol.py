@@ -23,6 +23,8 @@ DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI's; a chat goes on to the m
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream tells beside its text: the usage in a last event."""
+
     include_usage: bool = False
 
 
@@ -121,11 +123,15 @@ class CompletionRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """Of a message whose content is a list."""
+
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
