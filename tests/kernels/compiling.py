@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from soloist.kernels import grouped_gemm
 from soloist.kernels.choose_triton import choose_fused
+from soloist.kernels.compile_ahead import compile_ahead
 from soloist.kernels.experts import FP32_ROWS, swiglu_experts
 from soloist.moe import router
 from tests.kernels import small_cases, test_paged_attention_triton
@@ -104,11 +105,20 @@ def choices() -> None:
     choose_fused(torch.zeros(3, 9000), torch.ones(3, 1), torch.zeros(3, 2, dtype=torch.int32))
 
 
+def ahead() -> None:
+    """What was gone through under `compile_ahead` is compiled: no launch does it again."""
+    with compile_ahead(2):
+        choices()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "_do_compile", None)
+        choices()
+
+
 def main() -> None:
     patch = pytest.MonkeyPatch()
     compiled = compile_only(patch, "whole" in sys.argv)
     pretend(patch)
-    for case in (*small_cases.CASES.values(), attention, fp32_experts, choices):
+    for case in (*small_cases.CASES.values(), attention, fp32_experts, ahead):
         case()
     print(*sorted(compiled))
 
