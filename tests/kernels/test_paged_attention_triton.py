@@ -38,6 +38,7 @@ class Case:
     sinks: bool = False
     shared: bool = False
     dtype: torch.dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    padding: tuple[int, int] = (0, 0)  # tokens and sequences of a captured mixed step that nobody has
 
     def tables(self, generator: torch.Generator) -> torch.Tensor:
         """Every block once, in any order, behind three that no sequence has."""
@@ -66,9 +67,22 @@ class Case:
         kv_head_H = torch.tensor(self.kv_heads, device=DEVICE)
         sinks_H = draw(heads).float() if self.sinks else None
         q_THQ = draw(starts[-1], heads, self.key)
-        found = TritonPagedAttention(kv_head_H, 0.3, self.window, sinks_H, choose)(q_THQ, keys, values, batch)
+        q_UHQ, held = torch.cat([q_THQ, q_THQ.new_zeros(self.padding[0], heads, self.key)]), batch
+        if any(self.padding):
+            held = self.captured(batch)
+        found = TritonPagedAttention(kv_head_H, 0.3, self.window, sinks_H, choose)(q_UHQ, keys, values, held)
+        found = found[: len(q_THQ)]
         wide = q_THQ.float(), keys.float(), values.float()
         return found, paged_attention(*wide, batch, kv_head_H, 0.3, self.window, sinks_H)
+
+    def captured(self, batch: PagedBatch) -> PagedBatch:
+        """As engine/graphs.py has it: bounds for the host; on the device sequences without tokens behind the last."""
+        (tokens, sequences), live, pad = self.padding, len(self.chunks), torch.nn.functional.pad
+        tables_NM, end = pad(batch.tables_NM, (0, 0, 0, sequences)), batch.query_starts[-1]
+        return PagedBatch(
+            [*range(live + sequences), end + tokens], [tables_NM.shape[1] * self.block] * (live + sequences), tables_NM,
+            self.block, pad(batch.starts_N, (0, sequences), value=end), pad(batch.lengths_N, (0, sequences), value=1),
+        )  # fmt: skip
 
 
 CASES = {
@@ -118,6 +132,14 @@ def test_ways_to_cut(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_own_choice_of_tiles(key: int, value: int, shared: bool, group: int) -> None:
     assert close(*Case([0] * group, key, value, ((1, 50), (3, 20)), shared=shared).run())
+
+
+@needs_triton
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mixed_step_with_padding(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention_triton, "FEWEST_KEYS", 16)
+    case = Case([0, 0, 1, 1], chunks=((1, 50), (5, 40), (1, 3)), padding=(23, 9))
+    assert close(*case.run(lambda *_: WAYS[way]))
 
 
 @needs_triton

@@ -52,7 +52,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     micro_batches: int = 0  # batches in flight in a pipeline; 0: one for each stage
     rehearse: bool = False  # on a GPU run steps of all sizes at the start, so that no request waits for a compiler
     cuda_graphs: str = "auto"  # sequences of the decoding steps that are captured: auto, off, or like 1,8,64
-    mixed_graphs: str = "auto"  # tokens of other steps that are captured: auto (on one GPU), off, or like 256,8192
+    mixed_graphs: str = "off"  # tokens of the other steps that are captured: off, auto, or like 256,8192
     ahead: Literal["auto", "on", "off"] = "auto"  # make up a step before the last is back; auto: on GPUs, save pp > 1
     random_weights: int | None = None  # a seed: make weights up instead of reading them
     measure: bool = False  # time the phases of every step
@@ -111,7 +111,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
 
     def mixed_buckets(self, is_gpu: bool) -> tuple[int, ...]:
         """The same for tokens of steps in which some sequences have several."""
-        if "off" in (self.cuda_graphs, self.mixed_graphs) or self.record:
+        if self.mixed_graphs == "off" or self.record:
             return ()
         most = self.max_batch_tokens or 8192
         if self.mixed_graphs == "auto":

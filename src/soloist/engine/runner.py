@@ -184,13 +184,11 @@ class Runner:
         return found
 
     def _mixed_buckets(self, is_gpu: bool) -> tuple[int, ...]:
-        """Tokens of mixed steps; by default also of the largest, unless its activations are, and on one GPU only."""
+        """Tokens of mixed steps; where it is left to us also of the largest, unless its activations are."""
         options, spec, layout = self.options, self.spec, self.world.seat.layout
         found, most = options.mixed_buckets(is_gpu), options.max_batch_tokens
         if options.mixed_graphs != "auto" or not found or most in found:
             return found
-        if layout.size > 1:
-            return ()
         load = MemoryLoad(sequences=1, longest=1, step_tokens=most, graph_rows=1)
         held = activation_bytes(spec, layout, load, "pushed", expert_slots(spec, layout, 0))
         return (*found, most) if held < KEPT_BYTES else found

@@ -25,7 +25,7 @@ from soloist.kernels.language import tl, triton
 LOWEST = tl.constexpr(-1e30)  # below every logit, and finite: a difference of two of them is 0
 LOG2_E = tl.constexpr(math.log2(math.e))
 SEARCHED = tl.constexpr(512)  # sequences that a round of the search looks at
-SHAPES = ["sequences", "blocks", "splits"]  # differ from step to step: the kernels are compiled once for all
+SHAPES = ["sequences", "blocks", "splits", "rows"]  # differ from step to step: the kernels are compiled once for all
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def _over_keys(
 @triton.jit(do_not_specialize=SHAPES)
 def tile_kernel(
     q_THQ, k_cache, v_cache, k_bulk, kx_bulk, v_bulk, out_THV, sums, stats, starts_N, lengths_N, tables_NM, heads_CG,
-    sinks_H, scale, sequences, blocks, splits, heads, q_token, q_head, k_slot, k_head, v_slot, v_head,
+    sinks_H, scale, sequences, blocks, splits, rows, heads, q_token, q_head, k_slot, k_head, v_slot, v_head,
     DECODE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
     BULK: tl.constexpr, APART: tl.constexpr, PAGE: tl.constexpr, HEAD_TILES: tl.constexpr, G: tl.constexpr,
     BQ: tl.constexpr, R: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr,
@@ -135,7 +135,7 @@ def tile_kernel(
     DECODE: grid (C · HEAD_TILES, N, splits), sequences of one query. Otherwise grid (T // BQ + N, C · HEAD_TILES,
     splits), all others. The logits' scale is in units of log2. `heads_CG` lists the query heads of each head tile, −1
     where there is none. SPLIT: weighted sums go to `sums` [S, rows, H, V], greatest logit and sum of weights to
-    `stats` [S, rows, H, 2], where a row is a sequence (DECODE) or a token.
+    `stats` [S, rows, H, 2], where one of `rows` is a sequence (DECODE) or a token.
     """
     release_next()
     if DECODE:
@@ -191,7 +191,6 @@ def tile_kernel(
 
     column_V = tl.arange(0, VP)
     if SPLIT:
-        rows = sequences if DECODE else tl.load(starts_N + sequences)
         at_R = (split * rows).to(tl.int64) + (sequence if DECODE else token_R)
         at_R = at_R * heads + head_R
         tl.store(stats + at_R * 2, top_R, mask=used_R)

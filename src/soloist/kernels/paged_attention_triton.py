@@ -179,7 +179,7 @@ class _Call:
             stats = make(splits, rows, heads, 2, dtype=torch.float32, device=self.out_THV.device)
         tile_kernel[(*grid, splits)](
             self.q_THQ, self.k_cache, self.v_cache, *bulk, self.out_THV, sums, stats, batch.starts_N, batch.lengths_N,
-            batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, heads,
+            batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, rows, heads,
             *self.q_THQ.stride()[:2], *self.k_cache.stride()[:2], *self.v_cache.stride()[:2],
             DECODE=decode, SPLIT=splits > 1, SINKS=layer.sinks_H is not None, WINDOW=layer.window or 0,
             SHARED=widths.shared, BULK=bulk[0] is not None, APART=cut.apart, PAGE=batch.block_size,
