@@ -197,7 +197,7 @@ def profiled(work: Callable[[], None], layers: int) -> list[tuple[str, float, fl
         torch.cuda.synchronize()
     found = [e for e in seen.key_averages() if e.self_device_time_total > 0]
     found.sort(key=lambda e: -e.self_device_time_total)
-    return [(_short(e.key), e.count / REPLAYS / layers, e.self_device_time_total / e.count) for e in found]
+    return [(short_name(e.key), e.count / REPLAYS / layers, e.self_device_time_total / e.count) for e in found]
 
 
 def _of_ranks(bench: Bench, listed: list[tuple[str, float, float]]) -> list[tuple[str, float, list[float]]]:
@@ -208,7 +208,7 @@ def _of_ranks(bench: Bench, listed: list[tuple[str, float, float]]) -> list[tupl
     return [(name, number, [one.get(name, 0.0) for one in micros]) for name, number, _ in listed]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     return re.sub(r"<.*|\(.*", "", name.replace("void ", "").replace("at::native::", ""))[:60] or name[:60]
 
 
