@@ -1,5 +1,5 @@
 """Which form of the exchange is the fastest: by the tokens of a call, and by the share of the groups that a token
-goes to. dispatch/forms.py chooses by these two, with limits that stand where the forms cross here.
+goes to. dispatch/forms.py chooses by these two; its limits should stand where the forms cross here.
 
     soloist bench exchange --preset forms --explain
 """

@@ -134,7 +134,7 @@ class Runner:
             for found in (options.graph_buckets(is_gpu), self._mixed_buckets(is_gpu))
         )
         held, most = widths(options.longest(self.spec), options.block_size), options.max_sequences
-        shape = max(*buckets, *(min(most, tokens) for tokens in mixed), 0, 0), self.spec.vocab
+        shape = max([*buckets, *(min(most, tokens) for tokens in mixed)], default=0), self.spec.vocab
         is_last = self.world.seat.is_last_stage
         self.logits_BV = torch.empty(shape, dtype=self.dtype, device=self.device) if is_last else None
         self.static = StaticSteps(buckets, mixed, held, most, self._static_step, self.device)

@@ -33,7 +33,7 @@ class ExpertTiles:
 # Most slots empty (measured on H200, docs/exchange.md): narrow tiles keep all SMs busy, deep stages keep them reading.
 LONE_ROWS = ExpertTiles(Tile(16, 64, 128, 4, 4), Tile(16, 64, 256, 4, 4), gather=True)
 LONE_ROWS_NARROW = ExpertTiles(LONE_ROWS.gate_up, Tile(16, 64, 128, 4, 4, 2), gather=True)
-# A few rows in most slots: the same product, and results in wider pieces (measured on H200, docs/exchange.md).
+# A few rows in most slots: the same product, and results in wider pieces (docs/exchange.md).
 LOW_ROWS = ExpertTiles(LONE_ROWS.gate_up, Tile(16, 128, 128, 4, 4), gather=True)
 # Measured on H100 (docs/exchange.md): the best of seven shapes each.
 FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gather=True)

@@ -5,8 +5,9 @@ with the options of `early` may start once all programs of the one ahead have ca
 `await_previous` before it touches anything that an earlier kernel reads or writes. So the stream's order holds, and
 decode does not pay for the start of each of its many small kernels.
 
-Kernels whose programs are cut to fill the SMs evenly (grouped GEMM, attention) do not come early: their programs would
-go where the one ahead leaves room first, two to an SM beside an empty one. They release the next one all the same.
+Kernels whose programs are cut to fill the SMs evenly (grouped GEMM, attention) do not come early: their programs could
+go where the one ahead leaves room first, two to an SM beside an empty one. That is a supposition: calibrations of
+different runs read them slower when they came early. They release the next one all the same.
 
 A kernel that waits for peers releases the next one only after that: programs that wait could otherwise take the place
 that another stream needs to send what the peers wait for.
@@ -14,18 +15,15 @@ that another stream needs to send what the peers wait for.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
+from soloist.kernels.device import generation
 from soloist.kernels.language import AVAILABLE, INTERPRETED, tl, triton
 
 
-@cache
 def early(device: torch.device) -> dict[str, bool]:
     """Options for the launch of a kernel that calls `await_previous`."""
-    supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-    return {"launch_pdl": True} if supported else {}
+    return {"launch_pdl": True} if generation(device) >= 9 else {}
 
 
 if AVAILABLE:

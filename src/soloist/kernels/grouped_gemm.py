@@ -10,11 +10,11 @@ the next tile run ahead of the end of this one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from soloist.kernels.device import generation, processors
 from soloist.kernels.follow import release_next
 from soloist.kernels.language import TensorDescriptor, next_power, tl, triton
 
@@ -82,9 +82,8 @@ def grouped_gemm(
     return out_XN
 
 
-@cache
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return generation(device) == 9
 
 
 def _programs(tile: Tile, device: torch.device) -> int:
@@ -92,12 +91,7 @@ def _programs(tile: Tile, device: torch.device) -> int:
         return tile.programs
     if device.type != "cuda":
         return 1  # in the interpreter
-    return tile.per_sm * _processors(device)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return tile.per_sm * processors(device)
 
 
 @triton.jit

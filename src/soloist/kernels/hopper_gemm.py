@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
+from soloist.kernels.device import processors
 from soloist.kernels.language import next_power
 from soloist.kernels.quantise import FP8
 
@@ -40,7 +40,6 @@ else:
     async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 M = gl.constexpr(64)  # rows of a warpgroup; a tile has those of two
-REGISTERS = (232, 24)  # of a thread that computes, and of one that loads
 
 
 @gluon.jit
@@ -211,7 +210,7 @@ def _store(out_XN, result, first, end, column, N: gl.constexpr, WIDTH: gl.conste
 def hopper_kernel(
     x, weight, out_XN, scale_XB, scale_SN, offsets_S,
     SLOTS: gl.constexpr, SP: gl.constexpr, D: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    GATED: gl.constexpr, BLOCKED: gl.constexpr, STAGES: gl.constexpr, COMPUTING: gl.constexpr, LOADING: gl.constexpr,
+    GATED: gl.constexpr, BLOCKED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out_XN = x_XD · weight_SND by slot; see grouped_gemm_kernel. x: blocks of [128, BK], weight: of [BN, BK]."""
     WIDE: gl.constexpr = 2 * BN if GATED else BN
@@ -236,7 +235,7 @@ def hopper_kernel(
             (_load, (x, weight, offsets_S, total, stages, D, N, BN, BK, GATED, STAGES)),
         ],
         [4, 1],  # warps of the second and third part; the first part has those of the launch
-        [COMPUTING, LOADING],  # and their registers
+        [232, 24],  # and their registers
     )
 
 
@@ -253,11 +252,10 @@ def grouped_gemm_hopper(
     bn, bk = wide // 2 if gated else wide, 128 // x_XD.itemsize
     assert (d % bk, n % bn) == (0, 0), f"tiles of {bn} x {bk} do not divide {n} x {d}"
     layout = gl.NVMMASharedLayout(128, 8 * x_XD.itemsize, 2)
-    programs = torch.cuda.get_device_properties(x_XD.device).multi_processor_count
-    hopper_kernel[(programs,)](
+    hopper_kernel[(processors(x_XD.device),)](
         TensorDescriptor.from_tensor(x_XD, [128, bk], layout),
         TensorDescriptor.from_tensor(weight_SND.view(slots * height, d), [bn, bk], layout),
         out_XN, scale_XB, scale_SN, offsets_S,
         SLOTS=slots, SP=max(128, next_power(slots)), D=d, N=n, BN=bn, BK=bk, GATED=gated,
-        BLOCKED=x_XD.dtype == FP8, STAGES=stages, COMPUTING=REGISTERS[0], LOADING=REGISTERS[1], num_warps=4,
+        BLOCKED=x_XD.dtype == FP8, STAGES=stages, num_warps=4,
     )  # fmt: skip

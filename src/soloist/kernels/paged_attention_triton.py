@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from soloist.kernels.device import processors
 from soloist.kernels.follow import early
 from soloist.kernels.language import TensorDescriptor, next_power
 from soloist.kernels.paged_attention import PagedBatch
@@ -169,7 +169,7 @@ class _Call:
         grid = (len(tiles), sequences) if decode else (tokens // queries + sequences, len(tiles))
         rows = sequences if decode else tokens
         choices = _choices(blocks * batch.block_size, decode, rows * heads * widths.value)
-        splits = splits_of(math.prod(grid), choices, _processors(self.out_THV.device), cut.per_sm)
+        splits = splits_of(math.prod(grid), choices, processors(self.out_THV.device), cut.per_sm)
         bulk = self._descriptors(widths, cut)
         sums = stats = self.out_THV
         if splits > 1:
@@ -234,8 +234,3 @@ def splits_of(programs: int, choices: range, processors: int, per_sm: int) -> in
 def _merged(splits: int) -> int:
     """The splits that a merge is compiled for: 16, 64, 256 …"""
     return 16 if splits <= 16 else 4 * _merged(-(-splits // 4))
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
