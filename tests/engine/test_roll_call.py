@@ -18,7 +18,7 @@ from torch.distributed import HashStore
 
 from soloist.engine.meeting import Job, Meeting, Place, bounded, first_host, master_from
 from soloist.engine.options import EngineOptions
-from soloist.engine.roll_call import checkpoint_digest, disagreement, passport_of, roll_call
+from soloist.engine.roll_call import TWICE, checkpoint_digest, disagreement, passport_of, roll_call
 from soloist.errors import ClusterError, ConfigurationError
 from soloist.placement.placement import Placement
 from soloist.specs.layout import Layout
@@ -29,12 +29,21 @@ def job(layout: str = "ep4", **options) -> Job:
     return Job(SPEC, parsed, Placement.linear(SPEC, parsed.ep), EngineOptions(**options))
 
 
-def call(ranks: list[int], size: int, jobs: dict[int, Job] | None = None, deadline_s: float = 5.0) -> dict[int, str]:
-    """What each of these ranks is told; "" where it may go on."""
-    store, told = HashStore(), {}
+def call(
+    ranks: list[int],
+    size: int,
+    jobs: dict[int, Job] | None = None,
+    deadline_s: float = 5.0,
+    store: HashStore | None = None,
+    rank_0_after: str = "",
+) -> dict[int, str]:
+    """What each of these ranks is told; "" where it may go on. Rank 0 comes when that key of the store is set."""
+    store, told = store or HashStore(), {}
 
     def answer(rank: int, name: int) -> None:
         place = Place(rank, size, rank, size)
+        while rank == 0 and rank_0_after and not store.check([rank_0_after]):
+            time.sleep(0.01)
         try:
             roll_call(store, place, passport_of((jobs or {}).get(rank, job()), place), deadline_s)
             told[name] = ""
@@ -70,13 +79,20 @@ def test_without_rank_0_the_others_say_so():
     assert told[0].startswith("rank 1: rank 0 came to no verdict within 0.2 s")
 
 
+NAMED = f"rank 1 came twice, from {socket.gethostname()} and {socket.gethostname()}: give every node its own node rank"
+
+
 @pytest.mark.parametrize("size", [2, 3])  # in the second case rank 2 is missing, since another took its place
-def test_a_rank_that_comes_twice_is_named(size):
-    told = call([0, 1, 1], size)
-    host = socket.gethostname()
-    assert all(
-        f"rank 1 came twice, from {host} and {host}: give every node its own node rank" in t for t in told.values()
-    )
+def test_a_rank_that_comes_twice_is_named_to_all(size):
+    told = call([1, 1, 0], size, rank_0_after=TWICE)
+    assert len(told) == 3
+    assert all(NAMED in text for text in told.values())
+
+
+def test_who_comes_twice_when_the_others_have_gone_on_is_turned_away_alone():
+    store = HashStore()
+    assert call([0, 1], 2, store=store) == {0: "", 1: ""}
+    assert NAMED in call([1], 2, store=store)[0]
 
 
 @pytest.mark.parametrize(
@@ -162,10 +178,12 @@ def test_an_address_where_something_else_listens(monkeypatch, manner):
         threading.Thread(target=serve, daemon=True).start()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
-        start = time.monotonic()
+        start, before = time.monotonic(), set(threading.enumerate())
         with pytest.raises(ClusterError, match="rank 1 of 2 cannot meet the others at 127.0.0.1.*check MASTER_ADDR"):
             Meeting.at_master(Place(1, 2, 1, 2), deadline_s=0.5)
         assert time.monotonic() - start < 10
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)  # one that is still inside the store when the interpreter ends would abort the process
 
 
 def test_a_port_that_is_taken(monkeypatch):

@@ -76,22 +76,26 @@ def _digest(data: bytes) -> str:
 
 
 def roll_call(store: Store, place: Place, passport: Passport, deadline_s: float) -> None:
-    """Returns when all ranks are there and agree; otherwise every rank raises ClusterError with the same words."""
+    """Returns when all ranks are there and agree; otherwise every rank raises ClusterError with the same words.
+
+    A rank that comes a second time when the others have already gone on is turned away alone.
+    """
     end = time.monotonic() + deadline_s
     arrivals = store.add(f"arrivals of {place.rank}", 1)
     store.set(f"host {place.rank} {arrivals}", socket.gethostname())
     if arrivals > 1:
         store.set(TWICE, str(place.rank))
-    store.set(f"passport {place.rank}", json.dumps(passport))
+    else:
+        store.set(f"passport {place.rank}", json.dumps(passport))
     if place.rank == 0 and arrivals == 1:
         verdict = _judge(store, place.size, deadline_s)
         store.set("verdict", verdict)
-        _wait_for(store, [f"verdict read {rank}" for rank in range(1, place.size)], time.monotonic() + READ_S)
+        _wait_for(store, _readers(store, place.size), time.monotonic() + READ_S)
     else:
         if _wait_for(store, ["verdict"], end + READ_S):
             raise ClusterError(f"rank {place.rank}: rank 0 came to no verdict within {deadline_s:g} s: see its own log")
-        verdict = store.get("verdict").decode()
-        store.set(f"verdict read {place.rank}", "")
+        verdict = store.get("verdict").decode() or (_came_twice(store, place.rank) if arrivals > 1 else "")
+        store.set(f"verdict read {place.rank} {arrivals}", "")
     if verdict:
         raise ClusterError(f"rank {place.rank}: {verdict}")
 
@@ -101,12 +105,7 @@ def _judge(store: Store, size: int, deadline_s: float) -> str:
     keys = [f"passport {rank}" for rank in range(size)]
     missing = _wait_for(store, keys, time.monotonic() + deadline_s, unless=TWICE)
     if store.check([TWICE]):
-        twice = int(store.get(TWICE))
-        hosts = [store.get(f"host {twice} {nth}").decode() for nth in (1, 2)]
-        return (
-            f"{_named([twice])} came twice, from {' and '.join(hosts)}: give every node its own node rank, and every "
-            "job its own MASTER_PORT"
-        )
+        return _came_twice(store, int(store.get(TWICE)))
     if missing:
         ranks = [int(key.split()[1]) for key in missing]
         return (
@@ -114,6 +113,20 @@ def _judge(store: Store, size: int, deadline_s: float) -> str:
             "see whether they were started, their own logs, and their MASTER_ADDR and MASTER_PORT"
         )
     return disagreement([json.loads(store.get(f"passport {rank}")) for rank in range(size)])
+
+
+def _readers(store: Store, size: int) -> list[str]:
+    """The keys that all who came set when they have read the verdict; rank 0, who wrote it, does not."""
+    came = [(rank, nth + 1) for rank in range(size) for nth in range(store.add(f"arrivals of {rank}", 0))]
+    return [f"verdict read {rank} {nth}" for rank, nth in came if (rank, nth) != (0, 1)]
+
+
+def _came_twice(store: Store, rank: int) -> str:
+    hosts = [store.get(f"host {rank} {nth}").decode() for nth in (1, 2)]
+    return (
+        f"{_named([rank])} came twice, from {' and '.join(hosts)}: give every node its own node rank, and every "
+        "job its own MASTER_PORT"
+    )
 
 
 def disagreement(passports: list[Passport]) -> str:
