@@ -158,7 +158,7 @@ def shapes_of_rows(t: Transport) -> None:
 
 
 def messages(t: Transport) -> None:
-    """Two and more to every peer before anything is received; order and content; a size that changes."""
+    """Two and more to every peer before anything is received; order and content; a size that changes; none."""
     peers = [peer for peer in range(t.size) if peer != t.rank]
     shapes = [(3,), (70_000,), (2, 5), (1,)]
     for nth in range(2):
@@ -175,6 +175,8 @@ def messages(t: Transport) -> None:
         source = (t.rank - 1) % t.size
         got = t.recv(shapes[nth % 4], torch.bfloat16, source)
         assert torch.equal(got.cpu(), normal(nth, source, shapes[nth % 4], torch.bfloat16))
+    t.send(torch.empty(0, 3, device=t.device), (t.rank + 1) % t.size)  # of an idle rank in a pipeline
+    assert t.recv((0, 3), torch.float32, (t.rank - 1) % t.size).shape == (0, 3)
 
 
 def slow_receiver(t: Transport) -> None:

@@ -259,7 +259,7 @@ class _Outbox:
 def as_bytes(x_N: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     if not x_N.numel():
-        return memoryview(b"")
+        return memoryview(bytearray())  # writable: an idle rank receives such a message
     if x_N.itemsize < 4 and x_N.is_floating_point():  # numpy does not know all of these
         x_N = x_N.view(torch.int8 if x_N.itemsize == 1 else torch.int16)
     return x_N.numpy().data.cast("B")
