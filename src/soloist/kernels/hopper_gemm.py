@@ -222,7 +222,9 @@ def hopper_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
-    index_S = gl.arange(0, SP, gl.BlockedLayout([1], [32], [4], [0]))
+    # Every warp adds up all of the slots. A sum across warps would go through shared memory, where Triton 3.6 lets one
+    # warp lay down the arguments of the parts while another still reads the sum.
+    index_S = gl.arange(0, SP, gl.BlockedLayout([SP // 32], [32], [4], [0]))
     inside = index_S < SLOTS
     ends_S = gl.load(offsets_S + index_S, mask=inside, other=0)
     starts_S = gl.load(offsets_S + index_S - 1, mask=inside & (index_S > 0), other=0)
