@@ -86,21 +86,27 @@ def _classes(problem: Problem, first: Array, second: Array) -> tuple[Array, Arra
     """Choices and weight of each class of tokens, and `[class, pair]` how many of its pairs are which."""
     slots, choices_CK = len(problem.load_S), problem.choices_CK
     size_C = (choices_CK < slots).sum(axis=1)
-    chosen_CS = np.zeros((len(choices_CK), slots + 1))
-    np.put_along_axis(chosen_CS, choices_CK, 1.0, axis=1)
-    chosen_CS = chosen_CS[:, :slots]
     heaviest = np.argsort(-problem.weight_C, kind="stable")[: MOST_CLASSES if slots <= MOST_SLOTS_WITH_TRIANGLES else 0]
+    chosen_cS = np.zeros((len(heaviest), slots + 1))
+    np.put_along_axis(chosen_cS, choices_CK[heaviest], 1.0, axis=1)
     sizes, weights = [size_C[heaviest]], [problem.weight_C[heaviest]]
-    pairs = [chosen_CS[heaviest][:, first] * chosen_CS[heaviest][:, second]]
+    pairs = [chosen_cS[:, first] * chosen_cS[:, second]]
     rest_C = np.ones(len(size_C), dtype=bool)
     rest_C[heaviest] = False
     for size in np.unique(size_C[rest_C]):
         of_size = rest_C & (size_C == size)
-        weight = problem.weight_C[of_size].sum()
-        together_SS = (chosen_CS[of_size] * problem.weight_C[of_size, None]).T @ chosen_CS[of_size]
-        sizes, weights = [*sizes, np.array([size])], [*weights, np.array([weight])]
-        pairs.append(together_SS[first, second][None] / weight)
+        weight_c = problem.weight_C[of_size]
+        sizes, weights = [*sizes, np.array([size])], [*weights, np.array([weight_c.sum()])]
+        together_SS = _together(choices_CK[of_size], weight_c, slots)
+        pairs.append(together_SS[first, second][None] / weight_c.sum())
     return np.concatenate(sizes), np.concatenate(weights), csr_array(np.concatenate(pairs))
+
+
+def _together(choices_CK: Array, weight_C: Array, slots: int) -> Array:
+    """`[S, S]` weight of the classes that chose two slots."""
+    cells_CKK = choices_CK[:, :, None] * (slots + 1) + choices_CK[:, None, :]
+    weights = np.repeat(weight_C, choices_CK.shape[1] ** 2)
+    return np.bincount(cells_CKK.ravel(), weights, (slots + 1) ** 2).reshape(slots + 1, -1)[:-1, :-1]
 
 
 @lru_cache(maxsize=256)

@@ -20,9 +20,9 @@ those of alone[a] that also chose b. It is the exact gain of Kernighan–Lin swa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from soloist.placement.trace import Array
 
@@ -45,22 +45,44 @@ class Problem:
 
 
 class Partition:
-    """A partition of the slots and everything that a swap changes."""
+    """A partition of the slots and everything that a swap changes.
+
+    What only the search needs is made when it is first asked for: most partitions are only valued.
+    """
 
     def __init__(self, problem: Problem, part_S: Array) -> None:
         self.problem, self.slots = problem, len(problem.load_S)
         self.part_S = np.append(part_S, problem.parts)  # the slot that stands for none lies in a part of its own
         self.load_P = np.bincount(part_S, problem.load_S, problem.parts)
-        self.held_PE = np.zeros((problem.parts, problem.expert_S.max(initial=0) + 1), np.int64)
-        np.add.at(self.held_PE, (part_S, problem.expert_S), 1)
-        self._classes_of = _members(problem.choices_CK, self.slots)
         classes, parts = len(problem.weight_C), problem.parts
-        self.count_CP = np.zeros((classes, parts + 1), np.int32)
-        np.add.at(self.count_CP, (np.arange(classes)[:, None], self.part_S[problem.choices_CK]), 1)
-        self.both_SS = np.zeros((self.slots, self.slots))
-        self.enter_PS = np.zeros((parts, self.slots))
-        self.rows_P = np.zeros(parts)
-        self._add(np.arange(classes), 1)
+        cells_CK = np.arange(classes)[:, None] * (parts + 1) + self.part_S[problem.choices_CK]
+        self.count_CP = np.bincount(cells_CK.ravel(), minlength=classes * (parts + 1)).reshape(classes, parts + 1)
+        self.rows_P = problem.weight_C @ (self.count_CP[:, :-1] > 0)
+
+    @cached_property
+    def held_PE(self) -> Array:
+        """How many replicas of each expert a part holds."""
+        held_PE = np.zeros((self.problem.parts, self.problem.expert_S.max(initial=0) + 1), np.int64)
+        np.add.at(held_PE, (self.part_S[:-1], self.problem.expert_S), 1)
+        return held_PE
+
+    @cached_property
+    def both(self) -> Array:
+        """both[a, b] as above, row after row, with a row and a column for the slot that stands for none."""
+        p, size = self.problem, self.slots + 1
+        token, k = np.nonzero(self._is_alone(np.arange(len(p.weight_C)), p.choices_CK))
+        cells = p.choices_CK[token, k][:, None] * size + p.choices_CK[token]
+        weights = np.repeat(p.weight_C[token], cells.shape[1])
+        return np.bincount(cells.ravel(), weights, size * size).astype(np.float64)  # integers where there are none
+
+    @cached_property
+    def enter_PS(self) -> Array:
+        """enter[b, p] as above, transposed."""
+        return np.stack([self._weight_by_slot(self.count_CP[:, part] == 0) for part in range(self.problem.parts)])
+
+    @cached_property
+    def _classes_of(self) -> list[Array]:
+        return _members(self.problem.choices_CK, self.slots)
 
     @property
     def value(self) -> float:
@@ -103,8 +125,9 @@ class Partition:
     def changes(self) -> Array:
         """`[S, S]` what the swap of two slots adds to the objective; infinite where it is not allowed."""
         p, part_S = self.problem, self.part_S[:-1]
-        alone_S = np.diagonal(self.both_SS)
-        delta_SS = self.both_SS + self.enter_PS[part_S] - alone_S[:, None]  # of the rows of the first slot's part
+        both_SS = self.both.reshape(self.slots + 1, -1)[:-1, :-1]
+        alone_S = np.diagonal(both_SS)
+        delta_SS = both_SS + self.enter_PS[part_S] - alone_S[:, None]  # of the rows of the first slot's part
         change_SS = new_peak(self.rows_P, part_S, delta_SS)
         change_SS *= p.nic
         change_SS += p.load * new_peak(self.load_P, part_S, p.load_S[None, :] - p.load_S[:, None])
@@ -120,42 +143,47 @@ class Partition:
         return change_SS
 
     def swap(self, a: int, b: int) -> None:
-        """Exchange the parts of two slots."""
+        """Exchange the parts of two slots. Only classes that chose one of them change, and only in these two parts."""
         p, part_a, part_b = self.problem, self.part_S[a], self.part_S[b]
+        both, held_PE, _ = self.both, self.held_PE, self.enter_PS  # made before anything changes
         touched = np.union1d(self._classes_of[a], self._classes_of[b])
-        self._add(touched, -1)
         choices_cK = p.choices_CK[touched]
-        leaves_c = (choices_cK == a).any(1).astype(np.int32) - (choices_cK == b).any(1)
-        self.count_CP[touched, part_a] -= leaves_c
-        self.count_CP[touched, part_b] += leaves_c
+        leaves_c = (choices_cK == a).any(1).astype(np.int64) - (choices_cK == b).any(1)
+        alone_cK = self._is_alone(touched, choices_cK)
+        for part, less_c in ((part_a, leaves_c), (part_b, -leaves_c)):
+            self._recount(part, touched, less_c)
         self.part_S[a], self.part_S[b] = part_b, part_a
-        self._add(touched, 1)
+        more_cK = self._is_alone(touched, choices_cK).astype(np.int64) - alone_cK
+        found, k = np.nonzero(more_cK)
+        cells = choices_cK[found, k][:, None] * (self.slots + 1) + choices_cK[found]
+        weights = p.weight_C[touched[found]] * more_cK[found, k]
+        np.add.at(both, cells.ravel(), np.repeat(weights, cells.shape[1]))
         self.load_P[part_a] += p.load_S[b] - p.load_S[a]
         self.load_P[part_b] += p.load_S[a] - p.load_S[b]
         for slot, old, new in ((a, part_a, part_b), (b, part_b, part_a)):
-            self.held_PE[old, p.expert_S[slot]] -= 1
-            self.held_PE[new, p.expert_S[slot]] += 1
+            held_PE[old, p.expert_S[slot]] -= 1
+            held_PE[new, p.expert_S[slot]] += 1
 
-    def _add(self, classes: Array, sign: int) -> None:
-        """Add what some classes contribute to `both`, `enter` and `rows`, or take it away."""
-        choices_cK = self.problem.choices_CK[classes]
-        weight_c = sign * self.problem.weight_C[classes]
-        count_cP = self.count_CP[classes]
-        count_cK = np.take_along_axis(count_cP, self.part_S[choices_cK], axis=1)
-        self.rows_P += weight_c @ (count_cP[:, :-1] > 0)
-        found, k = np.nonzero((count_cK == 1) & (choices_cK < self.slots))
-        pairs = choices_cK[found, k][:, None] * (self.slots + 1) + choices_cK[found]
-        weights = np.broadcast_to(weight_c[found][:, None], pairs.shape)
-        size = (self.slots + 1) ** 2
-        both_SS = np.bincount(pairs.ravel(), weights.ravel(), size).reshape(self.slots + 1, self.slots + 1)
-        self.both_SS += both_SS[:-1, :-1]
-        starts = np.arange(0, choices_cK.size + 1, choices_cK.shape[1])
-        entries, shape = (
-            (np.repeat(weight_c, choices_cK.shape[1]), choices_cK.ravel(), starts),
-            (len(classes), self.slots + 1),
-        )
-        incidence_cS = csr_array(entries, shape=shape)  # also of no classes: slots that nobody chose are swapped, too
-        self.enter_PS += (incidence_cS.T @ (count_cP[:, :-1] == 0).astype(float))[:-1].T
+    def _recount(self, part: int, classes: Array, less_c: Array) -> None:
+        """Some classes have fewer slots in a part: what follows for `count`, `rows` and `enter`."""
+        before_c = self.count_CP[classes, part]
+        after_c = before_c - less_c
+        self.count_CP[classes, part] = after_c
+        absent_c = (after_c == 0).astype(np.int64) - (before_c == 0)
+        changed = np.flatnonzero(absent_c)
+        self.rows_P[part] -= self.problem.weight_C[classes[changed]] @ absent_c[changed]
+        self.enter_PS[part] += self._weight_by_slot(classes[changed], absent_c[changed])
+
+    def _is_alone(self, classes: Array, choices_cK: Array) -> Array:
+        """Whether each choice is the only one of its class in its part."""
+        count_cK = self.count_CP[classes[:, None], self.part_S[choices_cK]]
+        return (count_cK == 1) & (choices_cK < self.slots)
+
+    def _weight_by_slot(self, classes: Array, factor: Array | int = 1) -> Array:
+        """`[S]` weight, `factor` times, of those of the classes that chose a slot."""
+        choices_cK, weight_c = self.problem.choices_CK[classes], self.problem.weight_C[classes] * factor
+        weights = np.repeat(weight_c, choices_cK.shape[1])
+        return np.bincount(choices_cK.ravel(), weights, self.slots + 1)[:-1].astype(np.float64)
 
 
 def new_peak(value_P: Array, part_S: Array, delta_SS: Array) -> Array:
@@ -179,6 +207,7 @@ def _largest_of_others(value_P: Array) -> Array:
 
 def _members(choices_CK: Array, slots: int) -> list[Array]:
     """For each slot the classes that chose it, ascending."""
-    order = np.argsort(choices_CK.ravel(), kind="stable") // choices_CK.shape[1]
+    narrow = choices_CK.ravel().astype(np.min_scalar_type(slots))  # of 16 bits or fewer: sorted digit by digit
+    order = np.argsort(narrow, kind="stable") // choices_CK.shape[1]
     counts = np.bincount(choices_CK.ravel(), minlength=slots + 1)
     return np.split(order, np.cumsum(counts)[:-1])[:slots]
