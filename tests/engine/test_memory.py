@@ -26,7 +26,7 @@ from tests.models.tiny import FAMILIES, save_tiny
 from tests.ranks import run_threads
 from tests.specs.models import tiny_spec
 
-LAYOUTS = ("ep1", "ep3", "tp2", "pp2", "ep2tp2", "attn3ep3", "tp4")
+LAYOUTS = ("ep1", "ep3", "tp2", "pp2", "ep2tp2", "attn3ep3", "tp4", "pp2ep2", "pp2tp2")
 BLOCKS, BLOCK = 5, 8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from soloist.models.quantised import dequantise_fp8
 from soloist.moe.experts import Experts
 from soloist.moe.fp8_experts import ExpertsInFp8, load_experts
 from soloist.moe.reader import Fp8Form
+from soloist.planner.precision import Precision
+from soloist.planner.weights import rank_weights
+from soloist.specs.layout import Layout
 from soloist.specs.model import ExpertSpec, ModelSpec, RouterSpec
 from soloist.specs.parameters import Param
 from tests.moe.weights import RandomSource, make_spec
@@ -106,6 +110,20 @@ def test_where_the_kernels_do_not_serve_them_they_become_numbers() -> None:
         experts = load_experts(spec, source, 0, (2, 0), 0, tp, keep)
         assert type(experts) is Experts
         assert experts.down.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["row", "block"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_they_hold_what_was_planned(form: Fp8Form, tp: int) -> None:
+    """In fp8 with their scales, or as fp32 numbers where four shares cut blocks."""
+    spec = msgspec.structs.replace(spec_of(4 * BLOCK if tp < 4 else 2 * BLOCK), fp8_experts=True)
+    source, layout = Fp8Source(spec, form), Layout(tp=tp)
+    for index in range(tp):
+        experts = load_experts(spec, source, 0, range(EXPERTS), index, tp, keep_fp8=True)
+        scales = (experts.gate_up_scale, experts.down_scale) if isinstance(experts, ExpertsInFp8) else ()
+        held = sum(tensor.nbytes for tensor in (experts.gate_up, experts.down, *scales))
+        planned = rank_weights(spec, layout.at(index), EXPERTS, Precision.of(spec, "float32"))["experts"]
+        assert planned == pytest.approx(held, rel=0.02 if form == "row" else 1e-6)
 
 
 def test_no_slots() -> None:

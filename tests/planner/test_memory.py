@@ -5,7 +5,7 @@ from math import prod
 import msgspec
 import pytest
 
-from soloist.planner.memory import MemoryLoad, memory_parts, pushed_tokens, worst_rank
+from soloist.planner.memory import MemoryLoad, activation_bytes, memory_parts, pushed_tokens, worst_rank
 from soloist.planner.precision import Precision
 from soloist.planner.weights import PARTS, held_kv_heads, rank_weights
 from soloist.specs.layout import Layout
@@ -65,8 +65,26 @@ def test_experts_of_an_fp8_checkpoint_stay_in_fp8() -> None:
     kept, widened = (
         rank_weights(spec, Layout().at(0), 128, Precision.of(spec, keep_fp8=keep)) for keep in (True, False)
     )
-    assert kept["experts"] == widened["experts"] / 2
+    assert kept["experts"] == pytest.approx(widened["experts"] / 2, rel=3e-4)  # and a scale for each block
+    assert kept["experts"] > widened["experts"] / 2
     assert kept["attention"] == widened["attention"]
+
+
+def test_shares_that_cut_blocks_are_no_longer_in_fp8() -> None:
+    """768 columns are three blocks for each of two ranks, one and a half for each of four."""
+    spec = msgspec.structs.replace(preset("qwen3-30b-a3b"), fp8_experts=True)
+    plain, dtypes = preset("qwen3-30b-a3b"), Precision.of(spec)
+    assert (dtypes.experts_on(spec, 2), dtypes.experts_on(spec, 4)) == ("fp8", "bf16")
+    two, four = (rank_weights(spec, Layout(tp=tp).at(0), 128, dtypes)["experts"] for tp in (2, 4))
+    assert four == rank_weights(plain, Layout(tp=4).at(0), 128, BF16)["experts"]
+    assert two == pytest.approx(four, rel=3e-4)
+
+
+def test_activations_of_fp8_experts() -> None:
+    """A row in fp8 there, 16 bits back; hidden rows in both."""
+    spec, load = preset("qwen3-30b-a3b"), MemoryLoad(sequences=1, longest=16, step_tokens=8192)
+    wide, narrow = (activation_bytes(spec, Layout(), load, "pushed", 128, dtype) for dtype in ("bf16", "fp8"))
+    assert wide - narrow == 8192 * 8 * (2048 - 768)
 
 
 def test_windows_of_replicated_tokens_follow_how_many_there_are() -> None:

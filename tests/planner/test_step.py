@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soloist.engine.options import EngineOptions
-from soloist.planner import kernels
 from soloist.planner.calibration import Calibration
-from soloist.planner.kernels import Kernels, Parts
+from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.layer import Batch, Deployment, expert_load, moe_parts
+from soloist.planner.memory import REPLICATED, REPLICATED_NVLINK
 from soloist.planner.precision import Precision
 from soloist.planner.refit import load_calibration
 from soloist.planner.routing import distinct, traced_copies
@@ -118,10 +118,12 @@ def test_an_exchange_that_was_never_measured_is_a_bound() -> None:
 
 # -- our own engine inside a node --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sums", [False, True])
-def test_defaults_of_the_engine_are_mirrored(sums: bool) -> None:
-    """The engine lies above the planner, so the planner has its own copy of them."""
-    filled = EngineOptions(nvlink_sums=sums).on("cuda", attention_ranks=2)
-    assert filled.replicate_below == (kernels.REPLICATED_NVLINK if sums else kernels.REPLICATED)
+@pytest.mark.parametrize(("ranks", "per_node"), [(2, 8), (8, 8), (16, 8), (3, 8)])
+def test_the_engine_replicates_as_many_tokens(sums: bool, ranks: int, per_node: int) -> None:
+    filled = EngineOptions(nvlink_sums=sums, gpus_per_node=per_node).on("cuda", attention_ranks=ranks)
+    known = Kernels(msgspec.structs.replace(cluster("dgx-h100"), gpus_per_node=per_node), PUBLISHED, nvlink_sums=sums)
+    assert filled.replicate_below == known.replicates_below(ranks)
+    assert filled.replicate_below == (REPLICATED_NVLINK if sums and per_node % ranks == 0 else REPLICATED)
 
 
 def test_few_tokens_are_summed_and_many_are_exchanged_in_a_group_of_own_ranks() -> None:
@@ -129,7 +131,7 @@ def test_few_tokens_are_summed_and_many_are_exchanged_in_a_group_of_own_ranks() 
     runtime = Runtime.named("soloist", used)
 
     def parts(sequences: int, sums: bool) -> Parts:
-        own = Kernels(cluster("2xh100"), used, kernels.OWN_LIBRARY, nvlink_sums=sums)
+        own = Kernels(cluster("2xh100"), used, OWN_LIBRARY, nvlink_sums=sums)
         return moe_parts(deployment("tp2"), Batch("decode", sequences, 200), own, runtime, None)
 
     few, many = parts(32, sums=False), parts(256, sums=False)

@@ -11,13 +11,9 @@ import msgspec
 from soloist.errors import ConfigurationError
 from soloist.placement.replicas import Closeness
 from soloist.planner.batching import Link
+from soloist.planner.memory import replicates_below
 from soloist.specs.model import Dtype, ModelSpec, Spec
 from soloist.transport.mpi_options import MpiOptions
-
-# An attention group replicates the tokens of a step below this many instead of sharding them. Inside a node of GPUs a
-# one-shot sum of 256 rows of 4096 in bf16 sends 2 MB to each peer, 6–8 µs by arithmetic at 300 GB/s. The sharded form
-# has a gather and a reduce-scatter instead, 17 + 15 µs by NCCL: replicate in all captured decoding steps up to 256.
-_REPLICATE_BELOW, _REPLICATE_BELOW_NVLINK = 64, 257
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _MIXED = (64, 128, 256, 512, 1024)  # tokens of mixed steps
@@ -85,9 +81,9 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
 
     def on(self, device: str, stages: int = 1, attention_ranks: int = 1) -> EngineOptions:
         """With everything filled in that depends on the kind of device, the stages, and the attention groups."""
-        in_node = device == "cuda" and self.transport == "auto" and self.gpus_per_node % attention_ranks == 0
-        below = _REPLICATE_BELOW_NVLINK if in_node and self.nvlink_sums else _REPLICATE_BELOW
         is_gpu = device == "cuda"
+        sums = self.nvlink_sums and self.transport == "auto"
+        below = replicates_below(is_gpu, sums, self.gpus_per_node, attention_ranks)
         runs_beside = is_gpu and stages == 1 and not self.record
         if self.ahead == "on" and stages > 1:
             raise ConfigurationError.of("ahead", "on", "in a pipeline tokens come back over the host; leave it out")

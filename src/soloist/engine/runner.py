@@ -41,6 +41,7 @@ from soloist.moe.stats import LoadStats
 from soloist.placement.placement import Placement
 from soloist.placement.replicas import Closeness
 from soloist.planner.memory import MemoryLoad, activation_bytes
+from soloist.planner.precision import Precision
 from soloist.planner.weights import expert_slots
 from soloist.scheduling.request import StepBatch
 from soloist.specs.layout import Layout, share
@@ -190,7 +191,8 @@ class Runner:
         if options.mixed_graphs != "auto" or not found or most in found:
             return found
         load = MemoryLoad(sequences=1, longest=1, step_tokens=most, graph_rows=1)
-        held = activation_bytes(spec, layout, load, "pushed", expert_slots(spec, layout, 0))
+        experts = Precision.of(spec, keep_fp8=options.keep_fp8).experts_on(spec, layout.tp)
+        held = activation_bytes(spec, layout, load, "pushed", expert_slots(spec, layout, 0), experts)
         return (*found, most) if held < KEPT_BYTES else found
 
     def _captures(self, rows: int) -> bool:

@@ -22,7 +22,7 @@ from soloist.planner.domains import (
 )
 from soloist.planner.estimate import ZERO, Estimate, Origin
 from soloist.planner.exchange import ExchangeShape
-from soloist.planner.memory import REPLICATED, REPLICATED_NVLINK
+from soloist.planner.memory import replicates_below
 from soloist.specs.cluster import ClusterSpec
 
 Parts = dict[str, Estimate]
@@ -156,10 +156,10 @@ class Kernels:
         fits = gpus <= self.cluster.gpus_per_node and (gpus - 1) * size <= collectives.OWN_SUM_BYTES
         return self.nvlink_sums and fits
 
-    @property
-    def replicates_below(self) -> int:
+    def replicates_below(self, attention_ranks: int) -> int:
         """Tokens of a step below which all ranks of one of our attention groups have all of them."""
-        return REPLICATED_NVLINK if self.nvlink_sums and self.cluster.gpu.name != "cpu" else REPLICATED
+        is_gpu = self.cluster.gpu.name != "cpu"
+        return replicates_below(is_gpu, self.nvlink_sums, self.cluster.gpus_per_node, attention_ranks)
 
     def send(self, size: float, same_node: bool) -> Estimate:
         """One message to the next pipeline stage."""

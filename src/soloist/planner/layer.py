@@ -84,7 +84,7 @@ def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, w
         hidden=d.model.d_model,
         width=d.model.expert.width / d.layout.tp,
         matrices=d.model.expert.matrices,
-        dtype=d.precision.experts,
+        dtype=d.precision.experts_on(d.model, d.layout.tp),
         slowdown=runtime["expert_flops"],
         gathered=d.layout.ep > 1 and batch.tokens / d.layout.attention_ranks > PADDED_TOKENS,
         fused=kernels.library == OWN_LIBRARY,
@@ -151,7 +151,7 @@ def _slowdown(batch: Batch, runtime: Runtime) -> float:
 def _attention_exchange(d: Deployment, batch: Batch, kernels: Kernels) -> Estimate:
     """A sum over the attention group; our engine gathers the tokens of larger steps before and scatters them after."""
     ranks, size = d.layout.attention_ranks, batch.tokens * d.model.d_model * 2
-    if kernels.library != OWN_LIBRARY or batch.tokens < kernels.replicates_below:
+    if kernels.library != OWN_LIBRARY or batch.tokens < kernels.replicates_below(ranks):
         return kernels.collective("all_reduce", ranks, size)
     return total(kernels.collective(kind, ranks, size) for kind in ("all_gather", "reduce_scatter"))
 
@@ -164,7 +164,7 @@ def _between(d: Deployment, batch: Batch, own: float, kernels: Kernels, runtime:
         return rest
     a, ranks = d.model.attention, d.layout.attention_ranks
     columns = -(-a.heads // ranks) * a.head_dim + kv_elements(d.model, ranks)
-    tokens = batch.tokens if batch.tokens < kernels.replicates_below else own
+    tokens = batch.tokens if batch.tokens < kernels.replicates_below(ranks) else own
     return total((kernels.small(tokens, d.model.d_model, columns, d.model.experts), rest))
 
 
@@ -229,7 +229,7 @@ def _own_exchange(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernel
     More: each rank sends its own to all ranks of the groups that they chose, and gets their sums back.
     """
     layout, skew = d.layout, load.fullest if d.skew else 1.0
-    replicated = layout.attention_ranks > 1 and batch.tokens < kernels.replicates_below
+    replicated = layout.attention_ranks > 1 and batch.tokens < kernels.replicates_below(layout.attention_ranks)
     stays = replicated and layout.attention_groups == 1 and not d.replicas
     ranks, tp = (1 if stays else layout.ep, 1) if replicated else (layout.stage_ranks, layout.tp)
     slices = 1 if stays else layout.attention_ranks // layout.tp if replicated else layout.attention_ranks

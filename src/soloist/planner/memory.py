@@ -19,9 +19,17 @@ RESIDUALS = 6  # tensors as large as the residual stream that were found alive a
 LIBRARY_BYTES = 50e6  # that cuBLAS and the sampler keep
 GEMM_WORKSPACE_BYTES = 32e6 * 2
 PUSHED_BYTES, FEWEST_PUSHED = 6e9, 512  # of a pushed call's expanded rows on a rank; tokens that go whatever they take
-# Tokens of a step below which all ranks of an attention group have all of them: usually, and where our own kernels sum
-# (nvlink_sums). Copies of what stands in engine/options.py, which lies above.
+# Tokens of a step below which all ranks of an attention group have all of them instead of a share: usually, and where
+# our own kernels sum. Inside a node of GPUs a one-shot sum of 256 rows of 4096 in bf16 sends 2 MB to each peer, 6–8 µs
+# by arithmetic at 300 GB/s. The sharded form has a gather and a reduce-scatter instead, 17 + 15 µs by NCCL: replicate
+# in all captured decoding steps up to 256.
 REPLICATED, REPLICATED_NVLINK = 64, 257
+
+
+def replicates_below(is_gpu: bool, nvlink_sums: bool, gpus_per_node: int, attention_ranks: int) -> int:
+    """The one of the two that our engine takes; its kernels sum where attention groups lie inside nodes."""
+    sums = is_gpu and nvlink_sums and gpus_per_node % attention_ranks == 0
+    return REPLICATED_NVLINK if sums else REPLICATED
 
 
 class MemoryLoad(Spec, frozen=True, kw_only=True):
@@ -52,7 +60,7 @@ def memory_parts(
         **rank_weights(spec, seat, held, precision),
         "KV cache": kv_bytes(spec, seat, precision, load),
         "exchange buffers": exchange_bytes(spec, layout, precision, load, mode, held),
-        "activations": activation_bytes(spec, layout, load, mode, held),
+        "activations": activation_bytes(spec, layout, load, mode, held, precision.experts_on(spec, layout.tp)),
         "workspace": CONTEXT_BYTES + GEMM_WORKSPACE_BYTES + (NCCL_BYTES if layout.size > 1 else 0.0),
     }
 
@@ -135,11 +143,14 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
     return found
 
 
-def activation_bytes(spec: ModelSpec, layout: Layout, load: MemoryLoad, mode: Mode, slots: int) -> float:
+def activation_bytes(
+    spec: ModelSpec, layout: Layout, load: MemoryLoad, mode: Mode, slots: int, experts: str = "bf16"
+) -> float:
     """Live tensors of the largest step: residual stream, queries, keys and values, expert rows; and logits.
 
     Our own exchange makes room for every row that could come, and its experts keep the hidden rows alone; others keep
-    what comes, with a margin, and every matrix's result.
+    what comes, with a margin, and every matrix's result. `experts`: their data type. Those in fp8 have their rows and
+    hidden rows in fp8, too, the latter beside the 16 bits that they are made from (kernels/experts.py: Fp8Experts).
     """
     a, tokens, d = spec.attention, load.step_tokens, spec.d_model
     own = -(-tokens // layout.attention_ranks)
@@ -150,8 +161,9 @@ def activation_bytes(spec: ModelSpec, layout: Layout, load: MemoryLoad, mode: Mo
         call = pushed_tokens(spec, layout, own, BYTES["bf16"]) if layout.stage_ranks > 1 else own
         pairs, wide = layout.stage_ranks * call * min(top_k, max(slots, 1)), 1
     attention = 2 * tokens * (2 * heads + 2 * d)
-    experts = 2 * pairs * (2 * d + wide * width)
-    return RESIDUALS * 2 * own * d + max(attention, experts) + _logits(spec, layout, load) + LIBRARY_BYTES
+    quantised = BYTES["fp8"] if experts == "fp8" else 0.0
+    rows = pairs * (2 * d + (quantised or 2) * d + (2 + quantised) * wide * width)
+    return RESIDUALS * 2 * own * d + max(attention, rows) + _logits(spec, layout, load) + LIBRARY_BYTES
 
 
 def _logits(spec: ModelSpec, layout: Layout, load: MemoryLoad) -> float:

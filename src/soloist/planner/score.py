@@ -141,7 +141,7 @@ class Scorer:
             sequences=batch,
             longest=self.load.longest,
             step_tokens=options.chunk_tokens,
-            replicated=self.kernels.replicates_below,
+            replicated=self.kernels.replicates_below(deployment.layout.attention_ranks),
             spare_slots=options.spare_slots,
         )
         return worst_rank(

@@ -18,6 +18,7 @@ from soloist.specs.parameters import parameters
 
 BY_QUERY_HEAD = {"q", "q_b", "kv_b", "o", "q_bias", "sinks"}
 BY_KV_HEAD = {"k", "v", "k_bias", "v_bias"}
+SCALE_BYTES = 4 / 128**2  # of an fp8 weight: a number in fp32 for each block
 PARTS = ("attention", "experts", "shared experts", "dense layers", "router", "embedding and head")
 
 
@@ -88,7 +89,10 @@ def rank_weights(spec: ModelSpec, seat: Seat, slots: float, precision: Precision
     heads = _part(spec.attention.heads, ranks, index)
     kv = held_kv_heads(spec, ranks, index) / spec.attention.kv_heads
     width = _part(spec.expert.width, layout.tp, seat.tp_index)
-    linear, experts, other = BYTES[precision.linear], BYTES[precision.experts], BYTES[precision.other]
+    linear, other = BYTES[precision.linear], BYTES[precision.other]
+    experts = BYTES[kind := precision.experts_on(spec, layout.tp, seat.tp_index)]
+    if kind == "fp8" and spec.fp8_experts:
+        experts += SCALE_BYTES
     x = _stage_weights(spec, layout.stage_layers(seat.stage, spec.layers))
     return {
         "attention": (x.by_query * heads + x.by_kv * kv + x.replicated + (x.out_bias if index == 0 else 0)) * linear,
