@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from soloist.engine.detokenise import Detokeniser, StopFinder, TextStream
+from soloist.scheduling.request import SamplingParams
 
 BYTE_IDS = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
@@ -106,13 +108,36 @@ def test_no_part_of_a_stop_string_is_ever_shown(text, stop):
             break
 
 
-@pytest.mark.parametrize(("last", "expected"), [(True, "ab\ufffd"), (False, "ab")])
-def test_half_a_character_is_shown_only_at_the_end(last, expected):
-    stream = TextStream(BYTES, (), ())
+@pytest.mark.parametrize(("ending", "expected"), [("length", "ab\ufffd"), (None, "ab")])
+def test_half_a_character_is_shown_only_at_the_end(ending, expected):
+    stream = TextStream(BYTES, (), SamplingParams())
     tokens = BYTES.encode("ab€").ids[:-1]
-    assert stream.push(tokens, last) == (expected, False)
+    assert stream.push(tokens, ending) == (expected, False)
 
 
-def test_special_tokens_are_no_text_and_a_missing_tokenizer_gives_none():
-    assert TextStream(BYTES, (), ()).push([*BYTES.encode("hi").ids, END], True) == ("hi", False)
-    assert TextStream(None, (), ()).push([1, 2], True) == ("", False)
+def test_special_tokens_are_text_only_where_asked_for_and_a_missing_tokenizer_gives_none():
+    tokens = [*BYTES.encode("hi").ids, END]
+    assert TextStream(BYTES, (), SamplingParams()).push(tokens, "length") == ("hi", False)
+    shown = SamplingParams(skip_special_tokens=False)
+    assert TextStream(BYTES, (), shown).push(tokens, "length") == ("hi" + BYTES.id_to_token(END), False)
+    assert TextStream(BYTES, (), shown).push(tokens, "stop") == ("hi", False)
+    assert TextStream(None, (), SamplingParams()).push([1, 2], "stop") == ("", False)
+
+
+@pytest.mark.parametrize(("included", "expected"), [(False, "to b"), (True, "to be")])
+def test_what_ends_an_answer_is_shown_where_asked_for(included, expected):
+    tokens = BYTES.encode("to be or").ids
+    by_text = SamplingParams(stop=("e",), include_stop_str_in_output=included)
+    assert TextStream(BYTES, (), by_text).push(tokens, None) == (expected, True)
+    by_token = replace(by_text, stop=())
+    assert TextStream(BYTES, (), by_token).push(tokens[:5], "stop") == (expected, False)
+
+
+def test_stop_strings_are_looked_for_behind_the_least_number_of_tokens():
+    stream, shown = TextStream(BYTES, (), SamplingParams(stop=("b",), min_tokens=4)), ""
+    for token in BYTES.encode("ababab").ids:
+        piece, stopped = stream.push([token], None)
+        shown += piece
+        if stopped:
+            break
+    assert shown == "ababa"

@@ -17,22 +17,28 @@ from soloist.scheduling.request import Chunk, SamplingParams, StepBatch
 
 NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
 PROMPTS = ["It was a dark and stormy night, and", "The old house upon the hill", "My dear Watson,", "She", "He said"]
+PROMPTS += ["It was a dark and stormy night, and the old house", "My dear Watson, you see, but you do not", "Then"]
 WISHES = [
     SamplingParams(max_tokens=12, temperature=0.0),
     SamplingParams(max_tokens=9, temperature=0.8, seed=3),
     SamplingParams(max_tokens=12, temperature=0.9, top_p=0.8, top_k=20, seed=4, logprobs=2),
     SamplingParams(max_tokens=12, temperature=0.0, repetition_penalty=1.4, prompt_logprobs=1),
     SamplingParams(max_tokens=24, temperature=0.0, stop=("the",)),
+    SamplingParams(max_tokens=20, temperature=0.0, presence_penalty=0.7, frequency_penalty=0.4, logit_bias=((5, 3.0),)),
+    SamplingParams(max_tokens=20, temperature=0.7, seed=9, repetition_penalty=1.2, frequency_penalty=-0.3, n=2),
+    SamplingParams(max_tokens=16, temperature=0.0, min_tokens=14, stop_token_ids=tuple(range(300, 316))),
 ]
 
 
 def answers(layout: str, **options: Any) -> list[tuple]:
-    with LLM(NOVELS, layout=layout, device="cpu", show_progress=False, kv_tokens=2048, **options) as llm:
+    options = {"kv_tokens": 2048} | options
+    with LLM(NOVELS, layout=layout, device="cpu", show_progress=False, **options) as llm:
         outputs = llm.generate(PROMPTS, WISHES)
         stats = llm.stats()
     assert not any(figures.blocks_used for figures in stats.values())
-    done = [output.outputs[0] for output in outputs]
-    assert [len(c.logprobs) for c in done] == [0, 0, 12, 0, 0]
+    assert options["kv_tokens"] > 100 or any(figures.preemptions for figures in stats.values())
+    done = [completion for output in outputs for completion in output.outputs]
+    assert [len(c.logprobs) for c in done] == [0, 0, 12, *[0] * 6]
     assert len(outputs[3].prompt_logprobs) == len(outputs[3].prompt_tokens) - 1
     return [(c.tokens, c.text, c.finish_reason) for c in done]
 
@@ -42,6 +48,8 @@ def test_no_answer_changes(layout: str) -> None:
     plain = answers(layout, cuda_graphs="off", ahead="off")
     assert answers(layout, cuda_graphs="3,8", ahead="on") == plain
     assert answers(layout, cuda_graphs="3,8", mixed_graphs="16,24,64", ahead="on") == plain
+    assert answers(layout, cuda_graphs="off", ahead="on", kv_tokens=80, block_size=4, max_batch_tokens=9) == plain
+    assert answers(layout, cuda_graphs="3,8", ahead="on", kv_tokens=80, block_size=4, prefix_caching=False) == plain
 
 
 def test_steps_without_a_long_context_have_graphs_of_their_own() -> None:

@@ -42,7 +42,7 @@ def test_work_goes_to_the_leader_with_the_least():
     ("prompt", "params", "reason"),
     [
         ([], SamplingParams(), "at least one token"),
-        ([1, VOCAB], SamplingParams(), "token 50: must lie between 0 and 49"),
+        ([1, VOCAB], SamplingParams(), "prompt: token 50 must lie between 0 and 49"),
         ([-1], SamplingParams(), "token -1"),
         ([1], SamplingParams(n=0), "n = 0"),
         ([1], SamplingParams(max_tokens=0), "max_tokens = 0"),

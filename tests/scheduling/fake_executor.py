@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from zlib import crc32
 
 from soloist.scheduling.request import UNKNOWN, Chunk, Sampled, SamplingParams, StepBatch, TokenLogprob
@@ -15,18 +15,22 @@ def digest(tokens: Sequence[int]) -> int:
     return crc32(repr(tuple(tokens)).encode())
 
 
-def next_token(tokens: Sequence[int]) -> int:
+def next_token(tokens: Sequence[int], forbidden: Collection[int] = ()) -> int:
     """The "model": a function of all tokens before."""
-    return digest(tokens) % VOCAB
+    token = digest(tokens) % VOCAB
+    while token in forbidden:
+        token = (token + 1) % VOCAB
+    return token
 
 
 def alone(prompt: Sequence[int], params: SamplingParams, max_positions: int) -> tuple[list[int], str]:
     """What a request gets when nothing else is there, and why it ends."""
     tokens = list(prompt)
+    ends = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS})
     while True:
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, ends if len(tokens) - len(prompt) < params.min_tokens else ()))
         output = tokens[len(prompt) :]
-        if (tokens[-1] == EOS and not params.ignore_eos) or tokens[-1] in params.stop_token_ids:
+        if tokens[-1] in ends:
             return output, "stop"
         if len(output) == params.max_tokens or len(tokens) == max_positions:
             return output, "length"
@@ -64,15 +68,15 @@ class FakeExecutor:
             self.kv[block][offset] = (token, digest(tokens))
             tokens.append(token)
         assert bool(chunk.params) == (chunk.samples or chunk.scores_prompt)
-        assert chunk.history in ((), tuple(tokens if known else tokens[:-1]))
+        assert 0 < chunk.prompt <= len(tokens) or not chunk.samples
         if not chunk.params:
             return None
         if chunk.samples:
-            self.last[chunk.sequence] = next_token(tokens)
+            self.last[chunk.sequence] = next_token(tokens, chunk.forbidden)
         targets = [*tokens[chunk.start + 1 :], *([chunk.following] if chunk.following >= 0 else [])]
         return Sampled(
             chunk.sequence,
-            next_token(tokens) if chunk.samples else None,
+            next_token(tokens, chunk.forbidden) if chunk.samples else None,
             prompt_logprobs=tuple(
                 TokenLogprob(token, -float(digest(tokens[: chunk.start + 1 + i]))) for i, token in enumerate(targets)
             )

@@ -33,11 +33,13 @@ prompts = st.builds(
     st.lists(st.integers(1, 3), min_size=1, max_size=14),
 )
 params = st.builds(
-    SamplingParams,
+    lambda max_tokens, min_tokens, **other: SamplingParams(
+        max_tokens=max_tokens, min_tokens=min(min_tokens, max_tokens), **other
+    ),
     max_tokens=st.integers(1, 16),
+    min_tokens=st.sampled_from([0, 0, 3, 16]),
     ignore_eos=st.booleans(),
     stop_token_ids=st.lists(st.integers(0, VOCAB - 1), max_size=3).map(tuple),
-    repetition_penalty=st.sampled_from([1.0, 1.5]),
     prompt_logprobs=st.sampled_from([None, None, 0]),
 )
 

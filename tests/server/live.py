@@ -21,7 +21,8 @@ from soloist.specs.layout import Layout
 
 LOCAL = Listening(port=0)
 NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}{{ name or 'assistant' }}:{% endif %}"""
 
 
 class Live:

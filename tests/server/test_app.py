@@ -136,8 +136,67 @@ def test_a_prompt_is_echoed_with_its_log_probabilities(client):
     assert found.text_offset == [len("".join(found.tokens[:i])) for i in range(len(found.tokens))]
     plain = client.completions.create(**GREEDY, echo=True, n=2).choices
     assert [choice.text for choice in plain] == [text, text]
-    with pytest.raises(openai.BadRequestError, match="echo = true: is for whole answers"):
-        client.completions.create(**GREEDY, echo=True, stream=True)
+    streamed = client.completions.create(**GREEDY, echo=True, n=2, stream=True)
+    texts = ["", ""]
+    for part in streamed:
+        texts[part.choices[0].index] += part.choices[0].text
+    assert texts == [text, text]
+    with pytest.raises(
+        openai.BadRequestError, match="echo = true: the log probabilities of a prompt come with a whole"
+    ):
+        client.completions.create(**GREEDY, echo=True, stream=True, logprobs=1)
+
+
+def test_a_prompt_is_scored_without_a_continuation(client):
+    wanted = GREEDY | {"max_tokens": 0, "echo": True, "logprobs": 1}
+    scored = client.completions.create(**wanted)
+    longer = client.completions.create(**wanted | {"max_tokens": 1}).choices[0]
+    (choice,) = scored.choices
+    assert choice.text == GREEDY["prompt"] == "".join(choice.logprobs.tokens)
+    assert choice.logprobs.token_logprobs == longer.logprobs.token_logprobs[:-1]
+    assert (scored.usage.completion_tokens, choice.finish_reason) == (0, "length")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(**GREEDY | {"max_tokens": 0})
+
+
+# -- wishes -----------------------------------------------------------------------------------------------------------
+def test_penalties_and_biases_change_what_is_said(client):
+    def ids(**wishes) -> list[int]:
+        extra = {"return_token_ids": True, "ignore_eos": True} | wishes.pop("extra", {})
+        given = GREEDY | {"max_tokens": 40} | wishes
+        return client.completions.create(**given, extra_body=extra).choices[0].token_ids
+
+    plain = ids()
+    said = max(plain, key=plain.count)
+    assert len(set(ids(presence_penalty=2, frequency_penalty=2))) > len(set(plain))
+    assert len(set(ids(extra={"repetition_penalty": 1.5}))) > len(set(plain))
+    assert said not in ids(logit_bias={str(said): -100})
+    assert ids(logit_bias={"77": 100}) == [77] * 40
+
+
+def test_an_answer_is_no_shorter_than_asked_for(client):
+    text = client.completions.create(**GREEDY).choices[0]
+    first = client.completions.create(**GREEDY, extra_body={"return_token_ids": True}).choices[0].token_ids[0]
+    for early in ({"stop_token_ids": [first]}, {"stop": text.text[:2]}):
+        wishes = {"extra_body": {"min_tokens": 12} | early}
+        assert client.completions.create(**GREEDY, extra_body=early).usage.completion_tokens < 12
+        assert client.completions.create(**GREEDY, **wishes).usage.completion_tokens == 12
+
+
+def test_what_ended_an_answer_is_shown_where_asked_for(client):
+    text = client.completions.create(**GREEDY).choices[0].text
+    cut = client.completions.create(**GREEDY, stop=text[6:9], extra_body={"include_stop_str_in_output": True})
+    assert cut.choices[0].text == text[: text.find(text[6:9]) + 3]
+
+
+def test_a_template_gets_what_it_knows_beyond_messages(server):
+    def tokens(**fields) -> list[int]:
+        return post(server, {"messages": CHAT["messages"]} | fields, "/tokenize").json()["tokens"]
+
+    assert len(tokens(chat_template_kwargs={"name": "Sherlock Holmes"})) > len(tokens())
+    assert len(tokens(add_generation_prompt=False)) < len(tokens())
+    taken = post(server, CHAT | {"chat_template_kwargs": {"messages": []}}, "/v1/chat/completions")
+    assert taken.json()["error"]["param"] == "chat_template_kwargs"
 
 
 def test_token_ids_on_demand(server):
@@ -148,13 +207,9 @@ def test_token_ids_on_demand(server):
 
 def test_fields_that_ask_for_nothing_are_taken(server):
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None, "echo": False, "user": "me"}
-    vllms = {
-        "min_tokens": 0,
-        "top_k": -1,
-        "skip_special_tokens": True,
-        "prompt_logprobs": None,
-        "use_beam_search": False,
-    }
+    neutral |= {"best_of": 1, "suffix": "", "response_format": {"type": "text"}, "prompt_cache_key": "mine"}
+    vllms = {"min_tokens": 0, "top_k": -1, "skip_special_tokens": True, "prompt_logprobs": None, "guided_json": None}
+    vllms |= {"use_beam_search": False, "add_special_tokens": True}
     streamed = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": False}}
     assert post(server, GREEDY | neutral | vllms | streamed).status_code == 200
 
@@ -175,7 +230,7 @@ WRONG = {
     "no prompt": ({"prompt": None}, "prompt", "expected"),
     "empty prompt": ({"prompt": []}, "prompt", "empty"),
     "mixed prompt": ({"prompt": [1, "a"]}, "prompt", "list of texts"),
-    "unknown token": ({"prompt": [10**30]}, None, "between 0 and 4095"),
+    "unknown token": ({"prompt": [10**30]}, "prompt", "between 0 and 4095"),
     "wrong type": ({"max_tokens": "many"}, "max_tokens", "expected `int"),
     "negative": ({"max_tokens": -1}, "max_tokens", "at least 1"),
     "no number": ({"temperature": -0.5}, "temperature", "positive"),
@@ -184,7 +239,16 @@ WRONG = {
     "huger": ({"max_tokens": 10**40}, "max_tokens", ""),
     "unknown field": ({"max_token": 1}, "max_token", "unknown field"),
     "deep nesting": (b'{"model":"novels","messages":' + b"[" * 900 + b"]" * 900 + b"}", "messages", ""),
-    "unsupported field": ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+    "unsupported field": ({"suffix": "."}, "suffix", 'suffix = ".": is not supported by this server; leave it out'),
+    "unsupported form": ({"response_format": {"type": "json_object"}}, "response_format", 'give {"type":"text"}'),
+    "mistyped field": ({"presense_penalty": 1}, "presense_penalty", "there is presence_penalty"),
+    "thrown away": ({"best_of": 3}, "best_of", "ask for n = 3"),
+    "too strict": ({"frequency_penalty": 3}, "frequency_penalty", "[-2, 2]"),
+    "too biased": ({"logit_bias": {"7": 101}}, "logit_bias", "between -100 and 100"),
+    "biased word": ({"logit_bias": {"the": 1}}, "logit_bias", "expected `int`"),
+    "biased nothing": ({"logit_bias": {"4096": 1}}, "logit_bias", "between 0 and 4095"),
+    "unknown stop token": ({"stop_token_ids": [-1]}, "stop_token_ids", "between 0 and 4095"),
+    "too long": ({"min_tokens": 13}, "min_tokens", "[0, max_tokens = 12]"),
     "too many": ({"n": 1000}, "n", "between 1 and 128"),
     "wrong stop": ({"stop": ["a", 3]}, "stop[1]", "expected `str`"),
     "options without a stream": ({"stream_options": {"include_usage": True}}, "stream_options", "stream = true"),

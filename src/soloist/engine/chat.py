@@ -49,13 +49,17 @@ class ChatTemplate:
             source, {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
         )
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text up to where the model answers. Raises RequestError for messages that the template refuses."""
+    def render(self, messages: Sequence[Message], wishes: Mapping[str, Any] | None = None, answers: bool = True) -> str:
+        """The text up to where the model answers. Raises RequestError for messages that the template refuses.
+
+        wishes: names that this template knows beyond the messages. answers: False leaves out how an answer begins.
+        """
+        own = {"messages": list(messages), "add_generation_prompt": answers, "tools": None}
+        if taken := own.keys() & (wishes or {}).keys():
+            raise RequestError(f"chat_template_kwargs: {min(taken)} is a field of its own")
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=True, tools=None, **self._special_tokens
-            )
-        except jinja2.TemplateError as error:
+            return self._template.render(**self._special_tokens | dict(wishes or {}) | own)
+        except Exception as error:  # whatever somebody else's program makes of a client's values
             raise RequestError(f"messages: the chat template refuses them: {error}") from error
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
+from soloist.scheduling.request import FinishReason, SamplingParams
+
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no character, or not yet one
 CONTEXT = 4  # tokens of the prompt that a decoder may need to space the first new one rightly
 
@@ -14,8 +16,9 @@ CONTEXT = 4  # tokens of the prompt that a decoder may need to space the first n
 class Detokeniser:
     """The text of a growing continuation. The pieces joined are what it adds to the text of the whole."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool = True) -> None:
+        """skip_special: special tokens have no text."""
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._window = list(prompt[-CONTEXT:])  # the tokens of the last piece, for context, and those held back
         if UNFINISHED in self._decode():
             self._window = []
@@ -43,14 +46,15 @@ class Detokeniser:
         return piece
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=True)
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special)
 
 
 class StopFinder:
     """Cuts a growing text at the first stop string to be complete; gives out earlier text as soon as it is safe."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+    def __init__(self, stops: Sequence[str], included: bool = False) -> None:
+        """included: cut behind the stop string, not before it."""
+        self._stops, self._included = stops, included
         self._held = ""  # may be the beginning of a stop string
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -58,7 +62,8 @@ class StopFinder:
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            return text[: min(found)[1]], True
+            stop, start = min(found)
+            return text[: stop if self._included else start], True
         keep = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -81,18 +86,30 @@ class TextStream:
 
     tokenizer: Tokenizer | None
     prompt: Sequence[int]
-    stops: Sequence[str]
+    params: SamplingParams
     _detokeniser: Detokeniser | None = field(init=False)
     _finder: StopFinder = field(init=False)
+    _tokens: int = 0
 
     def __post_init__(self) -> None:
-        self._detokeniser = Detokeniser(self.tokenizer, self.prompt) if self.tokenizer else None
-        self._finder = StopFinder(self.stops)
+        wish = self.params
+        self._detokeniser = (
+            Detokeniser(self.tokenizer, self.prompt, wish.skip_special_tokens) if self.tokenizer else None
+        )
+        self._finder = StopFinder(wish.stop, wish.include_stop_str_in_output)
 
-    def push(self, tokens: Sequence[int], last: bool) -> tuple[str, bool]:
-        """The text that is certain now, all of it with the `last` tokens, and whether a stop string ends it."""
+    def push(self, tokens: Sequence[int], ending: FinishReason | None) -> tuple[str, bool]:
+        """The text that is certain now, all of it where it is `ending`, and whether a stop string ends it.
+
+        A token that ends it is among the tokens. Stop strings are looked for behind the first `min_tokens` of them.
+        """
         if self._detokeniser is None:
             return "", False
-        new = self._detokeniser.push(tokens) + (self._detokeniser.flush() if last else "")
+        self._tokens += len(tokens)
+        hides_last = ending == "stop" and not self.params.include_stop_str_in_output
+        new = self._detokeniser.push(tokens[:-1] if hides_last else tokens)
+        new += self._detokeniser.flush() if ending else ""
+        if self._tokens <= self.params.min_tokens:
+            return new, False
         text, stopped = self._finder.push(new)
-        return text + (self._finder.flush() if last and not stopped else ""), stopped
+        return text + (self._finder.flush() if ending and not stopped else ""), stopped

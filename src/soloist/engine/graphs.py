@@ -165,7 +165,7 @@ class StaticStep:
     def compute(self) -> None:
         """What is captured. Leaves `out`, and where it chooses, `chosen`: tokens and margins, as doubles [2, B]."""
         step = self._input()
-        self.ids_B, self.out = step.ids_T[step.logits_rows], self.stage(step, self.x_tD, self.logits_BV)
+        self.out = self.stage(step, self.x_tD, self.logits_BV)
         if self.logits_BV is not None:
             fused = self.out.is_cuda and AVAILABLE
             temperature_B1, keys_B2 = self._numbers["temperature"].view(torch.float32)[:, None], self._numbers.keys_B2

@@ -107,8 +107,7 @@ class Leader:
     def delta(self, output: Output) -> Delta:
         """An output with its text. A stop string may end the sequence before the scheduler would."""
         reason = output.finish_reason
-        shown = output.tokens[:-1] if reason == "stop" else output.tokens  # not the token that only ends it
-        text, stopped = self.texts[output.sequence].push(shown, last=reason is not None)
+        text, stopped = self.texts[output.sequence].push(output.tokens, reason)
         if stopped:
             reason = "stop"
             self.scheduler.finish(output.sequence, reason)
@@ -173,4 +172,4 @@ class Leader:
         except RequestError as error:
             self.report(0, [Delta(message.sequence, finish_reason="error", error=str(error))])
         else:
-            self.texts[message.sequence] = TextStream(self.tokenizer, message.prompt, message.params.stop)
+            self.texts[message.sequence] = TextStream(self.tokenizer, message.prompt, message.params)

@@ -17,6 +17,7 @@ from soloist.engine.answers import Answer, StepAnswer
 from soloist.engine.dispatchers import Dispatchers
 from soloist.engine.feedback import Feedback
 from soloist.engine.graphs import Shape, StaticStep, StaticSteps, widths
+from soloist.engine.history import History
 from soloist.engine.host_copy import HostCopy
 from soloist.engine.kv_cache import allocate, blocks_that_fit
 from soloist.engine.memory import device_bytes, held, settle
@@ -137,6 +138,7 @@ class Runner:
         held, most = widths(options.longest(self.spec), options.block_size), options.max_sequences
         shape = max([*buckets, *(min(most, tokens) for tokens in mixed)], default=0), self.spec.vocab
         is_last = self.world.seat.is_last_stage
+        self.history = History(blocks + 1, options.block_size, self.device) if is_last else None
         self.logits_BV = torch.empty(shape, dtype=self.dtype, device=self.device) if is_last else None
         self.static = StaticSteps(buckets, mixed, held, most, self._static_step, self.device)
         if is_gpu and options.rehearse and not self.recorder:
@@ -276,8 +278,9 @@ class Runner:
         takes."""
         split = self.decoder.split(step)
         x_tD = self.decoder.forward(self.decoder.embed(step, split) if x_tD is None else x_tD, step, split, self.caches)
-        if not self.world.seat.is_last_stage:
+        if self.history is None:
             return x_tD
+        self.history.write(step.cache_slots_T, step.ids_T)
         with self.watch("logits"):
             return self.decoder.logits(x_tD, step, split, logits_CV)
 
@@ -318,7 +321,7 @@ class Runner:
         lengths = [len(c.tokens) if c.scores_prompt else int(c.samples) for c in batch.chunks]
         ends, sampling = np.cumsum(lengths), [row for row, c in enumerate(batch.chunks) if c.samples]
         (rows_C,) = to_device([ends[sampling] - 1 if sampling else np.zeros(0)], self.device)
-        drawn = draw(logits_CV[rows_C.long()].float(), [batch.chunks[row] for row in sampling])
+        drawn = draw(logits_CV[rows_C.long()].float(), [batch.chunks[row] for row in sampling], self.history)
         self.feedback.store(drawn.token_C, places[sampling])
         scored = {
             chunk.sequence: score_prompt(logits_CV[end - length : end].float(), chunk)
@@ -330,12 +333,12 @@ class Runner:
     def _static_answer(self, batch: StepBatch, static: StaticStep, places: np.ndarray) -> Answer | None:
         """The graph has chosen for every row; those with filters, penalties or log probabilities choose again."""
         chunks = batch.chunks
-        special = [row for row, c in enumerate(chunks) if c.samples and c.params and not takes_plain_choice(c.params)]
+        special = [row for row, c in enumerate(chunks) if c.samples and c.params and not takes_plain_choice(c)]
         drawn = [Drawn(static.chosen[0], chunks, (), HostCopy([*static.chosen[:, : len(chunks)]]))]
         if special:
             (rows_C,) = to_device([np.array(special)], self.device)
             rows_C = rows_C.long()
-            drawn.append(draw(static.out[rows_C].float(), [chunks[row] for row in special], static.ids_B[rows_C]))
+            drawn.append(draw(static.out[rows_C].float(), [chunks[row] for row in special], self.history))
             self.feedback.store(drawn[1].token_C, places[special])
         scored = {
             chunk.sequence: score_prompt(static.out[row : row + 1].float(), chunk)

@@ -11,7 +11,7 @@ keep the tokens at or above some score; equals of the last token kept are kept t
 sorting order.
 
 Shape legend: C chunks that sample (a row of logits each), V vocabulary, R drawn rows, L rows with log probabilities,
-W best scores of a row, P pairs (row, token), B best tokens, N positions of a prompt.
+W best scores of a row, B best tokens, N positions of a prompt.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from math import isnan
 import torch
 from torch import Tensor
 
+from soloist.engine.history import History
 from soloist.engine.host_copy import HostCopy, sent
+from soloist.engine.penalties import adjusted, changes, params_of
 from soloist.kernels.choose import best_of, gumbel, tempered
-from soloist.scheduling.request import Chunk, Sampled, SamplingParams, TokenLogprob
+from soloist.scheduling.request import Chunk, Sampled, TokenLogprob
 
 ROWS_AT_ONCE = 256  # of prompt positions: bounds the memory for log probabilities
 
@@ -55,28 +57,28 @@ class Drawn:
         ]
 
 
-def draw(logits_CV: Tensor, chunks: Sequence[Chunk], input_C: Tensor | None = None) -> Drawn:
+def draw(logits_CV: Tensor, chunks: Sequence[Chunk], history: History | None = None) -> Drawn:
     """Choose the token after each chunk. Row i of `logits_CV` (fp32, left unchanged) belongs to `chunks[i]`.
 
-    Log probabilities are those of the model: of the logits as they are, before penalty, temperature and filters.
+    Log probabilities are those of the model: of the logits as they are, before penalties, temperature and filters.
     `margin` is the lead of the chosen score; it is exact for greedy rows, too. A row that is not finite gives no
-    token. `input_C` (int64) are the last tokens of the chunks, for penalties where the host does not know them. The
-    host waits for nothing.
+    token. `history` is wanted where a chunk has a penalty. The host waits for nothing.
     """
-    wanted = [row for row, chunk in enumerate(chunks) if _params(chunk).logprobs is not None]
-    token_C, margin_C = best_of(_draw_scores(_penalised(logits_CV, chunks, input_C), chunks))
+    wanted = [row for row, chunk in enumerate(chunks) if params_of(chunk).logprobs is not None]
+    token_C, margin_C = best_of(_draw_scores(adjusted(logits_CV, chunks, history), chunks))
     parts = [token_C, margin_C]
     if wanted:
         rows_L = sent(wanted, torch.int64, logits_CV.device)
-        count = max(_params(chunks[row]).logprobs or 0 for row in wanted)
+        count = max(params_of(chunks[row]).logprobs or 0 for row in wanted)
         parts.append(_logprobs(logits_CV[rows_L], token_C[rows_L, None], count))
     return Drawn(token_C, chunks, wanted, HostCopy(parts))
 
 
-def takes_plain_choice(params: SamplingParams) -> bool:
+def takes_plain_choice(chunk: Chunk) -> bool:
     """Neither filters nor penalties nor log probabilities: `kernels.choose` gives the same token."""
+    params = params_of(chunk)
     is_filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-    return not is_filtered and params.repetition_penalty == 1 and params.logprobs is None
+    return not is_filtered and not changes(chunk) and params.logprobs is None
 
 
 @dataclass(frozen=True)
@@ -97,45 +99,23 @@ class ScoredPrompt:
 def score_prompt(logits_NV: Tensor, chunk: Chunk) -> ScoredPrompt:
     """By the logits (fp32) before each token. `logits_NV` holds those of all of the chunk's tokens."""
     targets = [*chunk.tokens[1:], *([chunk.following] if chunk.following >= 0 else [])]
-    count = _params(chunk).prompt_logprobs or 0
+    count = params_of(chunk).prompt_logprobs or 0
     target_N1 = sent(targets, torch.int64, logits_NV.device)[:, None]
     pieces = zip(logits_NV[: len(targets)].split(ROWS_AT_ONCE), target_N1.split(ROWS_AT_ONCE), strict=True)
     rows_NX = torch.cat([_logprobs(logits, target, count) for logits, target in pieces])
     return ScoredPrompt(targets, count, HostCopy([rows_NX]))
 
 
-def _params(chunk: Chunk) -> SamplingParams:
-    assert chunk.params is not None
-    return chunk.params
-
-
 # ------------------------------------------------------------------------------------------------------------ scores
-
-
-def _penalised(logits_CV: Tensor, chunks: Sequence[Chunk], input_C: Tensor | None) -> Tensor:
-    """Repetition penalty (Keskar et al. 2019, as in transformers): seen tokens' logits are divided by it, or
-    multiplied where negative. A new tensor where anything changes."""
-    penalised = [row for row, chunk in enumerate(chunks) if _params(chunk).repetition_penalty != 1]
-    if not penalised:
-        return logits_CV
-    device = logits_CV.device
-    pairs = [(row, token) for row in penalised for token in set(chunks[row].history)]
-    rows_P, tokens_P = sent(pairs, torch.int64, device).view(-1, 2).T
-    if input_C is not None:  # a token that is seen twice is still divided once
-        last_P = sent(penalised, torch.int64, device)
-        rows_P, tokens_P = torch.cat([rows_P, last_P]), torch.cat([tokens_P, input_C[last_P]])
-    penalty_C = sent([_params(chunk).repetition_penalty for chunk in chunks], torch.float32, device)
-    seen_P, penalty_P = logits_CV[rows_P, tokens_P], penalty_C[rows_P]
-    return logits_CV.index_put((rows_P, tokens_P), torch.where(seen_P < 0, seen_P * penalty_P, seen_P / penalty_P))
 
 
 def _draw_scores(logits_CV: Tensor, chunks: Sequence[Chunk]) -> Tensor:
     """Scores of all rows: the logits themselves where the temperature is 0."""
-    drawn = [row for row, chunk in enumerate(chunks) if _params(chunk).temperature > 0]
+    drawn = [row for row, chunk in enumerate(chunks) if params_of(chunk).temperature > 0]
     if not drawn:
         return logits_CV
     device, vocab = logits_CV.device, logits_CV.shape[1]
-    params = [_params(chunks[row]) for row in drawn]
+    params = [params_of(chunks[row]) for row in drawn]
     settings_R4 = sent([(p.temperature, p.top_p, p.min_p, p.top_k or vocab) for p in params], torch.float32, device)
     temperature_R1, top_p_R1, min_p_R1, top_k_R1 = settings_R4.split(1, dim=1)
     keys_R2 = sent([key_of(chunks[row]) for row in drawn], torch.int32, device)
@@ -179,7 +159,7 @@ def key_of(chunk: Chunk) -> tuple[int, int]:
 
     A request without a seed has one that lasts as long as the process.
     """
-    seed = _params(chunk).seed
+    seed = params_of(chunk).seed
     source = f"{_process_seed()} {chunk.sequence}" if seed is None else str(seed)
     return struct.unpack("<2i", hashlib.blake2b(f"{source} {chunk.stop}".encode(), digest_size=8).digest())
 
@@ -217,5 +197,5 @@ def _token_logprob(token: int, row: list[float], count: int) -> TokenLogprob:
 def _sampled(chunk: Chunk, token: float, margin: float, row: list[float] | None) -> Sampled:
     if isnan(margin):
         return Sampled(chunk.sequence, None)
-    logprob = _token_logprob(int(token), row, _params(chunk).logprobs or 0) if row else None
+    logprob = _token_logprob(int(token), row, params_of(chunk).logprobs or 0) if row else None
     return Sampled(chunk.sequence, int(token), logprob, margin=margin)

@@ -107,6 +107,8 @@ class Requests:
         """Book a request. Raises RequestError for one that no rank needs to see to refuse it."""
         params.check()
         self._check_prompt(prompt)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", [token for token, _ in params.logit_bias])
         request = Request(tuple(prompt), params, [])
         for index, share in enumerate(_one_for_each(params)):
             submit = Submit(self._next_sequence, request.prompt, share)
@@ -181,9 +183,11 @@ class Requests:
     def _check_prompt(self, prompt: Sequence[int]) -> None:
         if not prompt:
             raise RequestError("prompt = []: must hold at least one token")
-        wrong = [token for token in (min(prompt), max(prompt)) if not 0 <= token < self.vocab]
-        if wrong:
-            raise RequestError(f"prompt token {wrong[0]}: must lie between 0 and {self.vocab - 1}")
+        self._check_ids("prompt", (min(prompt), max(prompt)))
+
+    def _check_ids(self, key: str, ids: Sequence[int]) -> None:
+        if wrong := [token for token in ids if not 0 <= token < self.vocab]:
+            raise RequestError(f"{key}: token {wrong[0]} must lie between 0 and {self.vocab - 1}")
 
 
 def _one_for_each(params: SamplingParams) -> list[SamplingParams]:

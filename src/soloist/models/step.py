@@ -14,7 +14,7 @@ from torch import Tensor
 
 from soloist.kernels.paged_attention import PagedBatch
 from soloist.models.rope import Rope
-from soloist.scheduling.request import StepBatch
+from soloist.scheduling.request import Chunk, StepBatch
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StepInput:
         """The batch's chunks, one after the other. `dtype` is that of the activations."""
         chunks = batch.chunks
         positions_T = _concatenate([np.arange(c.start, c.stop) for c in chunks])
-        tables_NM = tables(batch)
+        tables_NM = tables(chunks)
         sequence_T = np.repeat(np.arange(len(chunks)), [len(c.tokens) for c in chunks])
         slots_T = tables_NM[sequence_T, positions_T // block_size] * block_size + positions_T % block_size
         starts = [0, *np.cumsum([len(c.tokens) for c in chunks]).tolist()]
@@ -65,10 +65,10 @@ class StepInput:
         )  # fmt: skip
 
 
-def tables(batch: StepBatch) -> np.ndarray:
-    """int32 [N, M]: the block tables of a batch, padded with 0."""
-    tables_NM = np.zeros((len(batch.chunks), max((len(c.blocks) for c in batch.chunks), default=0)), dtype=np.int32)
-    for row, chunk in zip(tables_NM, batch.chunks, strict=True):
+def tables(chunks: Sequence[Chunk]) -> np.ndarray:
+    """int32 [N, M]: the block tables of some chunks, padded with 0."""
+    tables_NM = np.zeros((len(chunks), max((len(c.blocks) for c in chunks), default=0)), dtype=np.int32)
+    for row, chunk in zip(tables_NM, chunks, strict=True):
         row[: len(chunk.blocks)] = chunk.blocks
     return tables_NM
 

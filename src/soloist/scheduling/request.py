@@ -11,6 +11,7 @@ from soloist.errors import RequestError
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 UNKNOWN = -1  # stands for the token that the batch before chose for the same sequence, where that is not back yet
 
 
@@ -23,9 +24,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # of tokens of prompt and continuation: their logits are divided by it
+    presence_penalty: float = 0.0  # of tokens of the continuation: subtracted once
+    frequency_penalty: float = 0.0  # and as often as they stand there
+    logit_bias: tuple[tuple[int, float], ...] = ()  # ids, each once, and what is added to their logits
+    min_tokens: int = 0  # of a continuation, before which nothing ends it
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False  # the text or token that ended it is shown
+    skip_special_tokens: bool = True  # in the text
     ignore_eos: bool = False
     logprobs: int | None = None  # the log probabilities of that many best tokens beside each chosen one
     prompt_logprobs: int | None = None
@@ -40,12 +47,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "must be positive; 1 switches it off"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "must lie in [-2, 2]; 0 switches it off"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie in [-2, 2]; 0 switches it off"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"must lie in [0, max_tokens = {self.max_tokens}]"),
             ("stop", len(self.stop) <= MAX_STOPS and all(self.stop), f"give at most {MAX_STOPS} texts, none empty"),
             ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOPS, f"give at most {MAX_STOPS} ids"),
             ("n", 1 <= self.n <= 128, "must lie between 1 and 128"),
         ):
             if not good:
                 raise RequestError(f"{key} = {getattr(self, key)!r}: {remedy}")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise RequestError(f"logit_bias: {len(self.logit_bias)} tokens, at most {MAX_BIASES} are taken")
+        if wrong := [(token, bias) for token, bias in self.logit_bias if not -100 <= bias <= 100]:
+            raise RequestError(f"logit_bias = {dict(wrong)}: must lie between -100 and 100")
         for key in ("logprobs", "prompt_logprobs"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= MAX_LOGPROBS:
@@ -61,7 +75,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     blocks: tuple[int, ...]  # block table: position p lies in blocks[p // block_size]
     samples: bool  # the last token's logits choose the next token
     params: SamplingParams | None = None  # for the sampler; set where `samples` or prompt logprobs are wanted
-    history: tuple[int, ...] = ()  # all known tokens so far, only where the repetition penalty needs them
+    prompt: int = 0  # tokens of the sequence that are its prompt's
+    forbidden: tuple[int, ...] = ()  # ids that must not be chosen
     scores_prompt: bool = False  # the logits of all its tokens are wanted, for prompt log probabilities
     following: int = -1  # the prompt's token after such a chunk; -1: none
 

@@ -68,7 +68,7 @@ class Scheduler:
         assert sequence not in self._sequences
         params.check()
         self.config.check_lengths(len(prompt), params.max_tokens)
-        state = SequenceState(sequence, self._arrivals, prompt, params)
+        state = SequenceState(sequence, self._arrivals, prompt, params, self._eos_ids)
         self._arrivals += 1
         self._sequences[sequence] = state
         heapq.heappush(self._waiting, state)
@@ -282,7 +282,7 @@ class Scheduler:
             return Output(state.id, (), finish_reason="error")
         is_first = len(state.tokens) == state.prompt_length
         state.tokens.append(answer.token)
-        reason = state.stop_reason(self._eos_ids, self.config.max_positions)
+        reason = state.stop_reason(self.config.max_positions)
         if reason:
             self._end(state, reason)
         return Output(

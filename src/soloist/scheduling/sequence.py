@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from soloist.scheduling.blocks import ROOT, chain
 from soloist.scheduling.request import UNKNOWN, Chunk, FinishReason, SamplingParams, TokenLogprob
@@ -19,6 +19,7 @@ class SequenceState:
         "id",
         "arrival",
         "params",
+        "ends",
         "tokens",
         "prompt_length",
         "computed",
@@ -33,10 +34,13 @@ class SequenceState:
         "finish_reason",
     )
 
-    def __init__(self, id: int, arrival: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self, id: int, arrival: int, prompt: Sequence[int], params: SamplingParams, eos_ids: Iterable[int] = ()
+    ) -> None:
         self.id = id
         self.arrival = arrival
         self.params = params
+        self.ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_ids)
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
         self.computed = 0
@@ -83,7 +87,8 @@ class SequenceState:
             blocks=self.blocks,
             samples=samples,
             params=self.params if samples or scores_prompt else None,
-            history=tuple(self.tokens) if samples and self.params.repetition_penalty != 1 else (),
+            prompt=self.prompt_length,
+            forbidden=tuple(self.ends) if samples and stop - self.prompt_length < self.params.min_tokens else (),
             scores_prompt=scores_prompt,
             following=self.tokens[stop] if scores_prompt and stop < self.prompt_length else -1,
         )
@@ -96,10 +101,9 @@ class SequenceState:
         """The next token will be the last one, whatever it is."""
         return len(self.tokens) + 1 >= self._longest(max_positions)
 
-    def stop_reason(self, eos_ids: frozenset[int], max_positions: int) -> FinishReason | None:
+    def stop_reason(self, max_positions: int) -> FinishReason | None:
         """Why the last token ends the sequence, if it does."""
-        token = self.tokens[-1]
-        if token in self.params.stop_token_ids or (token in eos_ids and not self.params.ignore_eos):
+        if self.tokens[-1] in self.ends:
             return "stop"
         return "length" if len(self.tokens) >= self._longest(max_positions) else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -51,10 +51,10 @@ class Form:
 
     def opening(self, index: int) -> bytes:
         """What comes before a continuation's first piece."""
-        return b""
+        return self._piece(index, Delta(0, text=self.echoed[index // self.n])) if self.echoed else b""
 
     def usage_event(self, call: Call) -> bytes:
-        return b"data: %b\n\n" % _encode(self._envelope(self.chunk_kind, []) | {"usage": usage(call)})
+        return b"data: %b\n\n" % _encode(self._envelope(self.chunk_kind, []) | {"usage": self.usage(call)})
 
     def _head(self, index: int) -> bytes:
         """All of an event up to the text, which is the same for every piece of a continuation."""
@@ -77,7 +77,7 @@ class Form:
     def whole(self, call: Call) -> bytes:
         """The response to a call that is done."""
         choices = [self._choice(index, *each) for index, each in continuations(call)]
-        return _encode(self._envelope(self.kind, choices) | {"usage": usage(call)})
+        return _encode(self._envelope(self.kind, choices) | {"usage": self.usage(call)})
 
     def _choice(self, index: int, request: Request, sequence: SequenceState) -> dict[str, Any]:
         text, logprobs = sequence.text, None
@@ -93,6 +93,9 @@ class Form:
 
     def content(self, text: str) -> dict[str, Any]:
         return {"text": text}
+
+    def usage(self, call: Call) -> dict[str, Any]:
+        return usage(call.prompt_tokens, call.generated, call.cached_tokens)
 
     def _envelope(self, kind: str, choices: list[Any]) -> dict[str, Any]:
         named = {"id": self.prefix + self.id, "object": kind, "created": self.created, "model": self.model}
@@ -122,6 +125,19 @@ class Form:
         return {key: [begin[key], *values] for key, values in self.logprobs(index, "", entries).items()}
 
 
+class EchoOnly(Form):
+    """A completion of no tokens: the prompt, and what the model makes of it. The ranks' one token is dropped."""
+
+    def _choice(self, index: int, request: Request, sequence: SequenceState) -> dict[str, Any]:
+        choice = super()._choice(index, request, replace(sequence, tokens=[], text="", finish_reason="length"))
+        if choice["logprobs"]:
+            choice["logprobs"] = {key: values[:-1] for key, values in choice["logprobs"].items()}
+        return choice
+
+    def usage(self, call: Call) -> dict[str, Any]:
+        return usage(call.prompt_tokens, 0, call.cached_tokens)
+
+
 class ChatForm(Form):
     """A chat's response differs in where the text stands."""
 
@@ -148,13 +164,13 @@ class ChatForm(Form):
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def usage(call: Call) -> dict[str, Any]:
-    """As OpenAI counts."""
+def usage(prompt: int, generated: int, cached: int) -> dict[str, Any]:
+    """Tokens as OpenAI counts them."""
     return {
-        "prompt_tokens": call.prompt_tokens,
-        "completion_tokens": call.generated,
-        "total_tokens": call.prompt_tokens + call.generated,
-        "prompt_tokens_details": {"cached_tokens": call.cached_tokens},
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 

@@ -18,12 +18,13 @@ from starlette.requests import ClientDisconnect
 
 from soloist import __version__
 from soloist.errors import RequestError
-from soloist.server.answers import ChatForm, Form
+from soloist.server.answers import ChatForm, EchoOnly, Form
 from soloist.server.desk import Desk
 from soloist.server.details import Details
 from soloist.server.gate import Gate
 from soloist.server.metrics import Metrics, Tally
 from soloist.server.protocol import (
+    ChatMessage,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -99,10 +100,10 @@ async def completions(request: Request) -> Response:
     _check_model(wanted.model, desk.served)
     if len(wanted.prompts) > MAX_PROMPTS:
         raise RequestError(f"prompt: {len(wanted.prompts)} prompts in one request, at most {MAX_PROMPTS} are taken")
-    prompts = [await desk.served.encode(prompt) for prompt in wanted.prompts]
     served = desk.served
+    prompts = [await served.encode(prompt, wanted.add_special_tokens is not False) for prompt in wanted.prompts]
     echoed = [p if isinstance(p, str) else served.decode(p) for p in wanted.prompts] if wanted.echo else []
-    return _answer(desk, wanted, prompts, Form, echoed)
+    return _answer(desk, wanted, prompts, EchoOnly if wanted.only_scores else Form, echoed)
 
 
 async def chat(request: Request) -> Response:
@@ -110,8 +111,14 @@ async def chat(request: Request) -> Response:
     desk = _desk(request)
     wanted = parse(await _body(request), ChatRequest)
     _check_model(wanted.model, desk.served)
-    prompt = await desk.served.encode_chat([message.plain() for message in wanted.messages])
-    return _answer(desk, wanted, [prompt], ChatForm)
+    return _answer(desk, wanted, [await _chat_tokens(desk, wanted, wanted.messages)], ChatForm)
+
+
+async def _chat_tokens(
+    desk: Desk, wanted: ChatRequest | TokenizeRequest, messages: Sequence[ChatMessage]
+) -> Sequence[int]:
+    plain, answers = [message.plain() for message in messages], wanted.add_generation_prompt is not False
+    return await desk.served.encode_chat(plain, wanted.chat_template_kwargs, answers)
 
 
 def _answer(
@@ -159,9 +166,9 @@ async def tokenize(request: Request) -> dict[str, Any]:
     if wanted.model is not None:
         _check_model(wanted.model, desk.served)
     if wanted.messages is None:
-        tokens = await desk.served.encode(wanted.prompt or "")
+        tokens = await desk.served.encode(wanted.prompt or "", wanted.add_special_tokens is not False)
     else:
-        tokens = await desk.served.encode_chat([message.plain() for message in wanted.messages])
+        tokens = await _chat_tokens(desk, wanted, wanted.messages)
     return {"count": len(tokens), "max_model_len": desk.front.longest_sequence, "tokens": list(tokens)}
 
 

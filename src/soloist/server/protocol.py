@@ -1,7 +1,7 @@
 """What clients may ask for: the requests of OpenAI's API as typed records.
 
-Fields that this server knows beyond OpenAI's own: top_k, min_p, repetition_penalty, stop_token_ids, ignore_eos,
-return_token_ids. A field that it does not support is refused unless it has the value that changes nothing.
+Fields beyond OpenAI's own have the names that vLLM and SGLang gave them. One that this server does not support is
+refused unless it has the value that changes nothing (server/neutral.py).
 """
 
 from __future__ import annotations
@@ -38,15 +38,23 @@ class SharedFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     top_k: Int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[Int, float] | None = None  # by token id
     n: Int | None = None
     seed: Seed | None = None
+    min_tokens: Int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    user: str | None = None
+    user: str | None = None  # this and what follows: for the client's own books
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, Any] | None = None
 
     def params(self, max_tokens: int) -> SamplingParams:
@@ -54,6 +62,7 @@ class SharedFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         given = {key: value for key in _PLAIN if (value := getattr(self, key)) is not None}
         given |= {"stop": tuple(stops or ()), "stop_token_ids": tuple(self.stop_token_ids or ())}
+        given["logit_bias"] = tuple((self.logit_bias or {}).items())
         if self.top_k == -1:  # vLLM's word for off
             given["top_k"] = 0
         given |= {"logprobs": self.wanted_logprobs, "prompt_logprobs": self.wanted_prompt_logprobs}
@@ -84,15 +93,20 @@ class SharedFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise RequestError("stream_options = {…}: is for stream = true only")
 
 
-_PLAIN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "seed", "ignore_eos")
+_PLAIN = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "n",
+    "seed", "min_tokens", "include_stop_str_in_output", "skip_special_tokens", "ignore_eos",
+)  # fmt: skip
 
 
 class CompletionRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions. A prompt is a text or token ids; several prompts are answered in one response."""
 
     prompt: str | list[str | int | list[int]]
+    add_special_tokens: bool | None = None  # to texts, as the tokenizer does
     logprobs: Int | None = None
     echo: bool | None = None  # the prompt, with its log probabilities if there are any, before its continuation
+    best_of: Int | None = None  # n, or an error: no continuation is made to be thrown away
 
     @property
     def prompts(self) -> list[Any]:
@@ -101,7 +115,14 @@ class CompletionRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
         return list(self.prompt) if several else [self.prompt]
 
     @property
+    def only_scores(self) -> bool:
+        """No continuation is wanted: the prompt is echoed for its log probabilities."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
     def most_tokens(self) -> int | None:
+        if self.only_scores:
+            return 1  # to be dropped
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
@@ -114,8 +135,12 @@ class CompletionRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
 
     def check(self) -> None:
         SharedFields.check(self)
-        if self.echo and self.stream:
-            raise RequestError("echo = true: is for whole answers; give stream = false")
+        if self.echo and self.stream and (self.logprobs is not None or self.only_scores):
+            raise RequestError(
+                "echo = true: the log probabilities of a prompt come with a whole answer; leave out stream"
+            )
+        if self.best_of not in (None, self.n or 1):
+            raise RequestError(f"best_of = {self.best_of}: must equal n = {self.n or 1}; ask for n = {self.best_of}")
         if not self.prompt:
             raise RequestError(f"prompt = {self.prompt!r}: must not be empty")
         if isinstance(self.prompt, list) and len({type(entry) for entry in self.prompt}) > 1:
@@ -146,6 +171,8 @@ class ChatRequest(SharedFields, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
+    chat_template_kwargs: dict[str, Any] | None = None  # what the template knows beyond the messages
+    add_generation_prompt: bool | None = None
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
@@ -181,7 +208,10 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: str | None = None
     prompt: str | None = None
+    add_special_tokens: bool | None = None
     messages: list[ChatMessage] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -197,7 +227,7 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     if not isinstance(fields, dict):
         raise RequestError("the body must be a JSON object")
     try:
-        request = msgspec.convert(_asked(fields, kind), kind)
+        request = msgspec.convert(_asked(fields, kind), kind, str_keys=True)
     except (msgspec.ValidationError, OverflowError) as error:
         raise RequestError(_readable(str(error))) from error
     request.check()
@@ -222,8 +252,9 @@ def _asked(fields: dict[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]
 def _readable(reason: str) -> str:
     """msgspec's reason with the field in front."""
     if unknown := re.match(r"Object contains unknown field `(.*?)`", reason):
-        return f"{unknown[1]}: unknown field, or not supported by this server"
+        return f"{unknown[1]}: unknown field, or not supported by this server; leave it out"
     if missing := re.match(r"Object missing required field `(.*?)`( - at `\$\.?(.*?)`)?", reason):
         return f"{f'{missing[3]}.' if missing[3] else ''}{missing[1]}: is missing"
     reason, _, place = reason.partition(" - at ")
-    return f"{place.strip('`').removeprefix('$').removeprefix('.') or 'body'}: {reason[:1].lower()}{reason[1:]}"
+    named = re.search(r"\$\.?([^`]+)", place)
+    return f"{named[1] if named else 'body'}: {reason[:1].lower()}{reason[1:]}"

@@ -37,15 +37,17 @@ class Served:
     def of(cls, llm: LLM, name: str, slo: Slo = Slo(), plan: Plan | None = None) -> Served:  # noqa: B008
         return cls(name, llm.front, llm.tokenizer, llm.template, llm.options.gpus_per_node, slo, plan)
 
-    async def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        """A prompt as tokens, special ones added as the tokenizer does."""
-        return await self._encode(prompt, True) if isinstance(prompt, str) else prompt
+    async def encode(self, prompt: str | Sequence[int], special: bool = True) -> Sequence[int]:
+        """A prompt as tokens; `special` ones added as the tokenizer does."""
+        return await self._encode(prompt, special) if isinstance(prompt, str) else prompt
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
-        """A conversation up to where the model answers."""
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], wishes: Mapping[str, Any] | None = None, answers: bool = True
+    ) -> Sequence[int]:
+        """A conversation up to where the model answers; see `ChatTemplate.render`."""
         if self.template is None:
             raise RequestError("messages: this model has no chat template; use /v1/completions, or --chat-template")
-        return await self._encode(self.template.render(messages), False)
+        return await self._encode(self.template.render(messages, wishes, answers), False)
 
     async def _encode(self, text: str, special: bool) -> Sequence[int]:
         if self.tokenizer is None:
