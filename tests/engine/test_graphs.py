@@ -48,8 +48,8 @@ def test_no_answer_changes(layout: str) -> None:
     plain = answers(layout, cuda_graphs="off", ahead="off")
     assert answers(layout, cuda_graphs="3,8", ahead="on") == plain
     assert answers(layout, cuda_graphs="3,8", mixed_graphs="16,24,64", ahead="on") == plain
-    assert answers(layout, cuda_graphs="off", ahead="on", kv_tokens=80, block_size=4, max_batch_tokens=9) == plain
-    assert answers(layout, cuda_graphs="3,8", ahead="on", kv_tokens=80, block_size=4, prefix_caching=False) == plain
+    assert answers(layout, cuda_graphs="off", ahead="on", kv_tokens=48, block_size=4, max_batch_tokens=9) == plain
+    assert answers(layout, cuda_graphs="3,8", ahead="on", kv_tokens=48, block_size=4, prefix_caching=False) == plain
 
 
 def test_steps_without_a_long_context_have_graphs_of_their_own() -> None:
