@@ -14,8 +14,8 @@ from soloist.dispatch.hierarchical import Rails
 from soloist.dispatch.local import Done
 from soloist.dispatch.padded import PaddedDispatcher
 from soloist.dispatch.ragged import RaggedDispatcher
-from soloist.dispatch.railed import RailedDispatcher, RailedExpandedDispatcher, Returning
-from soloist.errors import CapacityError
+from soloist.dispatch.railed import RailedDispatcher, RailedExpandedDispatcher, Returning, require_equal_nodes
+from soloist.errors import CapacityError, ConfigurationError
 from soloist.transport.base import Transport
 from soloist.transport.connect import local_world
 from soloist.transport.local import LocalGroup, LocalTransport
@@ -122,3 +122,10 @@ def too_many(t: Transport) -> str:
 
 def test_more_tokens_than_capacity_are_refused() -> None:
     assert run_threads(2, too_many)[0] == "told"
+
+
+def test_nodes_that_are_not_equally_full_are_refused() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"exchange_captured = True: nodes hold \[2, 1\] expert groups; "
+    ):
+        require_equal_nodes(Rails(Topology((0, 0, 1)), 2))

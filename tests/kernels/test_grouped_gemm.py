@@ -56,6 +56,13 @@ def test_product_by_slot(gathered: bool, gated: bool, dtype: torch.dtype) -> Non
     assert out_XN[used:].isnan().all(), "rows behind the last offset were written"
 
 
+def test_no_rows_make_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA knows no descriptor of an empty tensor."""
+    monkeypatch.setattr("soloist.kernels.grouped_gemm.TensorDescriptor", None)
+    out_XN = grouped_gemm(torch.zeros(0, 32), torch.zeros(3, 32, 32), offsets() * 0, TILE)
+    assert out_XN.shape == (0, 32)
+
+
 @pytest.mark.parametrize("width", [None, BLOCK], ids=["row", "block"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_fp8_scales(gated: bool, width: int | None) -> None:

@@ -82,6 +82,8 @@ def test_they_compute_what_the_numbers_do(form: Fp8Form) -> None:
     assert experts.in_blocks == (form == "block")
     wanted_RD = Experts.load(spec, source, 0, range(EXPERTS)).forward(batch)
     assert_near(experts.forward(batch), wanted_RD)
+    nobody = ExpertBatch(*(t[:0] for t in (batch.rows_RD, batch.row_X, batch.weight_X)), batch.offsets_S * 0, None)
+    assert experts.forward(nobody).shape == (0, 2 * BLOCK)
     for rows in (1, 1000):
         tiles = experts.tiles(rows)
         assert tiles is not None

@@ -34,7 +34,7 @@ from soloist.dispatch.hierarchical import Rails, places_of
 from soloist.dispatch.local import LocalDispatcher
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.dispatch.rows import RowFormat, phase
-from soloist.errors import CapacityError
+from soloist.errors import CapacityError, ConfigurationError
 from soloist.transport.base import Pending, Transport
 
 SLOT_BITS = 16  # of a row's slots, below the group inside its node
@@ -49,9 +49,17 @@ class Ticket:
     inside: ExpertBatch
 
 
+def require_equal_nodes(rails: Rails) -> None:
+    """Raises ConfigurationError where a rank would share its rail with several ranks of one node."""
+    held = [len(groups) for groups in rails.nodes]
+    if len(set(held)) > 1:
+        remedy = "choose a layout and gpus_per_node that fill all nodes alike, or leave exchange_captured off"
+        raise ConfigurationError.of("exchange_captured", True, f"nodes hold {held} expert groups; {remedy}")
+
+
 @dataclass(frozen=True)
 class RailedDispatcher(Dispatcher):
-    """Dispatcher over a rail and, inside the node, over another dispatcher. All nodes hold as many groups.
+    """Dispatcher over a rail and, inside the node, over another dispatcher. All nodes hold equally many groups.
 
     rail: one rank of each node, in order. inside: between the groups of the node, numbered from 0, for calls of
     N · capacity tokens. capacity: the most tokens of a rank in a call, equal on all ranks.
@@ -63,8 +71,8 @@ class RailedDispatcher(Dispatcher):
     capacity: int
 
     def __post_init__(self) -> None:
-        assert len({len(groups) for groups in self.rails.nodes}) == 1, "nodes are not equally full"
-        assert self.rail.size == len(self.rails.nodes)
+        require_equal_nodes(self.rails)
+        assert self.rail.size == len(self.rails.nodes), f"{self.rail.size} ranks on a rail of {self.rails.rail}"
 
     @property
     def limit(self) -> int:

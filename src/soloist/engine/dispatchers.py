@@ -19,7 +19,7 @@ from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
 from soloist.dispatch.local import LocalDispatcher, LocalIndex
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.dispatch.ragged import RaggedDispatcher
-from soloist.dispatch.railed import RailedExpandedDispatcher
+from soloist.dispatch.railed import RailedExpandedDispatcher, require_equal_nodes
 from soloist.engine.crossing import Crossings
 from soloist.engine.options import EngineOptions
 from soloist.engine.world import World
@@ -118,12 +118,14 @@ class Dispatchers:
         return OneSidedDispatcher.of(shape, (Lane(group.window(WindowPlan(shape).size), shape),), watch)
 
     def _railed(self, tokens: int) -> RailedExpandedDispatcher | None:
-        """For calls of at most `tokens` tokens a rank; None on one node, on nodes unequally full, without NVLink."""
+        """For calls of at most `tokens` tokens a rank; None on one node, and without NVLink.
+
+        Raises ConfigurationError for nodes that are not equally full.
+        """
         rails, rail, seat = self.world.rails, self.world.rail, self.world.seat
         if rails is None or rail is None or self.device.type != "cuda" or not (AVAILABLE and tokens and self.most):
             return None
-        if len({len(groups) for groups in rails.nodes}) > 1:
-            return None
+        require_equal_nodes(rails)
         tp, inside_tokens = seat.layout.tp, len(rails.nodes) * tokens
         ranks = tuple(seat.stage_start + group * tp + index for group in rails.node for index in range(tp))
         inside = self._one_sided(ranks, tp, inside_tokens)

@@ -62,6 +62,8 @@ def grouped_gemm(
     assert not blocked or tile.bk == BLOCK, "a step of the sum must be a block"
     if out_XN is None:
         out_XN = torch.empty(len(x) if row_X is None else len(row_X), n, dtype=dtype or x.dtype, device=x.device)
+    if not len(out_XN):  # nobody sent a row here; the copy engine takes no empty tensor
+        return out_XN
     if tile.hopper and _is_hopper(x.device) and row_X is None and (not blocked or d // BLOCK % 2 == 0):
         from soloist.kernels.hopper_gemm import grouped_gemm_hopper  # Gluon is there where Triton is
 
