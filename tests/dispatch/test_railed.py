@@ -125,7 +125,5 @@ def test_more_tokens_than_capacity_are_refused() -> None:
 
 
 def test_nodes_that_are_not_equally_full_are_refused() -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"exchange_captured = True: nodes hold \[2, 1\] expert groups; "
-    ):
+    with pytest.raises(ConfigurationError, match=r"exchange_captured = True: nodes hold \[2, 1\] expert groups; "):
         require_equal_nodes(Rails(Topology((0, 0, 1)), 2))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from soloist.errors import ConfigurationError
+from soloist.errors import ClusterError, ConfigurationError
 from soloist.placement.trace import Array, RoutingTrace, Sample, TraceModel
 from soloist.specs.model import ModelSpec
 
@@ -28,7 +28,8 @@ def pack(arrays: dict[str, Array]) -> bytes:
 
 
 def merge(spec: ModelSpec, recordings: Sequence[bytes]) -> RoutingTrace:
-    """One trace of what all ranks recorded. Raises ConfigurationError if that is nothing."""
+    """One trace of what all ranks recorded. Raises ConfigurationError if that is nothing, ClusterError if a stage knows
+    tokens that another one does not."""
     parts = [dict(np.load(io.BytesIO(content), allow_pickle=False)) for content in recordings if content]
     if not any(len(part["layers"]) and _tokens(part) for part in parts):
         raise ConfigurationError.of("record", "no tokens", "start the engine with record = ids or counts, then run it")
@@ -60,7 +61,10 @@ def _merge_ids(spec: ModelSpec, parts: list[dict[str, Array]]) -> RoutingTrace:
         ids_LTK[_rows(spec, part)[:, None], rows] = part["ids_LTK"][:, first]
         for name, array in fields.items():
             array[rows] = part[name][first]
-    assert ids_LTK.min() >= 0, "some ranks recorded tokens that the ranks of other stages did not"
+    if ids_LTK.min() < 0:
+        raise ClusterError(
+            "some ranks recorded tokens that those of other stages did not, as when one is lost: record again"
+        )
     return RoutingTrace.of_sample(TraceModel.of(spec), Sample(ids_LTK=ids_LTK, **fields))
 
 
