@@ -64,13 +64,13 @@ class OneGpu:
     @classmethod
     def alone(cls, size: int) -> OneGpu:
         """The current GPU in the place of the first of `size` ranks, of which the others are not there."""
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = _own_gpu()
         return cls(0, size, device, Watch(0, tuple(range(size)), device, 20.0))
 
     @classmethod
     def together(cls, size: int, deadline_s: float = 20.0) -> list[OneGpu]:
         """All of `size` ranks on the current GPU, each to work on a stream of its own."""
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = _own_gpu()
         watches = [Watch(rank, tuple(range(size)), device, deadline_s) for rank in range(size)]
         windows = windows_in_process(size, Meeting.BYTES, device)
         return [cls(w.rank, size, device, w, Meeting.of(window, w)) for window, w in zip(windows, watches, strict=True)]
@@ -167,6 +167,12 @@ class Bench(OneGpu):
         everybody: list[list[list[float]]] = [[] for _ in range(self.size)]
         dist.all_gather_object(everybody, own)
         return everybody
+
+
+def _own_gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise ClusterError("this benchmark needs a GPU on this host; found none")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0, least: int = 2) -> int:
