@@ -14,7 +14,7 @@ DEADLINE_S = 2.0
 
 
 def store() -> PrefixStore:
-    return PrefixStore("0", TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False))
+    return PrefixStore("0", TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False))
 
 
 def pulses(shared: PrefixStore, ranks: list[int], size: int) -> tuple[list[Pulse], dict[int, tuple[int, str]]]:
@@ -27,7 +27,7 @@ def pulses(shared: PrefixStore, ranks: list[int], size: int) -> tuple[list[Pulse
     return [Pulse(shared, rank, size, DEADLINE_S, ear(rank)) for rank in ranks], heard
 
 
-def wait_until(done, seconds: float = 20.0) -> None:
+def wait_until(done, seconds: float = 100.0) -> None:
     end = time.monotonic() + seconds
     while not done() and time.monotonic() < end:
         time.sleep(0.02)
@@ -42,22 +42,24 @@ def test_nobody_is_missed_who_lives_or_ends_in_order():
     assert heard == {}
     found[2].close()
     start = time.monotonic()
-    found[0].close(patience_s=20)
-    assert time.monotonic() - start < 10
+    found[0].close(patience_s=100)
+    assert time.monotonic() - start < 50
 
 
 def test_all_hear_who_is_lost():
     shared = store()
-    found, heard = pulses(shared, [0, 2], 3)
     start = time.monotonic()
+    found, heard = pulses(shared, [0, 2], 3)
     wait_until(lambda: len(heard) == 2)
     assert heard == dict.fromkeys((0, 2), (1, f"has not been heard of for {DEADLINE_S:g} s"))
-    assert time.monotonic() - start < 5 * DEADLINE_S
+    assert DEADLINE_S < time.monotonic() - start < 50
     for pulse in found:
         pulse.close()
 
 
 def test_when_the_store_falls_silent_its_rank_is_named():
+    end = threading.Event()
+
     class Silent:
         """As a connection to a host that has vanished: what is asked is never answered."""
 
@@ -65,8 +67,10 @@ def test_when_the_store_falls_silent_its_rank_is_named():
             return self
 
         def add(self, key: str, amount: int) -> None:
-            threading.Event().wait()
+            end.wait()
+            raise RuntimeError
 
     _, heard = pulses(Silent(), [1], 2)  # type: ignore[arg-type]
     wait_until(lambda: heard)
+    end.set()
     assert heard == {1: (0, f"its store has not answered for {DEADLINE_S:g} s")}

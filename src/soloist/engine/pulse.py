@@ -3,6 +3,8 @@
 Inside a step the transports notice a lost peer. But a rank that sleeps waits for a message, and would wait for ever for
 a front end whose node has vanished. So every rank counts up a number in the store now and then, from a thread that does
 not depend on steps; rank 0 watches the numbers and writes down who is lost, which the others read.
+
+Silence is counted in one's own beats: who was stopped himself, or had no core, did not hear whether others spoke.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-BEATS = 6  # within a deadline
+BEATS = 6  # within a deadline: whoever is silent for more of them is lost
 GRACE_S = 2.0  # for a step under way to end with its own error, which says more
 LOST = "lost rank"
-LAST_BEAT_S = 1.0  # for the last word to the store
+LAST_BEAT_S = 5.0  # for the last word to the store
 LOOK_S = 0.02  # between looks of rank 0 at who has ended
 
 
@@ -33,8 +35,8 @@ class Pulse:
         self._store = store.clone()  # a connection of its own: others may block on the first
         self._rank, self._size, self._deadline_s, self._on_loss = rank, size, deadline_s, on_loss
         self._stop = threading.Event()
-        self._done_s = time.monotonic()  # when the store last answered
-        self._seen: dict[int, tuple[int, float]] = {}  # count and when it last changed
+        self._unanswered = 0  # beats since the store last answered
+        self._seen: dict[int, tuple[int, int]] = {}  # count, and looks since it last changed
         self._beating = threading.Thread(target=self._beat, name="pulse", daemon=True)
         self._beating.start()
         threading.Thread(target=self._watch, name="pulse watch", daemon=True).start()
@@ -60,18 +62,17 @@ class Pulse:
                 elif self._store.check([LOST]):
                     rank, reason = self._store.get(LOST).decode().split(" ", 1)
                     self._lose(int(rank), reason)
-                self._done_s = time.monotonic()
+                self._unanswered = 0
             self._store.set(_ended(self._rank), "")
         except RuntimeError:  # the store is gone: the watcher says so when the deadline has passed
             return
 
     def _look(self) -> None:
-        now = time.monotonic()
         for rank in range(1, self._size):
             count = self._store.add(f"pulse {rank}", 0)
-            if self._seen.setdefault(rank, (count, now))[0] != count:
-                self._seen[rank] = (count, now)
-            elif now - self._seen[rank][1] > self._deadline_s and not self._is_set(_ended(rank)):
+            before, silent = self._seen.get(rank, (count, 0))
+            self._seen[rank] = (count, silent + 1 if count == before else 0)
+            if silent >= BEATS and count == before and not self._is_set(_ended(rank)):
                 reason = f"has not been heard of for {self._deadline_s:g} s"
                 self._store.set(LOST, f"{rank} {reason}")
                 self._lose(rank, reason)
@@ -85,7 +86,8 @@ class Pulse:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._deadline_s / BEATS):
-            if time.monotonic() - self._done_s > self._deadline_s:
+            self._unanswered += 1
+            if self._unanswered > BEATS:
                 self._lose(0, f"its store has not answered for {self._deadline_s:g} s")
 
     def _lose(self, rank: int, reason: str) -> None:

@@ -32,7 +32,7 @@ from soloist.scheduling.scheduler import SchedulerStats
 from soloist.specs.layout import Layout
 
 POLL_S = 0.1  # between looks at the ranks' health
-GRACE_S = 0.5  # for the rank that caused an error to say so, after others have said that they suffered from it
+GRACE_S = 2.0  # for the rank that caused an error to say so, after others have said that they suffered from it
 
 
 @dataclass
@@ -217,11 +217,13 @@ class FrontEnd:
         return f"ranks {silent} have work and said nothing for {limit:g} s" if silent else None
 
     def _cause(self, trouble: str) -> SoloistError:
-        """Ranks that suffer may speak before the one that fails: listen a little longer, then choose."""
+        """Ranks that suffer may speak before the one that fails: listen as long as somebody is left, then choose."""
         end = time.monotonic() + GRACE_S
         while time.monotonic() < end and all(error.is_collateral for error in self._errors.values()):
             if received := self.hub.receive(POLL_S):
                 self._take(*received)
+            elif self.ranks.keys() <= self._errors.keys() | self._ended_ranks().keys():
+                break
         for rank, error in self._errors.items():
             if not error.is_collateral:
                 return _rebuilt(rank, error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -92,15 +91,12 @@ class LocalTransport(ExchangeTransport):
 
     def _take(self, source: int, kind: Hashable, where: str) -> Tensor:
         mailbox, key = self.group.mailboxes[self.rank], (source, kind)
-        until = time.monotonic() + self.deadline_s
         with self.traffic.waiting(source), mailbox.changed:
-            while not mailbox.letters[key]:
-                if source in self.group.closed:
-                    raise CommunicationError(self.ranks[self.rank], self.ranks[source], where, "has closed")
-                if not mailbox.changed.wait(until - time.monotonic()):
-                    raise CommunicationError(
-                        self.ranks[self.rank], self.ranks[source], where, f"no answer within {self.deadline_s:g} s"
-                    )
+            mailbox.changed.wait_for(lambda: mailbox.letters[key] or source in self.group.closed, self.deadline_s)
+            if not mailbox.letters[key]:
+                closed = source in self.group.closed
+                reason = "has closed" if closed else f"no answer within {self.deadline_s:g} s"
+                raise CommunicationError(self.ranks[self.rank], self.ranks[source], where, reason)
             letter = mailbox.letters[key].popleft()
             if not mailbox.letters[key]:
                 del mailbox.letters[key]
