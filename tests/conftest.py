@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two workers share the cores
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # whatever way leads out, servers of tests are here
 
 import pytest
 import torch
@@ -25,9 +26,12 @@ WORKER_BYTES = 5 << 30  # of memory: each has ranks of its own, up to 16 process
 if find_spec("hypothesis"):  # for tests on GPUs pytest and torch are enough
     from hypothesis import HealthCheck, settings
 
-    # How long an example takes says how busy the machine is.
-    settings.register_profile("busy", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("busy")
+    # How long an example takes says how busy the machine is. By default the examples are the same in every run, so that
+    # a run tells of the code and not of luck; `--hypothesis-profile search` looks for others.
+    slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("search", settings.default, derandomize=False, **slow)
+    settings.register_profile("repeat", settings.default, derandomize=True, database=None, **slow)
+    settings.load_profile("repeat")
 
 DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}
 
@@ -48,6 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, needed in DEVICES_NEEDED.items():
             if item.get_closest_marker(marker) and found < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices, found {found}"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Numbers drawn without a generator do not depend on which tests came before in this process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

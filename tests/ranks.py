@@ -33,7 +33,8 @@ from torch.distributed import FileStore
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect, local_world
 
-STOP_S = 10.0  # for a killed process to be gone
+RETURN_S = 200.0  # for a rank to return, however busy the machine is
+STOP_S = 30.0  # for a process that was killed or that died to be gone
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class RanksFailed(AssertionError):
         super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in failures))
 
 
-def run_threads(size: int, fn: Callable[..., Any], *args: Any, deadline_s: float = 20.0) -> list[Any]:
+def run_threads(size: int, fn: Callable[..., Any], *args: Any, deadline_s: float = 60.0) -> list[Any]:
     """`fn(transport, *args)` in a thread for each rank of a local world; results by rank."""
     outcomes: list[Any] = [Failure("did not return in time")] * size
 
@@ -64,7 +65,7 @@ def run_threads(size: int, fn: Callable[..., Any], *args: Any, deadline_s: float
     threads = [threading.Thread(target=body, args=(transport,), daemon=True) for transport in world]
     for thread in threads:
         thread.start()
-    until = time.monotonic() + 3 * deadline_s
+    until = time.monotonic() + RETURN_S
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     for transport in world:
@@ -143,8 +144,8 @@ class RankPool:
         kind: str,
         fn: Callable[..., Any],
         *args: Any,
-        deadline_s: float = 20.0,
-        timeout_s: float = 90.0,
+        deadline_s: float = 60.0,
+        timeout_s: float = RETURN_S,
     ) -> list[Any]:
         """`fn(transport, *args)` on each of `size` ranks over transport `kind`; results by rank.
 
@@ -183,8 +184,8 @@ class RankPool:
     def _receive(self, member: Member) -> Any:
         try:
             return pickle.loads(member.pipe.recv_bytes())
-        except EOFError:
-            member.process.join(5)
+        except (EOFError, ConnectionResetError):
+            member.process.join(STOP_S)
             code = member.process.exitcode
             member.stop()
             return Failure(f"the process died with exit code {code}")

@@ -135,7 +135,7 @@ def start_rank(
 def test_ranks_that_others_start_join_and_rank_0_prints(answer):
     port = free_port()
     ranks = [start_rank(rank, 2, port, "tp2", names=SRUN) for rank in range(2)]
-    outputs = [process.communicate(timeout=90) for process in ranks]
+    outputs = [process.communicate(timeout=280) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     assert outputs[0][0] == PROMPT + answer["outputs"][0]["text"] + "\n"
     assert outputs[1][0] == ""
@@ -153,14 +153,15 @@ def test_joining_with_other_options_names_who_has_which():
     port = free_port()
     ranks = [start_rank(rank, 2, port, "tp2", "--set", f"block_size={8 << rank}") for rank in range(2)]
     for rank, process in enumerate(ranks):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=280)
         assert process.returncode == cli.FAILURE
         told = "option block_size = 16 on rank 1, 8 on the others: start every rank with the same command and plan"
-        assert errors == f"rank {rank}: {told}\n"
+        assert errors.splitlines()[-1] == f"rank {rank}: {told}"
+        assert "Traceback" not in errors
 
 
 def test_joining_with_a_layout_of_another_size_names_both():
     process = start_rank(0, 2, free_port(), "ep16")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=280)
     assert process.returncode == cli.USER_ERROR
     assert "WORLD_SIZE = 2: layout ep16 needs 16 ranks" in errors

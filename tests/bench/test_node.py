@@ -45,14 +45,14 @@ def test_every_command_of_ours_can_be_parsed(tmp_path):
 
 def test_it_goes_on_after_a_failure_and_keeps_its_limits(tmp_path):
     parts = [
-        Part("good", ("json.tool", "--help"), 0, 20),
-        Part("bad", ("json.tool", "/no/file"), 0, 20),
+        Part("good", ("json.tool", "--help"), 0, 200),
+        Part("bad", ("json.tool", "/no/file"), 0, 200),
         Part("slow", ("http.server", "0", "--bind", "127.0.0.1"), 0, 1.0),
-        Part("late", ("json.tool", "--help"), 1000, 1000),
+        Part("late", ("json.tool", "--help"), 10_000, 10_000),
     ]
     begin = time.monotonic()
-    fates = run(Node(2, tmp_path), parts, 60.0, Console(quiet=True))
-    assert time.monotonic() - begin < 40
+    fates = run(Node(2, tmp_path), parts, 1000.0, Console(quiet=True))
+    assert time.monotonic() - begin < 300
     assert fates["good"].startswith("done")
     assert "exit code" in fates["bad"]
     assert "limit of 1 s" in fates["slow"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -89,8 +90,9 @@ def test_prompts_of_a_file_may_be_messages(tmp_path):
 
 
 def test_every_token_is_read_and_counted(fake, tmp_path):
+    load = msgspec.structs.replace(LOAD, ttft_s=100.0, tpot_s=100.0)
     with live(fake.served) as server:
-        planned = plan_random(LOAD, 30, "fake", 0, vocab=50)
+        planned = plan_random(load, 30, "fake", 0, vocab=50)
         client = Client(server.url, keep_events=True)
         outcomes = asyncio.run(send(client, planned, "/v1/completions"))
     for outcome, request in zip(outcomes, planned, strict=True):
@@ -98,7 +100,7 @@ def test_every_token_is_read_and_counted(fake, tmp_path):
         assert outcome.tokens == request.body["max_tokens"]
         assert outcome.text == "".join(f" {i}" for i in range(outcome.tokens))
         assert outcome.due_s <= outcome.first_s <= outcome.last_s
-    summary = summarise(outcomes, LOAD)
+    summary = summarise(outcomes, load)
     assert summary["tokens"] == sum(request.body["max_tokens"] for request in planned)
     assert summary["met_slo"] == 1.0
     assert "30 of 30" in table(summary).title

@@ -290,13 +290,13 @@ def test_visits_are_gathered(tmp_path):
     store, found = HashStore(), {}
 
     def visit(rank: int) -> None:
-        found[rank] = gather(Meeting(Place(rank, 3, rank, 3), store), machine(host=f"node{rank}"), 10.0)
+        found[rank] = gather(Meeting(Place(rank, 3, rank, 3), store), machine(host=f"node{rank}"), 60.0)
 
     threads = [threading.Thread(target=visit, args=(rank,)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert [visit.machine.host for visit in found[0]] == ["node0", "node1", "node2"]
     assert all(abs(visit.ahead_s) <= visit.uncertain_s + 1e-3 for visit in found[0])
     assert found[1] == found[2] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -109,12 +110,20 @@ class FakeExecutor:
         return Sampled(chunk.sequence, token if chunk.samples else None, TokenLogprob(token, -1.0), margin=float(token))
 
 
+class Slow(FakeExecutor):
+    """Leaves the test time to interfere."""
+
+    def run(self, batch: StepBatch) -> Here | None:
+        time.sleep(0.01)
+        return super().run(batch)
+
+
 class Deployment:
     """A front end, and the ranks of a layout as threads."""
 
     def __init__(self, folder: Path, layout: str, make_executor=FakeExecutor, tokenizer: Path | None = None, **options):
         self.layout = Layout.parse(layout)
-        options = EngineOptions(device="cpu", **{"deadline_s": 5.0, "block_size": 4, **options})
+        options = EngineOptions(device="cpu", **{"deadline_s": 60.0, "block_size": 4, **options})
         job = Job(SPEC, self.layout, Placement.linear(SPEC, self.layout.ep), options, tokenizer=tokenizer)
         self.hub: Hub[ToFrontEnd] = Hub(f"ipc://{folder}/front", ToFrontEnd)
         self.front = FrontEnd(self.layout, VOCAB, self.hub, options.deadline_s, dict)
@@ -134,13 +143,13 @@ class Deployment:
     def __enter__(self) -> Deployment:
         for thread in self.threads:
             thread.start()
-        self.front.wait_ready(20, lambda ranks: None)
+        self.front.wait_ready(120, lambda ranks: None)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.front.close()
         for thread in self.threads:
-            thread.join(20)
+            thread.join(120)
         assert not any(thread.is_alive() for thread in self.threads)
 
     def finish(self, *requests: Request) -> None:

@@ -18,7 +18,8 @@ from soloist.errors import CommunicationError
 @pytest.fixture
 def meeting(monkeypatch: pytest.MonkeyPatch) -> Meeting:
     monkeypatch.setattr(blame, "GRACE_S", 0.2)
-    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=5), wait_for_workers=False)
+    monkeypatch.setattr(blame, "STORE_S", 60.0)
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
     return Meeting(Place(3, 8, 3, 8), PrefixStore("0", store))
 
 

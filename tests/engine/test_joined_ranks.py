@@ -13,7 +13,7 @@ import pytest
 
 from tests.mpirun import free_port
 
-DEADLINE_S = 3
+DEADLINE_S = 5
 SCRIPT = f"""
 import os, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
@@ -22,7 +22,7 @@ from soloist.engine.launch import launch
 wanted = job("ep2", deadline_s={DEADLINE_S})
 ranks = launch(wanted, FakeExecutor)                       # rank 1 serves in here
 front = FrontEnd(wanted.layout, SPEC.vocab, ranks.hub, {DEADLINE_S}, ranks.ended)
-front.wait_ready(60, lambda ranks: None)
+front.wait_ready(200, lambda ranks: None)
 print("ready", flush=True)
 while not front.failure:
     front.pump()
@@ -45,13 +45,13 @@ def test_a_rank_that_falls_silent_while_all_are_idle(culprit):
     try:
         assert ranks[0].stdout.readline() == "ready\n"
         ranks[culprit].send_signal(signal.SIGSTOP)  # as if its node had vanished: no connection breaks
-        output, errors = ranks[1 - culprit].communicate(timeout=4 * DEADLINE_S + 10)
+        output, errors = ranks[1 - culprit].communicate(timeout=100)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
     assert ranks[1 - culprit].returncode == 1
     if culprit:
-        assert "failed: rank 1 has not been heard of for 3 s" in output
+        assert f"failed: rank 1 has not been heard of for {DEADLINE_S} s" in output
     else:
-        assert "rank 1: rank 0: its store has not answered for 3 s" in errors
+        assert f"rank 1: rank 0: its store has not answered for {DEADLINE_S} s" in errors

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_executor import SPEC, FakeExecutor, continuation
+from fake_executor import SPEC, FakeExecutor, Slow, continuation
 
 from soloist.engine.launch import LocalRanks, launch
 from soloist.engine.meeting import Job
@@ -27,7 +27,7 @@ LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 
 def job(layout: str, **options) -> Job:
     parsed = Layout.parse(layout)
-    options = EngineOptions(device="cpu", **{"deadline_s": 20.0, "transport": "gloo", "block_size": 4, **options})
+    options = EngineOptions(device="cpu", **{"deadline_s": 200.0, "transport": "gloo", "block_size": 4, **options})
     return Job(SPEC, parsed, Placement.linear(SPEC, parsed.ep), options)
 
 
@@ -37,11 +37,11 @@ class Cluster:
     def __init__(self, layout: str, make_executor=FakeExecutor, **options) -> None:
         self.job = job(layout, **options)
         self.ranks = LocalRanks(self.job, make_executor)
-        self.front = FrontEnd(self.job.layout, SPEC.vocab, self.ranks.hub, 20.0, self.ranks.ended)
+        self.front = FrontEnd(self.job.layout, SPEC.vocab, self.ranks.hub, 200.0, self.ranks.ended)
 
     def __enter__(self) -> Cluster:
         try:
-            self.front.wait_ready(60, lambda ranks: None)
+            self.front.wait_ready(200, lambda ranks: None)
         except BaseException:
             self.__exit__()
             raise
@@ -49,17 +49,9 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.front.close()
-        self.ranks.close(10 if not self.ranks.ended() else 0)
+        self.ranks.close(120 if not self.ranks.ended() else 0)
         assert not any(process.is_alive() for process in self.ranks.processes)
         assert not self.ranks.folder.exists()
-
-
-class Slow(FakeExecutor):
-    """Leaves the test time to interfere."""
-
-    def run(self, batch):
-        time.sleep(0.01)
-        return super().run(batch)
 
 
 class NoMemory(FakeExecutor):
@@ -85,7 +77,7 @@ def test_a_killed_rank_is_missed_at_once_and_named():
         while not request.done:
             cluster.front.pump()
         assert request.error == "rank 1 was killed by SIGKILL"
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 100
 
 
 def test_a_rank_that_fails_to_start_gives_its_reason():
@@ -105,7 +97,7 @@ import sys, time
 sys.path[:0] = [{tests!r}]
 from test_launch import Cluster, LONG, Slow
 cluster = Cluster("ep2", Slow)      # no __main__ guard, as in many a user's script
-cluster.front.wait_ready(60, lambda ranks: None)
+cluster.front.wait_ready(200, lambda ranks: None)
 request = cluster.front.submit([1, 2], LONG)
 print(cluster.ranks.folder, *(process.pid for process in cluster.ranks.processes), flush=True)
 while not request.done:
@@ -125,9 +117,9 @@ def test_ranks_die_with_their_parent_and_leave_no_files(tmp_path, end):
         os.killpg(parent.pid, end)  # Ctrl-C reaches the ranks, too
     else:
         parent.send_signal(end)
-    parent.wait(60)
+    parent.wait(120)
     parent.stdout.close()
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 120
     while time.monotonic() < limit and (Path(folder).exists() or any(map(alive, pids))):
         time.sleep(0.05)
     assert not any(map(alive, pids))

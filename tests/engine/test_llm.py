@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fake_executor import FakeExecutor
+from fake_executor import FakeExecutor, Slow
 from msgspec.structs import replace
 
 from soloist.engine.llm import LLM
@@ -125,7 +125,7 @@ def test_several_threads_may_ask(llm):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(200)
     assert [output.outputs[0].text for output in found] == [expected.outputs[0].text] * 4
 
 
@@ -187,9 +187,9 @@ def test_after_closing_nothing_is_answered():
 
 
 def test_when_a_rank_is_lost_the_others_are_ended():
-    llm = LLM(NOVELS, layout="ep2", device="cpu", random_weights=1, make_executor=FakeExecutor)
+    llm = LLM(NOVELS, layout="ep2", device="cpu", random_weights=1, make_executor=Slow)
     (_, survivor) = llm._ranks.processes
-    stream = llm.stream([1], SamplingParams(max_tokens=100, ignore_eos=True))
+    stream = llm.stream([1], SamplingParams(max_tokens=1000, ignore_eos=True))
     next(stream)
     llm._ranks.processes[0].kill()
     with pytest.raises(ClusterError, match="rank 0 was killed by SIGKILL"):

@@ -65,6 +65,7 @@ def test_addresses_are_found_where_they_were_announced(tmp_path):
     assert other.find("leader 0") == "tcp://10.0.0.1:5"
 
 
+@pytest.mark.usefixtures("threads_end")
 def test_ranks_that_cannot_meet_are_told_where_they_tried(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")

@@ -190,13 +190,13 @@ class HangsAt13(FakeExecutor):
 
     def answer(self, chunk):
         if self.world.seat.rank == 1 and 13 in chunk.tokens:
-            self.release.wait(20)
+            self.release.wait(400)
         return super().answer(chunk)
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
 def test_a_failing_rank_ends_all_requests_with_its_name_and_reason(tmp_path, layout):
-    with Deployment(tmp_path, layout, BreaksAt13, deadline_s=2.0) as deployment:
+    with Deployment(tmp_path, layout, BreaksAt13, deadline_s=5.0) as deployment:
         requests = [deployment.front.submit([13], SamplingParams()) for _ in range(4)]
         deployment.finish(*requests)
         assert {request.error for request in requests} == {"rank 1: ValueError: thirteen"}
@@ -207,11 +207,11 @@ def test_a_failing_rank_ends_all_requests_with_its_name_and_reason(tmp_path, lay
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
 def test_a_hanging_rank_ends_all_requests_within_the_deadline(tmp_path, layout):
-    with Deployment(tmp_path, layout, HangsAt13, deadline_s=2.0) as deployment, HangsAt13.until_the_end():
+    with Deployment(tmp_path, layout, HangsAt13, deadline_s=4.0) as deployment, HangsAt13.until_the_end():
         start = time.monotonic()
         requests = [deployment.front.submit([13], SamplingParams()) for _ in range(4)]
         deployment.finish(*requests)
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 100
         assert all("rank 1" in request.error for request in requests), requests[0].error
 
 
@@ -220,7 +220,7 @@ def test_a_leader_that_says_nothing_is_missed(tmp_path):
 
     class Alone(HangsAt13):
         def answer(self, chunk):
-            self.release.wait(20)
+            self.release.wait(400)
 
     with Deployment(tmp_path, "ep1", Alone, deadline_s=0.5) as deployment, Alone.until_the_end():
         request = deployment.front.submit([1], SamplingParams())

@@ -33,7 +33,7 @@ def call(
     ranks: list[int],
     size: int,
     jobs: dict[int, Job] | None = None,
-    deadline_s: float = 5.0,
+    deadline_s: float = 60.0,
     store: HashStore | None = None,
     rank_0_after: str = "",
 ) -> dict[int, str]:
@@ -59,7 +59,7 @@ def together(calls: list[Callable[[], None]]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
 
 
 def test_ranks_of_one_mind_go_on():
@@ -68,10 +68,10 @@ def test_ranks_of_one_mind_go_on():
 
 def test_a_missing_rank_is_named_to_all_others():
     start = time.monotonic()
-    told = call([0, 1, 3], 4, deadline_s=2.0)
-    assert time.monotonic() - start < 15
+    told = call([0, 1, 3], 4, deadline_s=4.0)
+    assert time.monotonic() - start < 60
     for name, rank in enumerate([0, 1, 3]):
-        assert told[name].startswith(f"rank {rank}: rank 2 of 4 did not come within 2 s: see whether they were started")
+        assert told[name].startswith(f"rank {rank}: rank 2 of 4 did not come within 4 s: see whether they were started")
 
 
 def test_without_rank_0_the_others_say_so():
@@ -161,6 +161,7 @@ def test_where_rank_0_is():
 
 
 @pytest.mark.parametrize("manner", ["silent", "closes", "talks"])
+@pytest.mark.usefixtures("threads_end")
 def test_an_address_where_something_else_listens(monkeypatch, manner):
     """Other programs' ports must not hold a rank up."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -178,23 +179,24 @@ def test_an_address_where_something_else_listens(monkeypatch, manner):
         threading.Thread(target=serve, daemon=True).start()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
-        start, before = time.monotonic(), set(threading.enumerate())
+        start = time.monotonic()
         with pytest.raises(ClusterError, match="rank 1 of 2 cannot meet the others at 127.0.0.1.*check MASTER_ADDR"):
             Meeting.at_master(Place(1, 2, 1, 2), deadline_s=0.5)
-        assert time.monotonic() - start < 10
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)  # one that is still inside the store when the interpreter ends would abort the process
+        assert time.monotonic() - start < 60
 
 
+@pytest.mark.usefixtures("threads_end")
 def test_a_port_that_is_taken(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
         with pytest.raises(ClusterError, match="rank 0 of 2.*MASTER_PORT free on it"):
-            Meeting.at_master(Place(0, 2, 0, 2), deadline_s=2)
+            Meeting.at_master(Place(0, 2, 0, 2), deadline_s=20)
 
 
 def test_what_takes_too_long():
+    never = threading.Event()
     with pytest.raises(TimeoutError, match="0.1 s"):
-        bounded(lambda: time.sleep(1), 0.1)
-    assert bounded(lambda: timedelta(1), 5) == timedelta(1)
+        bounded(never.wait, 0.1)
+    never.set()
+    assert bounded(lambda: timedelta(1), 60) == timedelta(1)

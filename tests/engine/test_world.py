@@ -13,7 +13,7 @@ from soloist.transport.connect import local_world
 
 
 def build_all(layout: Layout, gpus_per_node: int = 8, by_node: bool = False) -> list[World]:
-    roots, worlds = local_world(layout.size, deadline_s=10), {}
+    roots, worlds = local_world(layout.size, deadline_s=60), {}
 
     def build(rank: int) -> None:
         worlds[rank] = World.build(roots[rank], layout, gpus_per_node, by_node=by_node)
@@ -22,7 +22,7 @@ def build_all(layout: Layout, gpus_per_node: int = 8, by_node: bool = False) -> 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     return [worlds[rank] for rank in range(layout.size)]
 
 
@@ -61,7 +61,7 @@ def test_traffic_is_summed_over_groups_without_control():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert worlds[0].take_traffic()[0] == {2: 32, 1: 32}
     assert worlds[0].take_traffic() == ({}, {})
 
@@ -93,7 +93,7 @@ def test_one_node_has_no_rails() -> None:
 def test_groups_of_one_node_are_made_of_what_its_ranks_share() -> None:
     """tp and node lie inside a node; the rail does not."""
     layout = Layout.parse("ep4tp2")
-    roots, insides = local_world(8, deadline_s=10), [local_world(4, deadline_s=10) for _ in range(2)]
+    roots, insides = local_world(8, deadline_s=60), [local_world(4, deadline_s=60) for _ in range(2)]
     for node, members in enumerate(insides):
         for transport in members:
             transport.ranks = tuple(range(4 * node, 4 * node + 4))
@@ -108,7 +108,7 @@ def test_groups_of_one_node_are_made_of_what_its_ranks_share() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     for rank, world in worlds.items():
         assert world.tp.ranks == world.seat.tp_peers
         assert world.node.ranks == tuple(r for r in world.seat.expert_peers if r // 4 == rank // 4)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,15 +99,17 @@ def test_what_fits_nowhere_says_why() -> None:
 
 
 def test_128_gpus_in_two_seconds_and_1024_in_ten() -> None:
-    """Of an idle core's time, doubled for one whose other thread is busy; the best of three."""
+    """Of an idle core's time, doubled for one whose other thread is busy; more of a core that is slower still."""
 
-    def seconds(gpus: int) -> float:
+    def seconds(work: Callable[[], object]) -> float:
         start = time.process_time()
-        find("deepseek-v3", gpus, "prompt=1000,output=1000,skew=0.8")
+        work()
         return time.process_time() - start
 
     for gpus, limit in ((128, 2.0), (1024, 10.0)):
-        assert any(seconds(gpus) < 2 * limit for _ in range(3))
+        searching = partial(find, "deepseek-v3", gpus, "prompt=1000,output=1000,skew=0.8")
+        pace = seconds(lambda: sum(i for i in range(8_000_000))) / 0.5  # such a loop takes 0.5 s of a busy core
+        assert any(seconds(searching) < 2 * limit * max(1.0, pace) for _ in range(3))
 
 
 def test_plan_file_round_trip(found: Found, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import uvicorn
 
 from soloist.bench.fake_leaders import SIZES, FakeLeader
@@ -25,6 +26,14 @@ TEMPLATE = """{% for m in messages %}{{ m.role }}: {{ m.content }}
 {% endfor %}{% if add_generation_prompt %}{{ name or 'assistant' }}:{% endif %}"""
 
 
+def patient() -> httpx.Client:
+    """A client that waits, and takes a connection for each request: none that its server is about to close."""
+    return httpx.Client(timeout=200.0, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+http = patient()
+
+
 class Live:
     """A running server."""
 
@@ -39,7 +48,7 @@ class Live:
         scheme = "https" if self.server.config.is_ssl else "http"
         return f"{scheme}://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
 
-    def wait(self, condition, seconds: float = 30.0) -> None:
+    def wait(self, condition, seconds: float = 200.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "did not happen in time"
@@ -55,7 +64,7 @@ def live(served: Served, listening: Listening = LOCAL, **limits) -> Iterator[Liv
         yield running
     finally:
         running.server.should_exit = True
-        running.thread.join(30)
+        running.thread.join(200)
         assert not running.thread.is_alive()
 
 
@@ -65,9 +74,9 @@ class Fake:
     def __init__(self, folder: Path, layout: str = "ep2") -> None:
         self.hub: Hub[ToFrontEnd] = Hub(f"ipc://{folder}/front", ToFrontEnd)
         self.gone: dict[int, str] = {}
-        self.front = FrontEnd(Layout.parse(layout), 1000, self.hub, 5.0, lambda: self.gone)
+        self.front = FrontEnd(Layout.parse(layout), 1000, self.hub, 200.0, lambda: self.gone)
         self.leaders = [FakeLeader(self.hub.address, rank, SIZES) for rank in self.front.leaders]
-        self.front.wait_ready(5, lambda ranks: None)
+        self.front.wait_ready(200, lambda ranks: None)
         self.served = Served("fake", self.front)
         self.step_s, self.paused, self.ending = 0.001, False, False
         self.thread = threading.Thread(target=self._lead)

@@ -26,6 +26,7 @@ from soloist.specs.layout import Layout
 from tests.server.live import NOVELS, Live, live
 
 AT_ONCE = 500  # connections
+FEW = 5  # answers that may differ where there are few; each must have been a close call
 CLOSE = 1e-4  # between two logits or router scores, under which fp32 sums of another order may choose the other
 Kind = Literal["stream", "whole", "leave", "malformed"]
 
@@ -157,7 +158,7 @@ def check(server: Live, report: Report, plan: list[Wish], reference: LLM) -> dic
     """Asserts that nothing was lost: every request accounted for, no block held, every answer the reference's."""
     assert not report.wrong, report.wrong[:5]
     assert report.fates.total() == len(plan)
-    server.wait(lambda: server.desk.calls == 0, 60)
+    server.wait(lambda: server.desk.calls == 0)
     desk = server.desk
     assert desk.waiting == 0
     assert desk.accepted == desk.ended.total()
@@ -167,7 +168,7 @@ def check(server: Live, report: Report, plan: list[Wish], reference: LLM) -> dic
     assert not desk.front.requests.waiting_for()
     _check_blocks(server)
     differ = _differences(report, reference)
-    assert differ <= len(report.answers) / 1000
+    assert differ <= FEW + len(report.answers) / 1000
     return {"fates": dict(report.fates), "ended": dict(desk.ended), "differ": differ, "compared": len(report.answers)}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import soloist
 from soloist.server.run import Listening
-from tests.server.live import live
+from tests.server.live import http, live, patient
 
 GREEDY = {"model": "novels", "prompt": "The old house upon the hill", "max_tokens": 12, "temperature": 0}
 CHAT = {"model": "novels", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 8, "temperature": 0}
@@ -20,13 +20,13 @@ CHAT = {"model": "novels", "messages": [{"role": "user", "content": "Who are you
 
 @pytest.fixture
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=patient()) as client:
         yield client
 
 
 def post(server, body, path="/v1/completions", **options) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body)
-    return httpx.post(server.url + path, content=content, timeout=30, **options)
+    return http.post(server.url + path, content=content, **options)
 
 
 def events(response: httpx.Response) -> list[dict]:
@@ -285,7 +285,7 @@ def test_a_mistake_raises_the_clients_own_exception(client):
 
 def test_routes_that_are_none(server):
     for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405)):
-        response = httpx.request(method, server.url + path)
+        response = http.request(method, server.url + path)
         assert response.status_code == status
         assert path in response.json()["error"]["message"]
 
@@ -295,8 +295,8 @@ def test_models_and_health(client, server):
     assert client.models.retrieve("novels").max_model_len == 2048
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-    assert httpx.get(f"{server.url}/version").json() == {"version": soloist.__version__}
+    assert http.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert http.get(f"{server.url}/version").json() == {"version": soloist.__version__}
 
 
 def test_request_ids(server):
@@ -311,8 +311,8 @@ def test_keys(fake):
         assert post(server, body).headers["www-authenticate"] == "Bearer"
         wrong = post(server, body, headers={"Authorization": "Bearer third"})
         assert wrong.json()["error"]["code"] == "invalid_api_key"
-        assert httpx.head(f"{server.url}/health").status_code == 200
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="second") as client:
+        assert http.head(f"{server.url}/health").status_code == 200
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="second", http_client=patient()) as client:
             assert client.completions.create(**body).choices[0].text == " 0 1 2"
 
 
@@ -321,7 +321,7 @@ def test_bodies_are_bounded(fake):
     with live(fake.served, max_body_bytes=1000) as server:
         assert post(server, body).status_code == 200
         assert post(server, body | {"prompt": [1] * 500}).status_code == 413
-        in_pieces = httpx.post(f"{server.url}/v1/completions", content=(b"x" * 100 for _ in range(20)))
+        in_pieces = http.post(f"{server.url}/v1/completions", content=(b"x" * 100 for _ in range(20)))
         assert in_pieces.status_code == 413
 
 
@@ -345,7 +345,7 @@ def test_a_full_queue_says_when_to_come_back(fake):
 def test_time_is_bounded(fake, stream):
     fake.paused = not stream
     fake.step_s = 0.05
-    with live(fake.served, request_timeout_s=1.0) as server:
+    with live(fake.served, request_timeout_s=4.0 if stream else 1.0) as server:
         response = post(server, {"model": "fake", "prompt": [1], "max_tokens": 5000, "stream": stream})
         if stream:  # it had begun
             *pieces, last = (json.loads(line[6:]) for line in response.text.split("\n\n") if line)
@@ -375,10 +375,10 @@ def test_a_slow_reader_gets_every_token_joined(fake):
     fake.step_s = 0
     with live(fake.served) as server:
         body = {"model": "fake", "prompt": [1], "max_tokens": 20000, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        with http.stream("POST", f"{server.url}/v1/completions", json=body) as response:
             lines = response.iter_lines()
             first = next(lines)
-            server.wait(lambda: fake.left == 0, 60)  # it reads nothing meanwhile
+            server.wait(lambda: fake.left == 0)  # it reads nothing meanwhile
             found = [first, *(line for line in lines if line)]
     assert found.pop() == "data: [DONE]"
     text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in found)
@@ -397,4 +397,4 @@ def test_a_lost_rank_ends_every_call_with_the_cause(fake):
             assert future.result().status_code == 503
             assert "rank 1 was killed by SIGKILL" in future.result().json()["error"]["message"]
         assert post(server, body).status_code == 503
-        assert "SIGKILL" in httpx.get(f"{server.url}/health").json()["status"]
+        assert "SIGKILL" in http.get(f"{server.url}/health").json()["status"]

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +21,7 @@ from soloist.server.metrics import Histogram, Metrics, Tally
 from soloist.server.served import Served
 from soloist.server.watch import Watch, Window, max_over_mean
 from soloist.specs.layout import Layout
-from tests.server.live import live
+from tests.server.live import http, live
 
 DOCS = Path(__file__).parents[2] / "docs"
 SUFFIX = {"counter": "_total", "histogram": "_bucket"}
@@ -117,11 +116,11 @@ def test_histograms_cumulate():
 def test_a_request_is_counted_once(fake):
     with live(fake.served) as server:
         body = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 5, "n": 2}
-        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
-        found = samples(httpx.get(f"{server.url}/metrics").content)
-        details = httpx.get(f"{server.url}/details").json()
-        assert httpx.get(f"{server.url}/details?rank=2").json()["error"]["param"] == "rank"
-        assert "pairs" in httpx.get(f"{server.url}/details?rank=1").json()
+        assert http.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        found = samples(http.get(f"{server.url}/metrics").content)
+        details = http.get(f"{server.url}/details").json()
+        assert http.get(f"{server.url}/details?rank=2").json()["error"]["param"] == "rank"
+        assert "pairs" in http.get(f"{server.url}/details?rank=1").json()
     assert found["generation_tokens_total",] == 10
     assert found["prompt_tokens_total",] == 6
     assert found["time_to_first_token_seconds_count",] == 2
@@ -134,20 +133,20 @@ def test_a_request_is_counted_once(fake):
 
 def test_what_the_model_did(server):
     body = {"model": "novels", "prompt": "It was a", "max_tokens": 5}
-    assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
-    server.wait(lambda: httpx.get(f"{server.url}/details").json()["ranks"])
-    record = httpx.get(f"{server.url}/details").json()
+    assert http.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    server.wait(lambda: http.get(f"{server.url}/details").json()["ranks"])
+    record = http.get(f"{server.url}/details").json()
     layers = record["experts"]
     assert layers
     assert {sum(tokens) for tokens in layers.values()} != {0}
     assert all(rank["weight_bytes"] > 0 for rank in record["ranks"])
-    assert "<html" in httpx.get(f"{server.url}/dashboard").text
+    assert "<html" in http.get(f"{server.url}/dashboard").text
 
 
 def test_the_terminal_shows_what_the_dashboard_shows(server):
     body = {"model": "novels", "prompt": "The old", "max_tokens": 5}
-    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
-    server.wait(lambda: httpx.get(f"{server.url}/details").json()["ranks"])  # they are asked every two seconds
+    assert http.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    server.wait(lambda: http.get(f"{server.url}/details").json()["ranks"])  # they are asked every two seconds
     shown = CliRunner().invoke(app, ["top", server.url, "--once"]).stdout
     assert "novels on ep2" in shown
     assert "max/mean" in shown

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,7 +19,10 @@ from typer.testing import CliRunner, Result
 
 from soloist import cli
 from soloist.planner.plan import Plan
-from tests.server.live import NOVELS
+from tests.mpirun import free_port
+from tests.server.live import NOVELS, http
+
+MANY = 150  # tokens: half a second of work
 
 
 def run(*arguments: str) -> Result:
@@ -27,24 +34,46 @@ class Process:
     """The command on a free port; its log is read when it has ended."""
 
     def __init__(self, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "soloist", "serve", str(NOVELS), "--device", "cpu", "--port", str(self.port)]
+        port = str(free_port())
+        command = [sys.executable, "-m", "soloist", "serve", str(NOVELS), "--device", "cpu", "--port", port]
         self.process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{port}"
 
-    def wait(self, **options) -> None:
-        end = time.monotonic() + 120
+    def wait(self) -> None:
+        end = time.monotonic() + 280
         while time.monotonic() < end:
             try:
-                assert httpx.get(f"{self.url}/health", **options).status_code == 200
+                assert http.get(f"{self.url}/health").status_code == 200
             except httpx.TransportError:
                 assert self.process.poll() is None, self.process.stderr.read()
                 time.sleep(0.1)
             else:
                 return
         raise AssertionError("was not ready in time")
+
+
+def parent(pid: str) -> int:
+    """Of a process; 0 where there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+@contextmanager
+def halted(process: subprocess.Popen[str]) -> Iterator[None]:
+    """While all processes below a server stand still, nothing that it has accepted ends."""
+    parents = {int(path.name): parent(path.name) for path in Path("/proc").glob("[0-9]*")}
+    below = [process.pid]
+    for pid in below:
+        below += [child for child, above in parents.items() if above == pid]
+    for pid in below[1:]:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in below[1:]:
+            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -62,26 +91,27 @@ def process():
 
 
 def test_sigterm_lets_accepted_requests_finish(process):
-    server = process()
+    server = process("--drain", "500")
     server.wait()
-    body = {"model": NOVELS.name, "prompt": "The old", "max_tokens": 60, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+    body = {"model": NOVELS.name, "prompt": "The old", "max_tokens": MANY, "ignore_eos": True, "stream": True}
+    with http.stream("POST", f"{server.url}/v1/completions", json=body) as response:
         lines = (line for line in response.iter_lines() if line)
         found = [next(lines)]
-        server.process.send_signal(signal.SIGTERM)
-        while httpx.get(f"{server.url}/health").status_code == 200:
-            time.sleep(0.01)
-        refused = httpx.post(f"{server.url}/v1/completions", json=body)
+        with halted(server.process):
+            server.process.send_signal(signal.SIGTERM)
+            while http.get(f"{server.url}/health").status_code == 200:
+                time.sleep(0.01)
+            refused = http.post(f"{server.url}/v1/completions", json=body)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "shutting_down"
         found += lines
     assert found[-1] == "data: [DONE]"
     assert json.loads(found[-2][6:])["choices"][0]["finish_reason"] == "length"
-    assert server.process.wait(60) == 0
+    assert server.process.wait(200) == 0
     log = [json.loads(line) for line in server.process.stderr.read().splitlines()]
     assert any(line["event"] == "draining" and line["calls"] == 1 for line in log)
     (answered,) = [line for line in log if line.get("outcome") == "complete"]
-    assert answered["tokens"] == 60
+    assert answered["tokens"] == MANY
     assert answered["request_id"]
 
 
@@ -89,13 +119,13 @@ def test_what_does_not_finish_in_time_ends_with_the_cause(process):
     server = process("--drain", "0.3")
     server.wait()
     body = {"model": NOVELS.name, "prompt": "The", "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+    with http.stream("POST", f"{server.url}/v1/completions", json=body) as response:
         lines = (line for line in response.iter_lines() if line)
         next(lines)
         server.process.send_signal(signal.SIGTERM)
         *_, last = lines
     assert json.loads(last[6:])["error"]["code"] == "shut_down"
-    assert server.process.wait(60) == 0
+    assert server.process.wait(200) == 0
 
 
 @pytest.mark.parametrize(
@@ -132,7 +162,7 @@ def test_a_plan_says_how_to_serve(process, tmp_path):
     assert run("plan", str(NOVELS), "--gpus", "2", "--out", str(plan), *load).exit_code == 0
     server = process("--plan", str(plan))
     server.wait()
-    details = httpx.get(f"{server.url}/details").json()
+    details = http.get(f"{server.url}/details").json()
     assert details["layout"] == str(Plan.load_file(plan).layout)
     assert details["planned"]["tpot"]["unit"] == "ms"
     assert details["slo_s"] == {"ttft": 2.0, "tpot": None}

@@ -34,7 +34,7 @@ def health(url: str, folder: Path, client: str | None = None) -> int:
     trusted = ssl.create_default_context(cafile=str(folder / "server.pem"))
     if client:
         trusted.load_cert_chain(folder / f"{client}.pem", folder / f"{client}.key")
-    return httpx.get(f"{url}/health", verify=trusted).status_code
+    return httpx.get(f"{url}/health", verify=trusted, timeout=200).status_code
 
 
 def test_https(fake, folder):
@@ -44,7 +44,7 @@ def test_https(fake, folder):
         assert s.url.startswith("https:")
         assert health(s.url, folder) == 200
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{s.url}/health")
+            httpx.get(f"{s.url}/health", timeout=200)
 
 
 def test_clients_show_certificates_that_the_authorities_signed(fake, folder):

@@ -29,6 +29,7 @@ from soloist.transport.mpi_options import MpiOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)
 SLOW_S = 0.2
+LOST_S = 4.0  # the deadline where a peer is lost: longer than a busy machine keeps one that is not
 
 
 def rows_of(seed: int, source: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -223,13 +224,20 @@ def traffic(t: Transport) -> None:
     t.send(torch.zeros(3, device=t.device), following)
     t.recv((3,), torch.float32, (me - 1) % n)
     assert t.traffic.bytes_to == [12 * (peer == following) for peer in range(n)]
+    assert any(_waits_for_0(t, slow_s) for slow_s in (SLOW_S, 10 * SLOW_S, 50 * SLOW_S))
+
+
+def _waits_for_0(t: Transport, slow_s: float) -> bool:
+    """Whether all ranks counted most of it, which one that was itself late on a busy machine has not."""
     t.barrier()
     t.traffic.reset()
-    if me == 0:
-        time.sleep(SLOW_S)
+    if t.rank == 0:
+        time.sleep(slow_s)
     t.barrier()
-    assert t.traffic.bytes_to == [0] * n
-    assert me == 0 or t.traffic.waited_for_s[0] + t.traffic.waited_for_s[me] > SLOW_S / 2  # NCCL does not tell whom
+    assert t.traffic.bytes_to == [0] * t.size
+    waited_s = t.traffic.waited_for_s[0] + t.traffic.waited_for_s[t.rank]  # NCCL does not tell whom
+    counted = float(t.rank == 0 or waited_s > slow_s / 2)
+    return t.all_reduce(torch.tensor([counted], device=t.device)).item() == t.size
 
 
 def barriers(t: Transport) -> None:
@@ -339,7 +347,7 @@ def main(also: str = "") -> None:
     t.close()
     for failure in (one_stops, one_closes, one_never_sends) if also == "failures" else ():
         t = join(failure.__name__)
-        t.deadline_s = 1.5
+        t.deadline_s = LOST_S
         if told := failure(t, place.size - 1):
             print(f"{failure.__name__}: {told[2]}", flush=True)
 

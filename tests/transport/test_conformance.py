@@ -13,7 +13,7 @@ from tests.transport import conformance
 NCCL = pytest.param("nccl", marks=pytest.mark.multigpu)
 KINDS = ["local", "shared_memory", "gloo", NCCL]
 PROCESSES = ["shared_memory", "gloo"]
-LONG_S = 60.0  # a deadline that no test can wait for
+LONG_S = 400.0  # a deadline that no test can wait for
 CULPRIT = 1
 
 
@@ -64,26 +64,26 @@ def blamed(outcomes: list, where: str) -> list[tuple[int, int | None]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_peer_that_stops_is_named(ranks: RankPool, kind: str) -> None:
     size = size_on(kind)
-    outcomes = ranks.run(size, kind, conformance.one_stops, CULPRIT, deadline_s=2.0)
+    outcomes = ranks.run(size, kind, conformance.one_stops, CULPRIT, deadline_s=conformance.LOST_S)
     assert blamed(outcomes, "layer 3, dispatch") == [(rank, CULPRIT) for rank in range(size) if rank != CULPRIT]
 
 
 @pytest.mark.parametrize("kind", ["local", *PROCESSES])
 def test_peer_that_never_sends_is_named(ranks: RankPool, kind: str) -> None:
-    outcomes = ranks.run(2, kind, conformance.one_never_sends, CULPRIT, deadline_s=2.0)
+    outcomes = ranks.run(2, kind, conformance.one_never_sends, CULPRIT, deadline_s=conformance.LOST_S)
     assert blamed(outcomes, "stage 1, input") == [(0, CULPRIT)]
 
 
 @pytest.mark.parametrize("kind", ["local", *PROCESSES])
 def test_peer_that_closes_is_named_at_once(ranks: RankPool, kind: str) -> None:
-    outcomes = ranks.run(3, kind, conformance.one_closes, CULPRIT, deadline_s=LONG_S, timeout_s=LONG_S / 2)
+    outcomes = ranks.run(3, kind, conformance.one_closes, CULPRIT, deadline_s=LONG_S)
     assert blamed(outcomes, "layer 1, attention") == [(0, CULPRIT), (2, CULPRIT)]
 
 
 @pytest.mark.parametrize("kind", PROCESSES)
 def test_peer_that_dies_is_named_at_once(ranks: RankPool, kind: str) -> None:
     with pytest.raises(RanksFailed, match="exit code 3") as failed:
-        ranks.run(3, kind, conformance.one_dies, CULPRIT, deadline_s=LONG_S, timeout_s=LONG_S / 2)
+        ranks.run(3, kind, conformance.one_dies, CULPRIT, deadline_s=LONG_S)
     outcomes = failed.value.outcomes
     assert isinstance(outcomes[CULPRIT], Failure)
     assert blamed(outcomes, "step 7") == [(0, CULPRIT), (2, CULPRIT)]

@@ -25,9 +25,9 @@ def test_conformance_and_lost_peers():
     told = run.stdout  # in which mpirun joins the ranks' lines as they come, sometimes without the end of one between
     assert told.count(" passed") == len(CHECKS) + 1, run.stderr  # and the reductions
     for rank in (0, 1):
-        assert f"one_stops: rank {rank}: rank 2: no answer within 1.5 s (in layer 3, dispatch)" in told
+        assert f"one_stops: rank {rank}: rank 2: no answer within 4 s (in layer 3, dispatch)" in told
         assert f"one_closes: rank {rank}: rank 2: has closed (in layer 1, attention)" in told
-    assert "one_never_sends: rank 0: rank 2: no answer within 1.5 s (in stage 1, input)" in told
+    assert "one_never_sends: rank 0: rank 2: no answer within 4 s (in stage 1, input)" in told
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_launcher_that_mpi_does_not_know_is_refused(tmp_path):
         "from soloist.transport.mpi import MpiTransport\n"
         "MpiTransport.world(1, 4, torch.device('cpu'), 1.0)\n"
     )
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280, check=False)
     assert "this is rank 1 of 4, but to MPICH" in run.stderr
     assert "rank 0 of 1: start the ranks with that MPI's mpirun" in run.stderr
 
