@@ -30,12 +30,14 @@ def plan(
     explain: Annotated[bool, typer.Option("--explain", help="Say how tokens cross nodes, and why.")] = False,
     engine: Annotated[str, typer.Option(help="Whose fixed costs to assume: soloist, vllm, sglang.")] = "soloist",
     nvlink_sums: Annotated[bool, typer.Option(help="Soloist's own small sums; without, NCCL's.")] = True,
+    mixed_graphs: Annotated[str, typer.Option(help="Tokens of the prefill steps in graphs, like 256,8192.")] = "off",
     out: Annotated[Path | None, typer.Option(help="Write the best layout as a plan file.")] = None,
     from_command: Annotated[str, typer.Option("--from", help="A `vllm serve` or SGLang command to improve.")] = "",
     calibration: CalibrationOption = None,
 ) -> None:
     """Which layout, how fast, how much memory, what is the bottleneck: a search over every layout."""
     from soloist.planner.commands import run_advise, run_plan
+    from soloist.planner.host import buckets_of
     from soloist.planner.score import Options
 
     wanted = f"{load},{slo}" if slo else load
@@ -54,7 +56,7 @@ def plan(
             calibration,
             system=engine,
             out=out,
-            options=Options(nvlink_sums=nvlink_sums),
+            options=Options(nvlink_sums=nvlink_sums, mixed_graphs=buckets_of(mixed_graphs)),
             rejected=rejected,
             explain=explain,
         )  # fmt: skip

@@ -26,6 +26,7 @@ SPELLINGS = {
 }  # fmt: skip
 PADDED_TOKENS = 512  # tokens of a rank up to which engines pad to experts instead of gathering
 SMALL_PASSES = 9  # twice a sum and its norm: read two, write two; and the router reads
+EVEN = ("uniform", "balanced")  # routing of a table
 TILE = 64  # rows of a GEMM tile: fewer cost as much
 
 GEMM: dict[str, Prior] = {
@@ -35,6 +36,7 @@ GEMM: dict[str, Prior] = {
 }  # fmt: skip
 DENSE = ("gemm_us", "memory", "fp8", "bf16", "knee")  # those of a single matrix multiplication
 SMALL: dict[str, Prior] = {"kernels_us": Prior(15, 0.7), "memory": Prior(0.6, 0.2, 0.95)}
+LAUNCH: dict[str, Prior] = {"launch_us": Prior(60, 0.4)}  # 25 to 60 for one kernel; Triton's look-up of it is longer
 STREAM: dict[str, Prior] = {"copy_us": Prior(3, 0.7), "memory": Prior(0.85, 0.1, 0.95)}
 ATTENTION: dict[str, dict[str, Prior]] = {
     "decode": {
@@ -150,14 +152,22 @@ def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float
     slots, dtype = row.experts / row.ep, dtype_named(row.dtype)
     if row.ep == 1:
         return grouped_seconds(pairs, row.experts, row.ffn, row.hidden, dtype, gpu, constants)
-    exponent = re.search(r"power_law_(\d+(?:\.\d+)?)", row.routing)
-    alpha = float(exponent[1]) if exponent else 0.0
+    alpha = _exponent(row.routing)
     fullest = pairs * imbalance(alpha, row.experts, row.ep, row.group_tokens, top_k=row.top_k)
     work = ExpertWork(
         pairs=fullest, active=activated(slots, row.experts, row.top_k, row.group_tokens), hidden=row.hidden,
         width=row.ffn, dtype=dtype, gathered=row.group_tokens / row.ep > PADDED_TOKENS, fused=row.library == "soloist",
     )  # fmt: skip
     return experts_seconds(work, gpu, constants)
+
+
+def _exponent(routing: str) -> float:
+    """Of a power law; 0 for routing that is even. Raises ConfigurationError for an unknown distribution."""
+    if exponent := re.fullmatch(r"power_law_(\d+(?:\.\d+)?)", routing):
+        return float(exponent[1])
+    if routing not in EVEN:
+        raise ConfigurationError.of("routing", routing, f"unknown; known are {', '.join(EVEN)} and power_law_1.2")
+    return 0.0
 
 
 def decode_work(row: AttentionRow) -> DecodeAttention:

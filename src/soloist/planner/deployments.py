@@ -12,6 +12,7 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.domains import Domain, Hardware
 from soloist.planner.fitting import Constants
+from soloist.planner.host import buckets_of
 from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
@@ -24,6 +25,7 @@ from soloist.specs.presets import preset
 
 CHUNK_TOKENS = 8192  # of a prefill step where a row does not say
 TYPICAL_TPOT_S = 1 / 21  # of a served deployment whose batch is not published: 20-22 tokens/s and user
+PHASES = ("prefill", "decode")
 TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 ALIASES = {"deepseek-r1": "deepseek-v3", "deepseek-v3-0324": "deepseek-v3"}
 
@@ -53,7 +55,7 @@ def _layout(text: str, gpus: int) -> tuple[Layout, int]:
         degrees["ep"] = degrees.get("tp", 1)
     slots = re.search(r"\((\d+) routed", text)
     pp, ep, tp = degrees.get("pp", 1), degrees.get("ep", 1), degrees.get("tp", 1)
-    if not degrees or gpus % (pp * max(ep, tp)):
+    if not degrees or 0 in degrees.values() or gpus % (pp * max(ep, tp)):
         raise ConfigurationError.of("layout", text, f"is no layout of {gpus} GPUs; write for instance ep32 or tp8pp2")
     stage = gpus // pp
     if ep == 1:
@@ -76,6 +78,8 @@ def predict(row: DeploymentRow, calibration: Calibration, runtime: Runtime) -> f
     found = setting(row)
     kernels = Kernels(found.cluster, calibration, library_of(row.system, calibration))
     model = StepModel(found.deployment, kernels, runtime)
+    if row.phase not in PHASES:
+        raise ConfigurationError.of("phase", row.phase, f"unknown; known are {', '.join(PHASES)}")
     if row.metric == "tpot" and row.unit in TIME_UNITS:
         return TIME_UNITS[row.unit] * _tpot(row, found, model)
     shares = {"tok/s": 1.0, "tok/s/GPU": row.gpus, "tok/s/node": row.gpus / found.cluster.gpus_per_node}
@@ -142,7 +146,13 @@ def predict_run(row: RunRow, calibration: Calibration, runtime: Runtime) -> floa
     if row.gpu:
         cluster = msgspec.structs.replace(cluster, gpu=Hardware().gpu(row.gpu), gpus_per_node=layout.size)
     kernels = Kernels(cluster, calibration, library_of(row.system, calibration), row.nvlink_sums)
-    model = StepModel(Deployment(model=spec, layout=layout, precision=Precision.of(spec)), kernels, runtime, "off")
+    model = StepModel(
+        Deployment(model=spec, layout=layout, precision=Precision.of(spec)),
+        kernels,
+        runtime,
+        "off",
+        buckets_of(row.mixed_graphs),
+    )
     each = row.sequences / (layout.dp * layout.attention_groups)
     if row.phase == "decode":
         return model.decode(each, row.tokens).seconds.value

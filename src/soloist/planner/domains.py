@@ -18,6 +18,7 @@ from soloist.planner.tables import (
     CollectiveRow,
     ExchangeRow,
     ExpertRow,
+    LaunchRow,
     MatmulRow,
     Row,
     SmallRow,
@@ -71,6 +72,7 @@ def domains(machine: ClusterSpec | None = None) -> dict[str, tuple[Domain, ...]]
         "attention": (_attention(known),),
         "stream": (_stream(known),),
         "small": (_small(known),),
+        "host": (_host(),),
     }
 
 
@@ -105,18 +107,21 @@ def _exchange(phase: str, known: Hardware) -> Domain:
 OWN = "soloist"  # sums by our own kernels, below the size from which NCCL's are faster
 COLLECTIVE_SPELLINGS = {
     "allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter", "alltoall": "all_to_all",
-    "sendrecv": "send_recv",
+    "sendrecv": "send_recv", "gather": "gather",
 }  # fmt: skip
 
 
 def _kind(row: CollectiveRow) -> str:
-    return COLLECTIVE_SPELLINGS.get(row.collective.replace("_", "").lower(), row.collective)
+    name = row.collective.replace("_", "").replace("-", "").lower()
+    return COLLECTIVE_SPELLINGS.get(name, row.collective)
 
 
 def _collectives(known: Hardware) -> Domain:
     def predict(constants: Constants, row: CollectiveRow) -> float:
         cluster = known.fabric(row.fabric, min(row.gpus, 72 if "NVL72" in row.fabric else 8))
         kind = _kind(row)
+        if kind not in (kinds := sorted(set(COLLECTIVE_SPELLINGS.values()))):
+            raise ConfigurationError.of("collective", row.collective, f"unknown; known are {', '.join(kinds)}")
         if kind == "send_recv":
             return 1e6 * collectives.point_to_point_seconds(row.bytes, True, cluster, constants)
         if row.library == OWN and kind == "gather":
@@ -231,6 +236,18 @@ def _small(known: Hardware) -> Domain:
         predict=predict,
         measured=lambda row: row.us,
         coordinates=lambda row: small_coordinates(row.tokens, row.hidden, row.columns, row.experts),
+    )
+
+
+def _host() -> Domain:
+    return Domain(
+        name="host",
+        rows=LaunchRow,
+        path=lambda row: ("launch",),
+        priors=lambda path: compute.LAUNCH,
+        predict=lambda constants, row: constants["launch_us"],
+        measured=lambda row: row.us,
+        coordinates=lambda row: {"launches": 1.0},
     )
 
 

@@ -117,6 +117,14 @@ class Kernels:
         seconds = compute.small_seconds(tokens, hidden, columns, experts, self.cluster.gpu, found.constants)
         return found.estimate(seconds, small_coordinates(tokens, hidden, columns, experts)).worse(self._known_gpu)
 
+    @cached_property
+    def launch(self) -> Estimate:
+        """Of one kernel on the host: Triton's and CUDA's part."""
+        if not self.calibration.has("host/launch"):
+            return Estimate(1e-6 * compute.LAUNCH["launch_us"].guess, UNMEASURED, "extrapolated")
+        found = self.calibration.find("host", "launch")
+        return found.estimate(1e-6 * found.constants["launch_us"], {"launches": 1.0})
+
     def stream(self, moved: float) -> Estimate:
         """Element-wise work on `moved` bytes."""
         seconds = compute.stream_seconds(moved, self.cluster.gpu, self._stream.constants)

@@ -53,11 +53,15 @@ class Deployment(Spec, frozen=True, kw_only=True):
 
 
 class Batch(NamedTuple):
-    """What one attention group does in a step: `tokens` new ones, each seeing `context` on average."""
+    """What one attention group does in a step: `tokens` new ones, each seeing `context` on average.
+
+    is_captured: a graph holds the step; decoding steps always have one.
+    """
 
     phase: str
     tokens: float
     context: float
+    is_captured: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -158,7 +162,7 @@ def _attention_exchange(d: Deployment, batch: Batch, kernels: Kernels) -> Estima
 
 def _between(d: Deployment, batch: Batch, own: float, kernels: Kernels, runtime: Runtime) -> Estimate:
     """What lies between the large kernels: measured as it is, and what the runtime adds."""
-    fixed = runtime["layer_us"] + (0.0 if batch.is_decode else runtime["eager_us"])
+    fixed = runtime["layer_us"] + (0.0 if batch.is_decode or batch.is_captured else runtime["eager_us"])
     rest = total((kernels.stream(runtime["layer_passes"] * 2 * own * d.model.d_model), _fixed(1e-6 * fixed)))
     if kernels.library != OWN_LIBRARY:
         return rest

@@ -27,7 +27,7 @@ SYSTEM: dict[str, Prior] = {
     "first_us": Prior(0.001, 0.001),  # once for prompts that come together: requests made, first launches, answers
     "sequence_us": Prior(0.001, 0.001),  # of a sequence and decode step on the host, where nothing hides it: pipelines
     "eager_us": Prior(0.001, 0.001),  # of a layer on the GPU between kernels that no graph holds, beyond layer_us
-    "launch_us": Prior(0.001, 0.001),  # of a kernel on the host, in steps that no graph holds
+    "python_us": Prior(0.001, 0.001),  # of its own code on the host around the launch of a kernel that no graph holds
     "layer_passes": Prior(10, 0.001),  # over the residual stream in a layer: norms, residual sums, rotary, router
 }
 # Our own engine where its kernels were measured by themselves: they are what runs, in graphs, ahead of the host.
@@ -44,7 +44,7 @@ OWN: dict[str, Prior] = {
     "prefill": Prior(1.04, 0.04),  # long arithmetic lowers the clocks: 1.01 to 1.10 in docs/benchmarks.md
     "first_us": Prior(1500, 0.7),
     "eager_us": Prior(15, 1.0),
-    "launch_us": Prior(150, 0.3),  # Python's part included: 131 to 209 in profiles of a prefill layer, 2 x H200's host
+    "python_us": Prior(50, 0.3),  # with a launch of 60: 65 to 143 of five hosts in profiles of a prefill layer
     "sequence_us": Prior(5, 0.7),  # a pipeline makes up a step when the tokens are back (engine/options.py, ahead)
 }
 

@@ -38,6 +38,7 @@ class Options(Spec, frozen=True, kw_only=True):
     micro_batches: int = 0
     spare_slots: int = 0
     nvlink_sums: bool = True  # our own engine's small sums by its own kernels
+    mixed_graphs: tuple[int, ...] = ()  # tokens of prefill steps that our own engine holds in graphs
 
 
 class Score(NamedTuple):
@@ -124,7 +125,8 @@ class Scorer:
         model = (layout.pp, layout.attention_ranks, layout.ep, layout.tp, deployment.slots, traced, options)
         key = (model, phase, tokens)
         if model not in self._models:
-            self._models[model] = StepModel(deployment, self.kernels, self.runtime, options.overlap)
+            given = (deployment, self.kernels, self.runtime, options.overlap, options.mixed_graphs)
+            self._models[model] = StepModel(*given)
         if key not in self._steps:
             context = self.load.context if phase == "decode" else self.load.prompt / 2
             step = self._models[model].decode if phase == "decode" else self._models[model].prefill

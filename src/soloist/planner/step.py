@@ -2,7 +2,7 @@
 
     stage  = layers of the slowest stage, with overlap or without, + output head
     decode = micro-batches in flight · stage(batch / micro-batches) + hops + host's part   (pipeline full)
-    prefill = max(stage(chunk), the host's launches) · (1 + bubble)
+    prefill = max(stage(chunk), the host's launches where no graph holds them: `host`) · (1 + bubble)
 
 Overlap of two half batches: each half's compute C and exchange M take 2C + 2M − η · min(2C, 2M), which pays only if the
 fixed costs that both halves pay are less than what is hidden.
@@ -14,14 +14,14 @@ from collections import Counter
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from soloist.planner.estimate import Estimate, total
+from soloist.planner import host
+from soloist.planner.estimate import ZERO, Estimate, total
 from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.layer import COMMUNICATION, Batch, Deployment, dense_parts, moe_parts
 from soloist.planner.runtime import Runtime
 from soloist.specs.model import ModelSpec
 
 Overlap = Literal["on", "off", "auto"]
-LAUNCHES, EXCHANGE_LAUNCHES = 11, 6  # of a layer's kernels in our own engine, and more where tokens travel
 
 
 class StepCost(NamedTuple):
@@ -40,8 +40,17 @@ class StepCost(NamedTuple):
 class StepModel:
     """Step times of one deployment on one cluster."""
 
-    def __init__(self, deployment: Deployment, kernels: Kernels, runtime: Runtime, overlap: Overlap = "auto") -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        kernels: Kernels,
+        runtime: Runtime,
+        overlap: Overlap = "auto",
+        mixed_graphs: tuple[int, ...] = (),
+    ) -> None:
+        """mixed_graphs: tokens of prefill steps that graphs hold, as in the engine's option of this name."""
         self.deployment, self.kernels, self.runtime, self.overlap = deployment, kernels, runtime, overlap
+        self.mixed_graphs = mixed_graphs
         self._known: dict[Batch, Parts] = {}  # a half batch is another batch's whole
 
     def decode(self, sequences: float, context: float, micro_batches: int = 0) -> StepCost:
@@ -61,12 +70,21 @@ class StepModel:
         The time is that after which the next chunk ends, the pipeline being kept full by `micro_batches` chunks.
         """
         pp = self.deployment.layout.pp
-        stage = self._stage(Batch("prefill", tokens, context))
+        is_captured = host.is_captured(self.mixed_graphs, tokens, 2 * context)
+        stage = self._stage(Batch("prefill", tokens, context, is_captured))
         flights = max(1, micro_batches or 8 * pp)
         bubble = (flights + pp - 1) / flights / (self.runtime["pipeline"] if pp > 1 else 1.0)
-        launches = LAUNCHES + (EXCHANGE_LAUNCHES if self.deployment.layout.stage_ranks > 1 else 0)
-        host = 1e-6 * self.runtime["launch_us"] * launches * -(-self.deployment.model.layers // pp)
-        return _waiting(self._with_step(stage, bubble, tokens), max(0.0, host - stage.seconds.value) * bubble)
+        cost = self._with_step(stage, bubble, tokens)
+        return cost if is_captured else _slowed(cost, self._launching(), stage.seconds.value, bubble)
+
+    def _launching(self) -> Estimate:
+        """Of a step's kernels on the slowest host."""
+        model, layout = self.deployment.model, self.deployment.layout
+        if self.kernels.library != OWN_LIBRARY or self.kernels.cluster.gpu.name == "cpu":
+            return ZERO
+        each = total((self.kernels.launch, Estimate(1e-6 * self.runtime["python_us"], 0.3, "interpolated")))
+        ranks = layout.size // layout.dp
+        return each.times(host.launches(model, layout) * -(-model.layers // layout.pp) * host.slowest(ranks))
 
     def _with_step(self, stage: StepCost, factor: float, tokens: float) -> StepCost:
         """A stage's cost `factor` times, plus what a step costs once."""
@@ -92,7 +110,7 @@ class StepModel:
         return StepCost(total(parts.values()), parts, cost.is_overlapped)
 
     def _overlapped(self, batch: Batch) -> StepCost:
-        half = self._layers(Batch(batch.phase, batch.tokens / 2, batch.context))
+        half = self._layers(batch._replace(tokens=batch.tokens / 2))
         parts = {name: part.times(2.0) for name, part in half.items()}
         moving = [parts[name] for name in ("dispatch", "combine") if name in parts]
         exchange = sum(part.value for part in moving)
@@ -131,10 +149,18 @@ class StepModel:
 
 def _waiting(cost: StepCost, seconds: float) -> StepCost:
     """With what GPUs wait for the host."""
+    return _slowed(cost, Estimate(seconds, 0.3, "interpolated"), 0.0, 1.0)
+
+
+def _slowed(cost: StepCost, taken: Estimate, hidden: float, factor: float) -> StepCost:
+    """With what the host takes beyond the seconds that GPUs hide, `factor` times. Then it decides how wide the sum's
+    band is: what the GPUs' part has of it already is taken off."""
+    seconds = taken.value - hidden
     if seconds < 1e-9:
         return cost
-    host = Estimate(seconds, 0.3, "interpolated")
-    return StepCost(total((cost.seconds, host)), {**cost.parts, "host": host}, cost.is_overlapped)
+    width = max(0.0, taken.value * taken.band - hidden * cost.seconds.band)
+    waits = Estimate(seconds * factor, width / seconds, taken.origin)
+    return StepCost(total((cost.seconds, waits)), {**cost.parts, "host": waits}, cost.is_overlapped)
 
 
 @lru_cache(maxsize=1024)

@@ -7,7 +7,10 @@ The tables that come with Soloist lie in `data/`; every row names its source.
 from __future__ import annotations
 
 import csv
+import sys
+from collections.abc import Sequence
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +19,7 @@ import msgspec
 from soloist.errors import ConfigurationError
 
 PUBLISHED = Path(__file__).parent / "data"
+MAY_BE_ZERO = ("columns", "output_tokens")  # of the numbers in a row
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +27,16 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     role: str
     source: str = ""
+
+    def __post_init__(self) -> None:
+        for key, value in zip(self.__struct_fields__, msgspec.structs.astuple(self), strict=True):
+            if isinstance(value, float | int) and not isinstance(value, bool):
+                least = 0 if key in MAY_BE_ZERO else 1 if isinstance(value, int) else sys.float_info.min
+                if not least <= value < inf:
+                    raise ValueError(f"{key} = {value} must be a finite number above zero")
+        chosen, experts = getattr(self, "top_k", 1), getattr(self, "experts", 1)
+        if chosen > experts:
+            raise ValueError(f"top_k = {chosen} must be at most experts = {experts}")
 
 
 class ExchangeRow(Row, frozen=True, kw_only=True):
@@ -108,6 +122,14 @@ class SmallRow(Row, frozen=True, kw_only=True):
     us: float
 
 
+class LaunchRow(Row, frozen=True, kw_only=True):
+    """What the host takes to start one of `kernels` small kernels from Python, one after the other."""
+
+    gpu: str
+    kernels: int
+    us: float
+
+
 class AttentionRow(Row, frozen=True, kw_only=True):
     """Attention of one layer without its projections: `batch` sequences, `context` tokens each.
 
@@ -156,7 +178,7 @@ class RunRow(Row, frozen=True, kw_only=True):
     """Our own engine on the machine at hand (`soloist bench offline`): `sequences` in the whole deployment.
 
     `gpu`: a preset, where it was another than the calibration's. `tokens`: in prefill of each prompt, in decode the
-    mean context. `seconds`: of all prompts, or of one step. `nvlink_sums`: as the engine was told.
+    mean context. `seconds`: of all prompts, or of one step. `nvlink_sums`, `mixed_graphs`: as the engine was told.
     """
 
     system: str = "soloist"
@@ -168,11 +190,13 @@ class RunRow(Row, frozen=True, kw_only=True):
     seconds: float
     gpu: str = ""
     nvlink_sums: bool = True
+    mixed_graphs: str = "off"
 
 
 TABLES: dict[str, type[Row]] = {
     "all_to_all": ExchangeRow, "collectives": CollectiveRow, "moe_gemm": ExpertRow, "matmul": MatmulRow,
     "small": SmallRow, "attention": AttentionRow, "stream": StreamRow, "end_to_end": DeploymentRow, "runs": RunRow,
+    "host": LaunchRow,
 }  # fmt: skip
 R = TypeVar("R", bound=Row)
 
@@ -182,9 +206,19 @@ def read_table(name: str, folder: str | Path | None = None) -> list[Row]:
     path = Path(folder or PUBLISHED) / f"{name}.csv"
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    return [_row(TABLES[name], line, f"{path} line {number}") for number, line in enumerate(lines, 2)]
+    try:
+        reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
+        _check_columns(TABLES[name], reader.fieldnames, path)
+        return [_row(TABLES[name], line, f"{path} line {reader.line_num}") for line in reader if any(line.values())]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigurationError.of("data", str(path), f"cannot be read as CSV in UTF-8: {error}") from error
+
+
+def _check_columns(kind: type[Row], found: Sequence[str] | None, path: Path) -> None:
+    needed = {field.name for field in msgspec.structs.fields(kind) if field.required}
+    if found is not None and (absent := sorted(needed - set(found))):
+        known = ", ".join(kind.__struct_fields__)
+        raise ConfigurationError(f"{path} line 1: no column {', '.join(absent)}; the columns are {known}")
 
 
 def read_measurements(path: str | Path) -> dict[str, list[Row]]:
@@ -233,13 +267,14 @@ class _Run(msgspec.Struct, frozen=True, kw_only=True):
     source: str = "soloist bench offline"
     gpu: str = ""
     nvlink_sums: bool = True
+    mixed_graphs: str = "off"
 
     def columns(self) -> dict[str, str | None]:
         """As a table's columns."""
         sequences, _, tokens = self.shape.partition("x")
         fields = {"role": self.role, "source": self.source, "model": self.model, "layout": self.layout}
         fields |= {"phase": RUNS[self.what], "sequences": sequences, "tokens": tokens or str(self.context)}
-        fields |= {"gpu": self.gpu, "nvlink_sums": str(self.nvlink_sums).lower()}
+        fields |= {"gpu": self.gpu, "nvlink_sums": str(self.nvlink_sums).lower(), "mixed_graphs": self.mixed_graphs}
         return {**fields, "seconds": str(self.seconds)}
 
 

@@ -118,9 +118,14 @@ def _predicted(
     for row in rows:
         if domain.measured(row):
             try:
-                yield _report(table, domain, row, row.role, calibrated(domain, calibration, row))
+                predicted = calibrated(domain, calibration, row)
             except ConfigurationError as error:
                 skipped.append(f"{table}: {label(row)}: {error}")
+                continue
+            if predicted > 0:
+                yield _report(table, domain, row, row.role, predicted)
+            else:
+                skipped.append(f"{table}: {label(row)}: nothing happens between so few GPUs")
 
 
 def _left_out(table: str, domain: Domain, rows: list[Row]) -> Iterator[RowReport]:

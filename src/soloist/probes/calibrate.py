@@ -31,7 +31,7 @@ from soloist.probes import device as probe
 from soloist.probes import exchange, kernels, links
 from soloist.probes.gpus import Bench, captured, start_ranks
 from soloist.probes.records import Record, commit, device_name
-from soloist.probes.small import small_kernels
+from soloist.probes.small import launches, small_kernels
 from soloist.specs.cluster import ClusterSpec, GpuSpec, preset_gpus
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect
@@ -151,6 +151,7 @@ def _alone(machine: Machine, cluster: ClusterSpec) -> Iterator[Record]:
         kernels.streams(device, gpu), kernels.matmuls(device, dtype, gpu), kernels.attentions(device, dtype, gpu),
         kernels.experts(device, dtype, gpu), small_kernels(device, dtype, gpu),
         exchange.local(device, cluster.name, dtype),
+        *([launches(device, dtype, gpu)] if device.type == "cuda" else []),  # a CPU's kernels are calls
     )  # fmt: skip
     for found in every:
         yield from (Record(one.what, one.shape, machine.slowest(one.seconds)) for one in found)

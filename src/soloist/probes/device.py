@@ -1,4 +1,4 @@
-"""What one device does: arithmetic, memory, launches. The same calls on a GPU, where they are captured, and on a CPU.
+"""What one device does: arithmetic and memory. The same calls on a GPU, where they are captured, and on a CPU.
 
 Shape legend: M rows, K input width, N output width.
 """
@@ -68,20 +68,6 @@ def streaming_rate(device: torch.device) -> float:
     """Bytes/s of the device's memory, read and written, far beyond its caches."""
     size = BUFFER[device.type]
     return 2.0 * size / streaming_seconds(size, device)
-
-
-def launch_seconds(device: torch.device) -> tuple[float, float]:
-    """One small kernel called from Python, and one of many in a CUDA graph; on a CPU both are the call."""
-    x = torch.zeros(1, device=device)
-
-    def many(times: int = 50) -> None:
-        for _ in range(times):
-            x.add_(1.0)
-
-    eager = median(measure(many, repeats=10, device=device)) / 50
-    if device.type == "cpu":
-        return eager, eager
-    return eager, median(measure(captured(many), repeats=10, device=device)) / 50
 
 
 def memory_bytes(device: torch.device) -> int:

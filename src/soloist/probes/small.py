@@ -1,4 +1,5 @@
-"""What calibrates the small kernels of a layer: norms with residuals, heads into the cache, router and slots.
+"""What calibrates the small kernels of a layer: norms with residuals, heads into the cache, router and slots; and what
+their launches take of the host.
 
 In decode they are a third of a layer of narrow experts, so they are measured as they are, one after the other.
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from statistics import median
+from time import perf_counter
 
 import torch
 
@@ -24,6 +27,8 @@ from soloist.probes.records import Record
 from soloist.specs.model import RouterSpec
 
 EPS = 1e-6
+LAUNCHES = 5  # norm, heads, norm, the router's product and its choice
+AT_A_TIME, REPEATS = 20, 9  # layers that fit into a GPU's queue; the median of so many
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,22 @@ def small_kernels(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterato
             "experts": shape.experts, "top_k": shape.top_k,
         }  # fmt: skip
         yield Record("small", columns, probe.seconds(_layer(shape, tokens, device, dtype, with_heads), device))
+
+
+def launches(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Record]:
+    """What the host takes to start one of these kernels, of which few at a time wait on a GPU."""
+    layer = _layer(SHAPES[device.type][0], TOKENS[device.type][1], device, dtype, device.type == "cuda")
+
+    def seconds() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = perf_counter()
+        for _ in range(AT_A_TIME):
+            layer()
+        return (perf_counter() - start) / (AT_A_TIME * LAUNCHES)
+
+    seconds()
+    yield Record("host", {"gpu": gpu, "kernels": LAUNCHES}, median(seconds() for _ in range(REPEATS)))
 
 
 def _layer(

@@ -95,7 +95,9 @@ def simulate(
     wanted = read_trace(trace, load, requests, seed) if trace else arrivals(load, requests, seed)
     deployment, layout = setup.deployment, setup.deployment.layout
     scorer = setup.scorer(load)
-    cost = PlannedCost(StepModel(replace(deployment, skew=0.0), scorer.kernels, scorer.runtime, setup.options.overlap))
+    options = setup.options
+    given = (replace(deployment, skew=0.0), scorer.kernels, scorer.runtime, options.overlap, options.mixed_graphs)
+    cost = PlannedCost(StepModel(*given))
     run = Simulation(
         layout,
         sizes_of(setup, load, wanted, scorer),

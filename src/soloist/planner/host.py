@@ -1,0 +1,61 @@
+"""What the host adds to a step whose kernels it starts one by one, as our own engine does with prefill.
+
+    host = layers · launches of a layer · (launch + python) · slowest(ranks)
+
+A launch is what Triton and CUDA take, measured by `soloist calibrate`; python is our engine's own code around it. The
+step takes as long as its host or its GPU, whichever is slower. Hosts wait for nobody within a step, but GPUs wait for
+each other in every layer, so the slowest host of all ranks counts: the expected maximum of normal variates. A step that
+a graph holds has one launch, and nothing is added.
+
+Launches were counted in profiles of a prefill layer by torch's profiler, 8192 tokens of Qwen3-30B-A3B's shape: 13 in
+ep1, 23 in ep2, 23 and two of NCCL's collectives in tp2.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from statistics import NormalDist
+
+from soloist.errors import ConfigurationError
+from soloist.specs.layout import Layout
+from soloist.specs.model import ModelSpec
+
+KERNELS = 13  # norms 2, projections 2, heads, attention, router's product and choice, index, rows, experts 2, sum
+TRAVELLING = 10  # flags, counts, pushes and copies between GPUs
+LATENT, SHARED = 4, 5  # more of MLA's projections and norms; of shared experts: read off the code, not profiled
+COLLECTIVE = 3  # launches that a call of NCCL is worth: 330 µs with torch's bookkeeping, 250 to 420 in the profile
+SPREAD = 0.13  # of hosts: in the profiles one rank waited for the other for 3, 10, 20 and 41 % of a layer
+WASTE, FEW = 1.25, 1024  # of the engine's buckets (engine/graphs.py): padding, and tokens up to which there may be more
+SHORT_CONTEXT = 4096  # tokens up to which it captures steps in which some sequences have several
+
+
+def launches(model: ModelSpec, layout: Layout) -> int:
+    """Of a layer with experts, on one rank; calls of NCCL by what they are worth."""
+    found = KERNELS + (LATENT if model.attention.kind == "mla" else 0) + (SHARED if model.shared_width else 0)
+    if layout.stage_ranks > 1:
+        found += TRAVELLING
+    if layout.attention_ranks > 1:  # tokens are gathered before attention, and sums scattered after it
+        found += 2 * COLLECTIVE
+    return found
+
+
+def slowest(ranks: int) -> float:
+    """Expected time of the slowest of as many hosts over the mean one's (Blom 1958, for normal variates)."""
+    return 1 + SPREAD * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 1.0
+
+
+def is_captured(buckets: Sequence[int], tokens: float, longest: float) -> bool:
+    """Whether the engine replays a graph for a step of so many tokens (ascending `buckets` are held by graphs)."""
+    at = bisect_left(buckets, tokens)
+    return at < len(buckets) and buckets[at] <= max(FEW, WASTE * tokens) and longest <= SHORT_CONTEXT
+
+
+def buckets_of(text: str) -> tuple[int, ...]:
+    """Ascending, from the engine's option `mixed_graphs`: `off`, or tokens like `256,8192`."""
+    if text in ("", "off"):
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 1 for part in parts):
+        raise ConfigurationError.of("mixed_graphs", text, "must be off, or tokens of steps like 256,8192")
+    return tuple(sorted({int(part) for part in parts}))

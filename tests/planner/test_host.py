@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from soloist.errors import ConfigurationError
+from soloist.planner.calibration import Calibration, fit_machine
+from soloist.planner.deployments import predict_run
+from soloist.planner.domains import domains
+from soloist.planner.host import buckets_of, is_captured, launches, slowest
+from soloist.planner.kernels import OWN_LIBRARY, Kernels
+from soloist.planner.layer import Deployment
+from soloist.planner.precision import Precision
+from soloist.planner.refit import load_calibration
+from soloist.planner.runtime import Runtime
+from soloist.planner.step import StepCost, StepModel
+from soloist.planner.tables import LaunchRow, RunRow
+from soloist.specs.layout import Layout
+from soloist.specs.presets import preset
+
+OWN = load_calibration("2xh200")
+RUNTIME = Runtime.named("soloist", OWN)
+
+
+def prefill(
+    layout: str, mixed_graphs: tuple[int, ...] = (), context: float = 1000, used: Calibration = OWN
+) -> StepCost:
+    spec = preset("qwen3-30b-a3b")
+    assert used.machine is not None
+    deployment = Deployment(model=spec, layout=Layout.parse(layout), precision=Precision.of(spec))
+    kernels = Kernels(used.machine, used, OWN_LIBRARY)
+    return StepModel(deployment, kernels, RUNTIME, "off", mixed_graphs).prefill(8192, context)
+
+
+def test_launches_of_a_layer_as_they_were_profiled() -> None:
+    qwen, deepseek = preset("qwen3-30b-a3b"), preset("deepseek-v3")
+    assert [launches(qwen, Layout.parse(text)) for text in ("ep1", "pp2", "ep2", "tp2")] == [13, 13, 23, 29]
+    assert launches(deepseek, Layout()) == 13 + 4 + 5
+
+
+def test_the_slowest_of_more_hosts_is_slower() -> None:
+    found = [slowest(ranks) for ranks in (1, 2, 8, 64)]
+    assert found == sorted(found)
+    assert found[0] == 1.0
+    assert found[1] == pytest.approx(1 + 0.13 * 0.564, abs=0.005)  # 1 / sqrt(pi) standard deviations
+
+
+def test_thin_shares_wait_for_the_host() -> None:
+    """Of Qwen3's shape: 2.2 ms of kernels a layer on one GPU, about 1.6 where two share a batch."""
+    assert "host" not in prefill("ep1").parts
+    cost = prefill("tp2")
+    assert cost.parts["host"].value > 0.3 * cost.seconds.value
+    assert cost.seconds.origin == "extrapolated"
+    assert cost.seconds.band > 0.2
+
+
+def test_steps_in_graphs_do_not_wait() -> None:
+    captured = prefill("tp2", (8192,))
+    assert "host" not in captured.parts
+    assert captured.seconds.value < 0.7 * prefill("tp2").seconds.value
+    assert prefill("tp2", (8192,), context=4000).parts["host"].value > 0  # prompts of 8000 tokens are not captured
+    row = RunRow(
+        role="check", model="qwen3-30b-a3b", layout="tp2", phase="prefill", sequences=32, tokens=2000, seconds=1,
+        mixed_graphs="8192",
+    )  # fmt: skip
+    eager = msgspec.structs.replace(row, mixed_graphs="off")
+    assert predict_run(row, OWN, RUNTIME) < 0.7 * predict_run(eager, OWN, RUNTIME)
+
+
+def test_buckets_are_those_of_the_engine() -> None:
+    assert buckets_of("off") == buckets_of("") == ()
+    assert buckets_of("8192, 256") == (256, 8192)
+    for text in ("many", "1", "256,,8"):
+        with pytest.raises(ConfigurationError, match="mixed_graphs"):
+            buckets_of(text)
+    assert is_captured((1024, 8192), 100, 500)
+    assert is_captured((8192,), 7000, 500)
+    assert not is_captured((8192,), 6000, 500)  # more than a quarter would be padding
+    assert not is_captured((8192,), 9000, 500)
+    assert not is_captured((8192,), 8000, 5000)
+
+
+def test_a_measured_launch_takes_the_place_of_the_guess() -> None:
+    rows = [LaunchRow(role="fit", gpu="H200", kernels=5, us=us) for us in (120.0, 124.0)]
+    fitted = fit_machine("slow host", domains(OWN.machine)["host"], rows, OWN.machine)
+    assert fitted.fitted["host/launch"].constants["launch_us"] == pytest.approx(122, rel=0.05)
+    slow = prefill("tp2", used=fitted.over(OWN))
+    assert slow.seconds.value > 1.3 * prefill("tp2").seconds.value
+    assert slow.parts["host"].band < prefill("tp2").parts["host"].band
