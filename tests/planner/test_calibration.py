@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from soloist.errors import ConfigurationError
-from soloist.planner.calibration import Calibration, Fitted, fit_machine
+from soloist.planner.calibration import Calibration, Fitted, Found, fit_machine
 from soloist.planner.deployments import own_runs, predict_run
 from soloist.planner.estimate import Estimate, total
 from soloist.planner.exchange import ExchangeShape
@@ -75,6 +75,14 @@ def test_origin_says_where_a_number_comes_from() -> None:
     far = exchange(1024, 128)
     assert far.origin == "extrapolated"
     assert far.band > exchange(32, 100).band
+
+
+def test_what_no_point_had_is_extrapolated_as_far_as_can_be() -> None:
+    """On a CPU the small kernels are measured without the columns of attention."""
+    points = [{"tokens": tokens, "columns": 0.0} for tokens in (1.0, 16.0)]
+    found = Found("small", Fitted(constants={}, band=0.1, rows=2, points=points, misfits=[0.1, 0.2]), exact=True)
+    assert found.estimate(1.0, {"tokens": 4, "columns": 0}).origin == "interpolated"
+    assert found.estimate(1.0, {"tokens": 4, "columns": 512}) == Estimate(pytest.approx(1.0), 0.6, "extrapolated")
 
 
 def test_a_sum_is_as_good_as_its_worst_part_that_matters() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
-from math import exp, log, log2
+from math import exp, inf, log, log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,10 +167,10 @@ def _distance2(at: dict[str, float], point: dict[str, float]) -> float:
 
 
 def _outside(ends: tuple[float, float], value: float) -> float:
-    """How many doublings `value` lies outside `ends`."""
+    """How many doublings `value` lies outside `ends`; infinitely many where no point had any of it."""
     low, high = ends
     if value > high * (1 + MATCH):
-        return log2(value / high)
+        return log2(value / high) if high else inf
     return log2(low / value) if 0 < value < low * (1 - MATCH) else 0.0
 
 
