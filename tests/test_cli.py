@@ -76,7 +76,7 @@ def test_prompts_come_from_files_stdin_and_ids(answer, tmp_path):
         ((NOVELS, "x", "--layout", "ep16x"), "layout = 'ep16x'"),
         ((NOVELS, "x", "--set", "deadline_s"), "--set = 'deadline_s': write KEY=VALUE"),
         ((NOVELS, "x", "--set", "deadlines=3"), "deadlines = '3': is no engine option"),
-        ((NOVELS, "x", "--device", "tpu"), "device = 'tpu'"),
+        ((NOVELS, "x", "--device", "tpu"), "device = 'tpu': choose one of auto, cpu, cuda"),
         ((NOVELS, "x y", "--token-ids"), "with --token-ids a prompt is a list of numbers"),
         ((NOVELS, "--prompt-file", "/no/file"), "--prompt-file = '/no/file': cannot be read"),
         (("no-model", "x"), "no-model"),
@@ -92,6 +92,52 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message):
     assert "Traceback" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "arguments"),
+    [
+        ("--out", ("plan", "qwen3-30b-a3b")),
+        ("--html", ("scenarios",)),
+        ("--plot", ("simulate", "--model", "qwen3-30b-a3b", "--cluster", "h100-ib", "--layout", "ep8")),
+        ("--output", ("placement", "solve", NOVELS, "--layout", "ep4")),
+        ("--lines", ("bench", "offline", NOVELS, "--layout", "ep1")),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, option, arguments):
+    missing = run(*arguments, option, str(tmp_path / "no" / "file"))
+    assert (missing.exit_code, missing.stdout) == (cli.USER_ERROR, "")
+    assert f"{option} = '{tmp_path / 'no' / 'file'}': there is no folder" in missing.stderr
+    folder = run(*arguments, option, str(tmp_path))
+    assert folder.exit_code == cli.USER_ERROR
+    assert "is a folder; name a file in it" in folder.stderr
+
+
+def test_a_file_that_cannot_be_written_after_all_is_named(tmp_path):
+    """Where an option names a folder that the command makes."""
+    plan, taken = tmp_path / "plan.json", tmp_path / "taken"
+    assert run("plan", "qwen3-30b-a3b", "--gpus", "2", "--out", str(plan)).exit_code == 0
+    taken.touch()
+    result = run("export", str(plan), "--for", "sglang", "--folder", str(taken))
+    assert result.exit_code == cli.USER_ERROR
+    assert result.stderr.startswith(f"{taken}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", NOVELS, "--port", "99999"),
+        ("serve", NOVELS, "--log-level", "loud"),
+        ("bench", "compare", NOVELS, "--layout", "ep1", "--runs", "0"),
+        ("placement", "solve", NOVELS, "--layout", "ep16", "--gpus-per-node", "0"),
+        ("record", NOVELS, "--text", "x", "--window", "0"),
+        ("cluster", "dgx-h100", "--gpus", "100000"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_with_their_option(arguments):
+    result = run(*arguments)
+    assert result.exit_code == cli.USER_ERROR
+    assert arguments[-2] in result.stderr
 
 
 def test_a_traceback_for_those_who_ask():

@@ -68,7 +68,7 @@ def test_every_preset_has_experts(name: str) -> None:
     [
         ("qwen3-30b", "near ones are qwen3-30b-a3b"),
         ("ref-16", "near ones are ref-16l"),
-        ("?", "near ones are ref-16l, ref-4l"),
+        ("?", "there are ref-16l, ref-4l"),
         ("ref-16l@0", "layers = 0: must lie between 1 and the model's 16"),
         ("ref-16l@17", "layers = 17"),
         ("deepseek-v3@3", "layers = 3: must lie between 4"),

@@ -31,6 +31,11 @@ class Commands(TyperGroup):
         except SoloistError as error:
             _print_error(error, str(error), ctx.params["verbose"])
             raise typer.Exit(USER_ERROR if isinstance(error, ConfigurationError | RequestError) else FAILURE) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _print_error(error, f"{error.filename}: {error.strerror}", ctx.params["verbose"])
+            raise typer.Exit(USER_ERROR) from error
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

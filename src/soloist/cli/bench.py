@@ -19,6 +19,7 @@ from soloist.cli.options import (
     SetOption,
     TransportOption,
     engine_options,
+    to_write,
 )
 from soloist.errors import ConfigurationError
 
@@ -29,12 +30,14 @@ app = typer.Typer(help="Measure: layouts, the exchange, the expert layer, a serv
 def compare(
     model: Model,
     layouts: Annotated[list[str], typer.Option("--layout", help="Give it once for each layout to compare.")],
-    requests: Annotated[int, typer.Option(help="Requests, all sent at once.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(help="Random token ids of each prompt.")] = 32,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, all sent at once.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Random token ids of each prompt.")] = 32,
     prompt_file: Annotated[Path | None, typer.Option(help="Instead: a file with a prompt in each line.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Output tokens of each request.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens of each request.")] = 32,
     temperature: Annotated[float, typer.Option(help="0 takes the best token always.")] = 0.0,
-    runs: Annotated[int, typer.Option(help="Runs of each layout, the order alternating; figures are medians.")] = 2,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Runs of each layout, the order alternating; figures are medians.")
+    ] = 2,
     gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node, for the bytes inside and across.")] = 8,
     check_greedy: Annotated[bool, typer.Option("--check-greedy", help="Fail unless all give the same tokens.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for compare.jsonl and compare.png.")] = Path("out/compare"),
@@ -71,11 +74,11 @@ def compare(
 def overhead(
     model: Model,
     layout: Annotated[str, typer.Option("--layout", help="One layout.")] = "ep1",
-    streams: Annotated[int, typer.Option(help="Requests at once.")] = 256,
-    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Output tokens of each request.")] = 128,
-    runs: Annotated[int, typer.Option(help="Of each way, in ABBA order; figures are medians.")] = 2,
-    lines: Annotated[Path | None, typer.Option(help="Append the JSON line to this file.")] = None,
+    streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 256,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Output tokens of each request.")] = 128,
+    runs: Annotated[int, typer.Option(min=1, help="Of each way, in ABBA order; figures are medians.")] = 2,
+    lines: Annotated[Path | None, typer.Option(callback=to_write, help="Append the JSON line to this file.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     transport: TransportOption = "auto",
@@ -101,13 +104,17 @@ def serve_(
     model: Annotated[str, typer.Option("--model", help="What the server calls the model.")],
     load: Annotated[
         str,
-        typer.Option(help="prompt=100,output=50,rate=20,arrival=poisson|bursts|uniform,spread=0.5,prefix=0.5,ttft=2s"),
+        typer.Option(
+            help="prompt=100,output=50,rate=20,spread=0.5,prefix=0.5,ttft=2s,arrival=poisson (bursts, uniform)"
+        ),
     ] = "prompt=100,output=50,rate=10",
-    requests: Annotated[int, typer.Option(help="How many.")] = 100,
+    requests: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
     dataset: Annotated[Path | None, typer.Option(help="ShareGPT-style JSON; instead of random token ids.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts of --dataset are messages to a chat model.")] = False,
-    prefixes: Annotated[int, typer.Option(help="Different common parts that prompts have, with prefix=SHARE.")] = 1,
-    vocab: Annotated[int, typer.Option(help="Random token ids are drawn below this.")] = 1000,
+    prefixes: Annotated[
+        int, typer.Option(min=1, help="Different common parts that prompts have, with prefix=SHARE.")
+    ] = 1,
+    vocab: Annotated[int, typer.Option(min=1, help="Random token ids are drawn below this.")] = 1000,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key to send.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
     out: Annotated[Path, typer.Option(help="Folder for requests.jsonl, serve.jsonl, serve.png.")] = Path("out/serve"),
@@ -138,14 +145,18 @@ def serve_(
     for error, times in summary["errors"].items():
         console.print(f"{times} × {error}", style="red", highlight=False, markup=False)
     typer.echo(json.dumps(summary))
+    if not summary["answered"]:
+        raise typer.Exit(1)
 
 
 @app.command("front-end")
 def front_end(
-    streams: Annotated[int, typer.Option(help="Requests at once.")] = 256,
-    tokens: Annotated[int, typer.Option(help="Of each request.")] = 400,
-    leaders: Annotated[int, typer.Option(help="That send one message a step.")] = 4,
-    step_ms: Annotated[float, typer.Option(help="Time of a step; the tokens asked for are streams / step.")] = 10.0,
+    streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 400,
+    leaders: Annotated[int, typer.Option(min=1, help="That send one message a step.")] = 4,
+    step_ms: Annotated[
+        float, typer.Option(min=0.1, help="Time of a step; the tokens asked for are streams / step.")
+    ] = 10.0,
 ) -> None:
     """Tokens a second that the server streams when the ranks are no limit."""
     import json
@@ -161,12 +172,16 @@ def offline(
     layouts: Annotated[list[str], typer.Option("--layout", help="Give it once for each layout to compare.")],
     prefills: Annotated[list[str] | None, typer.Option("--prefill", help="Prompts × tokens, as 8x8000.")] = None,
     decodes: Annotated[list[int] | None, typer.Option("--decode", help="Sequences that decode together.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a prompt whose continuation is timed.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Of the continuation.")] = 128,
-    runs: Annotated[int, typer.Option(help="Starts of each layout, the order alternating; figures are medians.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Of each point within a start.")] = 2,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a prompt whose continuation is timed.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the continuation.")] = 128,
+    runs: Annotated[
+        int, typer.Option(min=0, help="Starts of each layout, the order alternating; figures are medians.")
+    ] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each point within a start.")] = 2,
     routing: Annotated[bool, typer.Option("--routing", help="Count the experts in a start that is not timed.")] = False,
-    lines: Annotated[Path | None, typer.Option(help="Append a JSON line for each point to this file.")] = None,
+    lines: Annotated[
+        Path | None, typer.Option(callback=to_write, help="Append a JSON line for each point to this file.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
@@ -205,7 +220,7 @@ def offline(
 def reading(
     folder: Annotated[Path, typer.Argument(help="Of a checkpoint.")],
     device: Annotated[str, typer.Option(help="cpu or cuda: where the weights go.")] = "cpu",
-    repeats: Annotated[int, typer.Option(help="Figures are medians.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Figures are medians.")] = 3,
 ) -> None:
     """How fast a checkpoint is read, beside the disk itself; drops its files from the page cache."""
     from soloist.bench.reading import measure
@@ -221,9 +236,9 @@ app.command()(gpu_commands.layer)
 @app.command()
 def transport(
     kind: Annotated[str, typer.Option(help="shared_memory or gloo.")] = "shared_memory",
-    ranks: Annotated[int, typer.Option(help="Processes on this machine.")] = 16,
-    rows: Annotated[int, typer.Option(help="To every rank.")] = 8,
-    width: Annotated[int, typer.Option(help="fp32 elements of a row.")] = 256,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="To every rank.")] = 8,
+    width: Annotated[int, typer.Option(min=1, help="fp32 elements of a row.")] = 256,
 ) -> None:
     """Small messages between processes of this machine: what a decoding step pays on a CPU."""
     from soloist.bench.transport import time_transport
@@ -236,8 +251,8 @@ def transport(
 def memory(
     model: Model,
     layout: Annotated[str, typer.Option("--layout", help="ep16, tp8pp2, …")] = "ep1",
-    step_tokens: Annotated[int, typer.Option(help="Tokens of the largest step of an attention group.")] = 2048,
-    kv_tokens: Annotated[int, typer.Option(help="KV cache of an attention group.")] = 8192,
+    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the largest step of an attention group.")] = 2048,
+    kv_tokens: Annotated[int, typer.Option(min=1, help="KV cache of an attention group.")] = 8192,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     random_weights: RandomWeightsOption = None,

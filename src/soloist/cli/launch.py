@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from soloist.cli.options import to_write
+
 
 def launch(
     plan: Annotated[Path, typer.Argument(help="Plan file.")],
@@ -15,7 +17,7 @@ def launch(
     ] = None,
     target: Annotated[str, typer.Option("--for", help="torchrun, slurm, mpi, k8s or local.")] = "torchrun",
     model: Annotated[str | None, typer.Option(help="Folder or hub id; by default the plan's name for it.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write it there instead of printing it.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=to_write, help="Write it there instead of printing it.")] = None,
 ) -> None:
     """Write what starts the ranks of a plan: a script for each node, a batch job, a manifest."""
     from soloist.launchers.commands import run_launch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,21 @@ TransportOption = Annotated[str, typer.Option("--transport", help="auto, shared_
 KvTokensOption = Annotated[int | None, typer.Option("--kv-tokens", help="KV cache of an attention group.")]
 RandomWeightsOption = Annotated[int | None, typer.Option("--random-weights", metavar="SEED", help="Make weights up.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other engine option.")]
+
+
+def to_write(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """The file of an option that is written at the end: refused before the work. Raises ConfigurationError."""
+    if path is None:
+        return None
+    if path.is_dir():
+        remedy = "is a folder; name a file in it"
+    elif not path.parent.is_dir():
+        remedy = f"there is no folder {str(path.parent)!r}; make it first"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        remedy = "may not be written by this user"
+    else:
+        return path
+    raise ConfigurationError.of(param.opts[0], str(path), remedy)
 
 
 def engine_options(

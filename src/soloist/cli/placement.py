@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from soloist.cli.options import DeviceOption, DtypeOption, TransportOption
+from soloist.cli.options import DeviceOption, DtypeOption, TransportOption, to_write
 
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, hub id, or name of a preset.")]
 Form = Annotated[str, typer.Option("--format", help="sglang, tensorrt or eplb.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
-GpusPerNode = Annotated[int, typer.Option(help="GPUs of a node.")]
+Output = Annotated[Path, typer.Option("--output", "-o", callback=to_write, help="File to write.")]
+GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs of a node.")]
 
 app = typer.Typer(no_args_is_help=True, help="Which expert lies where: solve, look at, exchange with other engines.")
 
@@ -50,7 +50,7 @@ def show(
     placement: Annotated[Path, typer.Argument(help="A placement file.")],
     trace: Annotated[Path | None, typer.Option(help="Also what it makes travel.")] = None,
     gpus_per_node: GpusPerNode = 8,
-    tp: Annotated[int, typer.Option(help="GPUs of a group.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="GPUs of a group.")] = 1,
     layer: Annotated[int, typer.Option(help="The MoE layer to print.")] = 0,
 ) -> None:
     """Print what a placement holds."""
@@ -74,7 +74,7 @@ def import_(
     file: Annotated[Path, typer.Argument(help="Another engine's file.")],
     model: Model,
     form: Form,
-    groups: Annotated[int, typer.Option(help="Ranks that share the experts.")],
+    groups: Annotated[int, typer.Option(min=1, help="Ranks that share the experts.")],
     output: Output = Path("placement.json"),
 ) -> None:
     """Read another engine's placement."""
@@ -99,9 +99,9 @@ def record(
     model: Model,
     text: Annotated[list[Path], typer.Option(help="Text file, also .xz; may be given several times.")],
     output: Output = Path("routing.trace"),
-    tokens: Annotated[int, typer.Option(help="Tokens to run.")] = 32768,
-    window: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 512,
-    sample: Annotated[int | None, typer.Option(help="Tokens whose choices are kept; by default all.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run.")] = 32768,
+    window: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
+    sample: Annotated[int | None, typer.Option(min=0, help="Tokens whose choices are kept; by default all.")] = None,
     counts_only: Annotated[bool, typer.Option("--counts-only", help="Keep no choices at all.")] = False,
     layout: Annotated[str, typer.Option(help="How to cut the model while recording.")] = "ep1",
     device: DeviceOption = "auto",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from soloist.cli.options import to_write
 from soloist.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def plan(
     model: Annotated[str | None, typer.Argument(help="Folder, hub id or preset.")] = None,
     cluster: ClusterOption = "h100-ib",
-    gpus: Annotated[int, typer.Option(help="How many of its GPUs.")] = 8,
+    gpus: Annotated[int, typer.Option(max=131072, help="How many of its GPUs.")] = 8,
     load: LoadOption = "prompt=1000,output=200",
     slo: Annotated[str, typer.Option(help="What must hold: ttft=500ms,tpot=50ms")] = "",
     precision: Annotated[str, typer.Option(help="Of weights and KV cache; by default the model's own.")] = "",
@@ -31,7 +32,7 @@ def plan(
     engine: Annotated[str, typer.Option(help="Whose fixed costs to assume: soloist, vllm, sglang.")] = "soloist",
     nvlink_sums: Annotated[bool, typer.Option(help="Soloist's own small sums; without, NCCL's.")] = True,
     mixed_graphs: Annotated[str, typer.Option(help="Tokens of the prefill steps in graphs, like 256,8192.")] = "off",
-    out: Annotated[Path | None, typer.Option(help="Write the best layout as a plan file.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=to_write, help="Write the best layout as a plan file.")] = None,
     from_command: Annotated[str, typer.Option("--from", help="A `vllm serve` or SGLang command to improve.")] = "",
     calibration: CalibrationOption = None,
 ) -> None:
@@ -76,9 +77,9 @@ def simulate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
     precision: Annotated[str, typer.Option(help="Of weights and KV cache; by default the model's own.")] = "",
     as_json: JsonOption = False,
-    perfetto: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    perfetto: Annotated[Path | None, typer.Option(callback=to_write, help="Write a trace for ui.perfetto.dev.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=to_write, help="Write a picture.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=to_write, help="Write the result as JSON.")] = None,
     calibration: CalibrationOption = None,
 ) -> None:
     """Requests through a deployment in virtual time, by the engine's own scheduler."""
@@ -109,7 +110,7 @@ def simulate(
 
 def scenarios(
     file: Annotated[Path | None, typer.Argument(help="Own scenarios instead of the reference ones.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a report with EP sweeps.")] = None,
+    html: Annotated[Path | None, typer.Option(callback=to_write, help="Write a report with EP sweeps.")] = None,
     as_json: JsonOption = False,
     calibration: CalibrationOption = None,
 ) -> None:
@@ -123,7 +124,7 @@ def validate(
     data: Annotated[Path | None, typer.Option(help="Folder of CSV files instead of the published tables.")] = None,
     as_json: JsonOption = False,
     cross: Annotated[bool, typer.Option("--cross", help="Also leave each fitted row out in turn.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=to_write, help="Write a picture.")] = None,
     calibration: CalibrationOption = None,
 ) -> None:
     """Predictions against published measurements: the error of every row and table."""
@@ -160,8 +161,8 @@ def cluster(
     ] = None,
     gpu: Annotated[str, typer.Option(help="The GPU that a topology does not name: H200.")] = "",
     nic: Annotated[float, typer.Option(help="GB/s of a NIC, where a topology does not say it.")] = 50.0,
-    gpus: Annotated[int, typer.Option(help="How many to show; 0: a node, or two.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write it as a cluster file.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, max=512, help="How many to show; 0: a node, or two.")] = 0,
+    out: Annotated[Path | None, typer.Option(callback=to_write, help="Write it as a cluster file.")] = None,
 ) -> None:
     """What the planner knows of a cluster: rates, and bandwidth and latency from GPU to GPU."""
     from soloist.planner import machines
@@ -185,8 +186,12 @@ def cluster(
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")] = Path("calibration.jsonl"),
-    ranks: Annotated[int, typer.Option(help="Processes; 0: one for each GPU, or for each of up to four cores.")] = 0,
+    out: Annotated[Path, typer.Option(callback=to_write, help="File of JSON lines to write.")] = Path(
+        "calibration.jsonl"
+    ),
+    ranks: Annotated[
+        int, typer.Option(min=0, help="Processes; 0: one for each GPU, or for each of up to four cores.")
+    ] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
     only: Annotated[Literal["", "kernels", "links"], typer.Option(help="Measure only these.")] = "",
     logs: Annotated[

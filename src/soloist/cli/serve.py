@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,7 +35,7 @@ def serve(
         str, typer.Option(help="What clients were promised: ttft=500ms,tpot=50ms. By default the plan's.")
     ] = "",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     api_key: Annotated[
         list[str] | None, typer.Option(envvar="SOLOIST_API_KEY", help="Key that clients must give; several may be.")
     ] = None,
@@ -43,15 +43,17 @@ def serve(
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file instead of the checkpoint's own.")] = None,
     max_waiting: Annotated[
         int | None,
-        typer.Option(help="Requests without a first token; more are told to wait. Default: the plan's, or 1024."),
+        typer.Option(
+            min=1, help="Requests without a first token; more are told to wait. Default: the plan's, or 1024."
+        ),
     ] = None,
-    request_timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
-    max_body_mb: Annotated[float, typer.Option(help="Largest request, in MB.")] = 8.0,
-    drain: Annotated[float, typer.Option(help="Seconds for accepted requests after SIGTERM.")] = 60.0,
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer.")] = 600.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest request, in MB.")] = 8.0,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds for accepted requests after SIGTERM.")] = 60.0,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate: serve https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="Authorities that must have signed clients.")] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log.")] = "info",
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     transport: TransportOption = "auto",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -66,8 +66,9 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
         for key in ("block_size", "max_batch_tokens", "micro_batches"):
             if getattr(self, key) < 0:
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive, or 0 for what suits the device")
-        if self.exchange_chunks is not None and self.exchange_chunks < 1:
-            raise ConfigurationError.of("exchange_chunks", self.exchange_chunks, "must be 1 or more")
+        for key in ("exchange_chunks", "kv_tokens"):
+            if (number := getattr(self, key)) is not None and number < 1:
+                raise ConfigurationError.of(key, number, "must be 1 or more")
         Closeness.parse(self.replicas)
         for key in ("network_link", "inside_link"):
             if text := getattr(self, key):
@@ -137,7 +138,14 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
         except msgspec.ValidationError as error:
             reason, _, place = str(error).partition(" - at ")
             key = place.strip("`").removeprefix("$.")
-            raise ConfigurationError.of(key, fields.get(key), reason) from None
+            raise ConfigurationError.of(key, fields.get(key), _choices(key) or reason) from None
+
+
+def _choices(key: str) -> str:
+    """Of a field that takes one of several texts; empty for others."""
+    hint = get_type_hints(EngineOptions).get(key)
+    found = [text for each in (hint, *get_args(hint)) if get_origin(each) is Literal for text in get_args(each)]
+    return f"choose one of {', '.join(found)}" if found else ""
 
 
 def _numbers(key: str, text: str, least: int, most: int) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ def run_launch(plan_file: Path, target: str, model: str | None, arguments: Seque
         return 0
     try:
         out.write_text(text)
+        print(f"Written to {out}", file=sys.stderr)
     except OSError as error:
         raise ConfigurationError.of("--out", str(out), f"cannot be written: {error.strerror}") from error
     return 0

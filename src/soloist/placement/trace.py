@@ -200,6 +200,8 @@ def _read(path: Path) -> dict[str, Array]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except OSError as error:
-        raise ConfigurationError.of("trace", str(path), f"cannot be read: {error.strerror or error}") from error
+        raise ConfigurationError.of(
+            "trace", str(path), f"cannot be read: {error.strerror or error}; `soloist record` makes one"
+        ) from error
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigurationError.of("trace", str(path), "is not a trace; soloist record makes one") from error

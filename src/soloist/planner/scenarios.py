@@ -118,7 +118,7 @@ def load_scenarios(path: str | Path | None = None) -> list[Scenario]:
     """The reference scenarios, or a file of the same form. Raises ConfigurationError, naming file and key."""
     path = Path(path or PUBLISHED / "scenarios.yaml")
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(path.read_text()) or {}
         return msgspec.convert(document["scenarios"], list[Scenario])
     except OSError as error:
         raise ConfigurationError.of("scenarios", str(path), f"cannot be read: {error.strerror}") from error

@@ -226,7 +226,9 @@ def _nothing_left(model: ModelSpec, cluster: ClusterSpec, gpus: int, rejections:
     for rejection in rejections:
         reasons.setdefault(rejection.reason, rejection.layout)
     shown = "; ".join(f"{layout}: {reason}" for reason, layout in list(reasons.items())[-4:])
-    return f"gpus = {gpus}: {model.name} fits nowhere on {cluster.name} ({shown}): use more GPUs or fewer bits"
+    return (
+        f"gpus = {gpus}: {model.name} fits nowhere on {cluster.name} ({shown}): use more GPUs, fewer bits, a looser SLO"
+    )
 
 
 @lru_cache(maxsize=4096)

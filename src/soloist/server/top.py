@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from soloist.errors import ClusterError
+from soloist.errors import ClusterError, ConfigurationError
 
 SHADES = " ░▒▓█"
 INTERVAL_S = 2.0
@@ -33,6 +33,8 @@ def watch(url: str, key: str | None, once: bool, console: Console) -> None:
 
 def fetch(url: str, key: str | None) -> dict[str, Any]:
     """What `/details` answers."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigurationError.of("URL", url, "write http://HOST:PORT")
     address = f"{url.rstrip('/')}/details"
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:

@@ -168,6 +168,8 @@ def cluster(name: str) -> ClusterSpec:
     found = load_clusters(path)
     if wanted in found:
         return found[wanted]
+    if not found:
+        raise ConfigurationError.of("cluster", name, "the file has no table clusters with a cluster in it")
     if wanted or len(found) != 1:
         raise ConfigurationError.of("cluster", name, f"choose one of {sorted(found)}: {path}#NAME")
     return next(iter(found.values()))

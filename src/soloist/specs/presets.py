@@ -147,8 +147,9 @@ def preset(name: str) -> ModelSpec:
     parts = _NAME.fullmatch(name)
     base = parts["base"] if parts else name
     if parts is None or base not in names():
-        near = difflib.get_close_matches(base, names(), n=3, cutoff=0.4) or names()
-        raise ConfigurationError.of("model", name, f"is no preset; near ones are {', '.join(near)}")
+        near = difflib.get_close_matches(base, names(), n=3, cutoff=0.4)
+        hint = f"near ones are {', '.join(near)}" if near else f"there are {', '.join(names())}"
+        raise ConfigurationError.of("model", name, f"is no folder and no preset; {hint}")
     spec = _build(base, name, is_mlp=bool(parts["mlp"]), is_mha=bool(parts["mha"]))
     if parts["top_k"]:
         spec = replace(spec, router=replace(spec.router, top_k=int(parts["top_k"])))
