@@ -140,6 +140,17 @@ def test_numbers_that_mean_nothing_are_refused_with_their_option(arguments):
     assert arguments[-2] in result.stderr
 
 
+@pytest.mark.parametrize(("module", "extra"), [("torch", "run"), ("uvicorn.config", "serve"), ("matplotlib", "plot")])
+def test_a_plain_installation_says_what_to_install(monkeypatch, module, extra):
+    def missing(as_json):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr("soloist.planner.commands.run_crossovers", missing)
+    result = run("crossovers")
+    assert result.exit_code == cli.USER_ERROR
+    assert f"needs {module.partition('.')[0]}: pip install 'soloist[{extra}]'" in result.stderr
+
+
 def test_a_traceback_for_those_who_ask():
     result = run("-v", "generate", "no-model", "x")
     assert result.exit_code == cli.USER_ERROR

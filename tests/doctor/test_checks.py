@@ -23,7 +23,7 @@ from outputs import (
 from soloist.doctor import host, nvidia_smi, nvml
 from soloist.doctor.among import Visit, check_among, gather, hosts_of
 from soloist.doctor.examination import examine_host, report
-from soloist.doctor.finding import Finding, exit_code
+from soloist.doctor.finding import Finding, exit_code, note
 from soloist.doctor.limits import numbers
 from soloist.doctor.planned import preset_of
 
@@ -322,3 +322,5 @@ def test_json_has_every_field(capsys):
 def test_the_table_names_remedies(capsys):
     report(examine_host(hgx(environment={"NCCL_TREE_THRESHOLD": "0"}), None), as_json=False)
     assert "unset NCCL_TREE_THRESHOLD" in capsys.readouterr().out
+    report([note("versions", "no torch", "none runs", "pip install soloist[run]")], as_json=False)
+    assert "soloist[run]" in capsys.readouterr().out  # brackets are no markup

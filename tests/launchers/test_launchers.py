@@ -193,7 +193,7 @@ def test_another_command_than_serve(plan_file):
     [
         (["no-plan.json"], "plan = 'no-plan.json': cannot be read"),
         (["PLAN", "--for", "carrier-pigeon"], "--for = 'carrier-pigeon': choose one of torchrun"),
-        (["PLAN", "--out", "/no/such/folder/x"], "--out = '/no/such/folder/x': cannot be written"),
+        (["PLAN", "--out", "/no/such/folder/x"], "--out = '/no/such/folder/x': there is no folder"),
     ],
 )
 def test_what_cannot_be_written(plan_file, arguments, message):

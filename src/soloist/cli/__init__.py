@@ -20,6 +20,11 @@ from soloist.cli.serve import serve, top
 from soloist.errors import ConfigurationError, RequestError, SoloistError
 
 USER_ERROR, FAILURE = 2, 1  # exit codes
+EXTRAS = {  # what a plain installation, which plans and simulates, does not have
+    "run": ("torch", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "zmq"),
+    "serve": ("fastapi", "uvicorn", "httptools", "prometheus_client"),
+    "plot": ("matplotlib",),
+}
 
 
 class Commands(TyperGroup):
@@ -35,6 +40,14 @@ class Commands(TyperGroup):
             if error.filename is None:
                 raise
             _print_error(error, f"{error.filename}: {error.strerror}", ctx.params["verbose"])
+            raise typer.Exit(USER_ERROR) from error
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+            if extra is None:
+                raise
+            text = f"this command needs {package}: pip install 'soloist[{extra}]', in a checkout '.[{extra}]'"
+            _print_error(error, text, ctx.params["verbose"])
             raise typer.Exit(USER_ERROR) from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from soloist.doctor.environment import check_environment
@@ -117,8 +118,9 @@ def report(findings: Sequence[Finding], as_json: bool) -> None:
     console, table = Console(), Table(box=None, pad_edge=False, show_header=False)
     several = any(finding.host for finding in findings)
     for finding in sorted(findings, key=lambda f: ORDER.index(f.severity)):
-        text = finding.what if finding.severity == "ok" else f"{finding.what}\n[dim]why:[/] {finding.why}"
-        text += f"\n[dim]do:[/]  {finding.remedy}" if finding.remedy else ""
+        text = escape(finding.what)
+        text += "" if finding.severity == "ok" else f"\n[dim]why:[/] {escape(finding.why)}"
+        text += f"\n[dim]do:[/]  {escape(finding.remedy)}" if finding.remedy else ""
         style = STYLES[finding.severity]
         table.add_row(f"[{style}]{finding.severity}[/]", *([finding.host] if several else []), finding.check, text)
     console.print(table)

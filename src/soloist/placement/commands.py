@@ -133,7 +133,8 @@ def table(placements: Named, trace: RoutingTrace, node_of_group: Sequence[int]) 
     shown = Table(title=title, title_justify="left")
     names = ["placement", "objective", "rows, once per node", "rows, once per group", "fullest NIC", "fullest group"]
     for name in names:
-        shown.add_column(name, justify="left" if name == "placement" else "right")
+        first = name == "placement"
+        shown.add_column(name, justify="left" if first else "right", no_wrap=first)
     for name, (placement, value_L) in placements.items():
         value = "" if value_L is None else f"{value_L.mean():.4f}"
         shown.add_row(name, value, *_figures(placement, trace, node_of_group))
