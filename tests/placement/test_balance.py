@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soloist.placement.balance import balance, group_load, imbalance, pays_off, place
+from soloist.placement.balance import balance, group_load, imbalance, place
 from soloist.placement.eplb import eplb
 from soloist.placement.eplb import imbalance as eplb_imbalance
 from tests.placement.cases import random_placement
@@ -59,11 +59,6 @@ def test_placing_from_nothing_is_about_as_even_as_eplb() -> None:
 
 def test_group_load_shares_between_replicas() -> None:
     assert group_load(((0, 1), (1,), ()), np.array([3.0, 4.0])).tolist() == [5, 2, 0]
-
-
-def test_moving_must_pay() -> None:
-    assert pays_off(1e-3, 1000, 1e9, 1e10)
-    assert not pays_off(1e-3, 1000, 1e9, 1e10, stall_s=1.0)
 
 
 def test_small_loads_count() -> None:

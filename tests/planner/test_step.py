@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +12,6 @@ from soloist.planner.layer import Batch, Deployment, expert_load, moe_parts
 from soloist.planner.memory import REPLICATED, REPLICATED_NVLINK
 from soloist.planner.precision import Precision
 from soloist.planner.refit import load_calibration
-from soloist.planner.routing import distinct, traced_copies
 from soloist.planner.runtime import SYSTEM, Runtime
 from soloist.planner.step import Overlap, StepModel
 from soloist.specs.cluster import cluster
@@ -89,13 +87,6 @@ def test_replicas_share_an_expert_s_tokens() -> None:
 
 
 def test_traces_take_the_place_of_even_routing() -> None:
-    rng = np.random.default_rng(0)
-    ids = rng.random((2000, 64)).argpartition(4, axis=1)[:, :4]
-    nodes, groups = traced_copies(ids, np.arange(64) // 4, groups_per_node=4)
-    assert nodes == pytest.approx(distinct(4, 64, 4), rel=0.03)
-    assert groups == pytest.approx(distinct(16, 64, 4), rel=0.03)
-    local = traced_copies(ids // 16 * 16 % 16 + np.arange(4), np.arange(64) // 4, groups_per_node=4)
-    assert local == (1.0, 1.0)
     even = deployment("ep32", "deepseek-v3")
     near = msgspec.structs.replace(even, node_copies=1.2, rank_copies=3.0)
     times = [StepModel(d, KERNELS, RUNTIME).prefill(8192, 500).seconds.value for d in (even, near)]

@@ -31,6 +31,7 @@ def plan(
     explain: Annotated[bool, typer.Option("--explain", help="Say how tokens cross nodes, and why.")] = False,
     engine: Annotated[str, typer.Option(help="Whose fixed costs to assume: soloist, vllm, sglang.")] = "soloist",
     nvlink_sums: Annotated[bool, typer.Option(help="Soloist's own small sums; without, NCCL's.")] = True,
+    routing: Annotated[Path | None, typer.Option(help="A routing trace of the model, instead of even routing.")] = None,
     mixed_graphs: Annotated[str, typer.Option(help="Tokens of the prefill steps in graphs, like 256,8192.")] = "off",
     out: Annotated[Path | None, typer.Option(callback=to_write, help="Write the best layout as a plan file.")] = None,
     from_command: Annotated[str, typer.Option("--from", help="A `vllm serve` or SGLang command to improve.")] = "",
@@ -60,6 +61,7 @@ def plan(
             options=Options(nvlink_sums=nvlink_sums, mixed_graphs=buckets_of(mixed_graphs)),
             rejected=rejected,
             explain=explain,
+            routing=routing,
         )  # fmt: skip
     )
 

@@ -72,11 +72,6 @@ def imbalance(placement: Placement, load_LE: Array) -> float:
     return float(np.mean([load_G.max() / load_G.mean() if load_G.any() else 1.0 for load_G in loads]))
 
 
-def pays_off(saved_s: float, steps: float, moved_bytes: float, bandwidth: float, stall_s: float = 0.0) -> bool:
-    """Whether a step that is shorter by `saved_s` earns back moving these bytes within so many steps."""
-    return saved_s * steps > moved_bytes / bandwidth + stall_s
-
-
 def _balance_layer(slots: LayerSlots, load_E: Array, most_moves: int) -> LayerSlots:
     groups = [set(group) for group in slots]
     moves = _follow_load(groups, load_E, most_moves)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from soloist.errors import ConfigurationError
+from soloist.placement.trace import RoutingTrace
 from soloist.planner import crossovers
 from soloist.planner.calibration import Calibration
 from soloist.planner.claims import Finding, findings
@@ -27,6 +28,7 @@ from soloist.planner.score import Options, Score, Scorer
 from soloist.planner.search import Found, at_best, search
 from soloist.planner.sweep import SweepPoint, sweep
 from soloist.planner.tables import PUBLISHED
+from soloist.planner.traced import TracedCopies
 from soloist.planner.translate import advise
 from soloist.planner.validate import Report, validate
 from soloist.specs.cluster import cluster as cluster_named
@@ -42,12 +44,12 @@ def run_plan(
     model: ModelSpec, cluster: str, gpus: int, load: str = "prompt=1000,output=200", precision: str = "",
     baseline: str = "", calibration: str | Path | None = None, library: str = "", system: str = "soloist",
     out: str | Path | None = None, options: Options | None = None, rejected: bool = False,
-    explain: bool = False,
+    explain: bool = False, routing: str | Path | None = None,
 ) -> int:  # fmt: skip
     """Search all layouts, print the Pareto front and why the winner wins, write the plan file to `out`.
 
     `rejected` prints every layout that was turned down, `explain` how tokens cross nodes. `system` is whose fixed costs
-    and overlap are assumed.
+    and overlap are assumed. `routing` is a trace of the model, from which copies of tokens are counted.
     """
     spec, wanted = cluster_named(cluster), Load.parse(load)
     used = load_calibration(calibration)
@@ -58,7 +60,7 @@ def run_plan(
     kernels = Kernels(spec, used, library or library_of(system, used), options.nvlink_sums)
     scorer = Scorer(kernels, Runtime.named(system, used), wanted)
     other = _baseline_layout(baseline, gpus) if baseline else None
-    found = search(model, spec, gpus, wanted, scorer, dtypes, options)
+    found = search(model, spec, gpus, wanted, scorer, dtypes, options, _copies(routing, model))
     show = console()
     _print_front(found, show)
     for line in _conclusions(found, _baseline(other, found.best, scorer), wanted):
@@ -70,6 +72,14 @@ def run_plan(
         plan_of(found.best, spec, wanted, used.name).save(out)
         show.print(f"Plan written to {out}")
     return 0
+
+
+def _copies(routing: str | Path | None, model: ModelSpec) -> TracedCopies | None:
+    if routing is None:
+        return None
+    trace = RoutingTrace.load(routing)
+    trace.check(model)
+    return TracedCopies(trace)
 
 
 def run_advise(

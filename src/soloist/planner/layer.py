@@ -29,7 +29,7 @@ class Deployment(Spec, frozen=True, kw_only=True):
     """What runs where. `slots`: of an expert group in a layer, 0: every expert once. `skew`: routing's power law.
 
     `node_copies` and `rank_copies`: distinct nodes and expert groups of a token, where a routing trace told them
-    (`routing.traced_copies`); the formulas for even routing otherwise.
+    (`traced.TracedCopies`); the formulas for even routing otherwise.
     """
 
     model: ModelSpec

@@ -1,7 +1,8 @@
 """What a router does to a group of ranks, in expectation: copies sent, experts touched, the fullest rank.
 
 Uniform routing has closed forms. Skewed routing is a power law over the experts' loads, the way aiconfigurator's tables
-are made: loads are drawn from p(x) ~ x^-alpha on [1, 0.8 tokens] and scaled to tokens · top_k. Traces replace both.
+are made: loads are drawn from p(x) ~ x^-alpha on [1, 0.8 tokens] and scaled to tokens · top_k.
+Traces replace both (`traced`).
 """
 
 from __future__ import annotations
@@ -48,20 +49,6 @@ def _hit(usable: float, held: float, top_k: int) -> float:
     if usable - held < top_k:
         return 1.0
     return 1.0 - exp(_log_choose(usable - held, top_k) - _log_choose(usable, top_k))
-
-
-def traced_copies(expert_ids_TK: np.ndarray, group_of_expert: np.ndarray, groups_per_node: int) -> tuple[float, float]:
-    """Distinct nodes and distinct groups of a token, averaged over a routing trace of one layer.
-
-    `expert_ids_TK` int [tokens, top-k]; `group_of_expert` int [experts], each expert in one group.
-    """
-    group_TK = group_of_expert[expert_ids_TK]
-    return _mean_distinct(group_TK // groups_per_node), _mean_distinct(group_TK)
-
-
-def _mean_distinct(values_TK: np.ndarray) -> float:
-    ordered = np.sort(values_TK, axis=1)
-    return float(1 + (np.diff(ordered, axis=1) != 0).sum(axis=1).mean())
 
 
 def activated(slots: float, experts: int, top_k: int, tokens: float) -> float:

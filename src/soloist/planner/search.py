@@ -18,6 +18,7 @@ from soloist.errors import CapacityError
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
 from soloist.planner.score import BATCHES, Options, Score, Scorer
+from soloist.planner.traced import TracedCopies
 from soloist.specs.cluster import ClusterSpec
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
@@ -80,8 +81,12 @@ def search(
     scorer: Scorer,
     precision: Precision,
     options: Options | None = None,
+    copies: TracedCopies | None = None,
 ) -> Found:
-    """Raises CapacityError, listing why each layout failed, where none is left."""
+    """Raises CapacityError, listing why each layout failed, where none is left.
+
+    copies: of a token of recorded routing; by default those of even routing.
+    """
     cluster.nodes(gpus)
     scores: list[Score] = []
     tried: list[Score] = []
@@ -102,7 +107,13 @@ def search(
         if reason := illegal(model, cluster, layout):
             rejections.append(Rejection(str(layout), reason))
         else:
-            consider(Deployment(model=model, layout=layout, precision=precision, skew=load.skew))
+            nodes, groups = (copies and copies.of(layout, cluster.gpus_per_node)) or (None, None)
+            consider(
+                Deployment(
+                    model=model, layout=layout, precision=precision, skew=load.skew,
+                    node_copies=nodes, rank_copies=groups,
+                )
+            )  # fmt: skip
     for deployment in replicated(tried, load):
         consider(deployment)
     if not scores:
