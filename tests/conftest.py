@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two workers share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in engine/preload.py, for ranks that the tests fork first
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"  # whatever way leads out, servers of tests are here
 
 import pytest

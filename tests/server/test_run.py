@@ -138,7 +138,7 @@ def test_what_does_not_finish_in_time_ends_with_the_cause(process):
     ],
 )
 def test_mistakes_are_told_in_a_line(options, reason):
-    result = run("serve", str(NOVELS), "--device", "cpu", *options)
+    result = run("serve", str(NOVELS), "--device", "cpu", "--port", str(free_port()), *options)
     assert result.exit_code == 2
     assert reason in result.stderr
 
