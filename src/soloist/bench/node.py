@@ -1,7 +1,8 @@
 """All that one host with several GPUs can show, in one call with a limit: `python -m soloist.bench.node`.
 
 Composes other commands, each in a process of its own with a limit of its own; goes on after one that fails, and says
-what it left out. Their records are gathered in `node.jsonl`; predictions made beforehand are printed beside them.
+what it left out. Their records are gathered in `node.jsonl`; predictions made beforehand are printed beside them. When
+it is interrupted (SIGINT, SIGTERM) it ends the command under way and reports what it has.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import typer
 from rich.console import Console
 
 from soloist.bench import expected
-from soloist.bench.node_report import exchange_table, layout_table, ratios
+from soloist.bench.node_report import exchange_table, layout_table, misses, ratios
 from soloist.specs.layout import Layout
 from soloist.specs.presets import preset
 
@@ -33,7 +34,9 @@ CONTEXT, TOKENS = 128, 128  # of the sequences whose decoding is timed
 CHUNK = 8192  # tokens of a prefill step and attention group
 REDUCED_S = 240.0  # budget below which each layout does less
 PATIENCE_S = 5.0  # for a command that was told to end
-PREDICTIONS = Path("docs/predictions-{gpus}xh100.jsonl")
+TESTS = ("tests/transport", "tests/dispatch", "tests/engine")  # those of several GPUs, the quick ones first
+PREDICTIONS = Path("docs/predictions-nodes.jsonl")
+HOSTS = (2, 4, 8)  # GPUs, for which there are predictions
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,13 @@ class Node:
         return list(dict.fromkeys(Layout.parse(name) for name in names))
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Of the commands: they see no more GPUs than are to be used."""
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        names = visible or [str(index) for index in range(self.gpus)]
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(names[: self.gpus])}
+
+    @property
     def prefill(self) -> tuple[int, int]:
         """Prompts and their tokens."""
         return (self.gpus * PROMPTS // (4 if self.reduced else 1), PROMPT_TOKENS)
@@ -94,7 +104,7 @@ class Node:
             self._bench("exchange, prefill", "--tokens", "4096", *shape),
             self._bench("layer, decode", "--tokens", "128", *wide),
             self._bench("layer, prefill", "--tokens", "4096", *wide),
-            Part("multi-GPU tests", ("pytest", "-q", "-m", "multigpu", "tests"), 30, 120),
+            Part("multi-GPU tests", ("pytest", "-v", "-m", "multigpu", *TESTS), 30, 120),
             self._offline("two nodes, hierarchical", str(ep), *nodes, "--set", "exchange=hierarchical"),
             self._offline("two nodes, flat", str(ep), *nodes, "--set", "exchange=flat"),
             *alone,
@@ -122,14 +132,21 @@ class Node:
         return (*command, "--out", str(self.out / "phases"))
 
 
-def predictions(gpus: int) -> list[dict[str, Any]]:
+def predictions(gpus: int, gpu: str) -> list[dict[str, Any]]:
     """The planner's word on every layout and point of such a host, those of a reduced run included."""
     spec, found = preset(MODEL), []
     whole, reduced = (Node(gpus, Path(), reduced) for reduced in (False, True))
     for layout in whole.layouts:
-        found += [expected.prefill(spec, layout, *node.prefill, CHUNK) for node in (whole, reduced)]
-        found += [expected.decode(spec, layout, n, CONTEXT + TOKENS / 2) for n in whole.sequences]
-    return found
+        found += [expected.prefill(spec, layout, *node.prefill, CHUNK, gpu) for node in (whole, reduced)]
+        found += [expected.decode(spec, layout, n, CONTEXT + TOKENS / 2, gpu) for n in whole.sequences]
+    return [record | {"gpus": gpus} for record in found]
+
+
+def foreseen(gpus: int, gpu: str) -> list[dict[str, Any]]:
+    """What was predicted beforehand; where that is not at hand, what the planner says now."""
+    lines = PREDICTIONS.read_text().splitlines() if PREDICTIONS.exists() else []
+    known = [record for record in map(json.loads, lines) if (record["gpus"], record["gpu"]) == (gpus, gpu)]
+    return known or predictions(gpus, gpu)
 
 
 def run(node: Node, parts: Sequence[Part], budget_s: float, show: Console) -> dict[str, str]:
@@ -137,7 +154,10 @@ def run(node: Node, parts: Sequence[Part], budget_s: float, show: Console) -> di
     end, fates = time.monotonic() + budget_s, {}
     for part in parts:
         left_s = end - time.monotonic()
-        fates[part.name] = "left out: no time" if left_s < part.least_s else _run(node, part, min(left_s, part.limit_s))
+        try:
+            fates[part.name] = "left out" if left_s < part.least_s else _run(node, part, min(left_s, part.limit_s))
+        except KeyboardInterrupt:
+            fates[part.name], end = "interrupted", time.monotonic()
         show.print(f"{part.name}: {fates[part.name]}", highlight=False)
     return fates
 
@@ -146,22 +166,27 @@ def _run(node: Node, part: Part, limit_s: float) -> str:
     begin, log = time.monotonic(), node.out / f"{part.slug}.log"
     with log.open("wb") as file:
         command = [sys.executable, "-m", *part.command]
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=node.environment
+        )
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            _end(process)
             return f"ended after its limit of {limit_s:.0f} s, see {log}"
+        finally:
+            _end(process)
     return f"done in {time.monotonic() - begin:.0f} s" if code == 0 else f"failed with exit code {code}, see {log}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """A command and all that it has started: politely, then surely."""
-    for polite in (True, False):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT if polite else signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):
+    """A command, politely if it still runs, and whatever it has started: a rank left behind would hold its GPU."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
             process.wait(PATIENCE_S)
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE_S)
 
 
 def gathered(node: Node) -> list[dict[str, Any]]:
@@ -180,34 +205,45 @@ def main(
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 570.0,
     only: Annotated[str, typer.Option(help="Parts whose names begin with one of these, separated by semicolons.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for node.jsonl and the logs.")] = Path("out/node"),
-    predict: Annotated[bool, typer.Option("--predict", help="Print the predictions as JSON lines and end.")] = False,
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Print predictions as JSON lines and end: of --gpus, or of 2, 4 and 8.")
+    ] = False,
     show_parts: Annotated[bool, typer.Option("--list", help="Print the commands and end.")] = False,
 ) -> None:
     """Measure what this host can show; see docs/benchmarks.md."""
+    if predict:
+        for host in (gpus,) if gpus else HOSTS:
+            for gpu in expected.MACHINES:
+                typer.echo("\n".join(json.dumps(record) for record in predictions(host, gpu)))
+        return
     from soloist.engine.planned import count_gpus
 
     node = Node(gpus or count_gpus() or 1, out, reduced=budget < REDUCED_S)
     if node.gpus > 1 and node.gpus % 2:
         raise typer.BadParameter(f"{node.gpus} GPUs: must be an even number, or 1", param_hint="--gpus")
     parts = [part for part in node.parts() if not only or part.name.startswith(tuple(only.split(";")))]
-    if predict:
-        typer.echo("\n".join(json.dumps(record) for record in predictions(node.gpus)))
-        return
     if show_parts:
         typer.echo("\n".join(f"{part.name}: python -m {' '.join(part.command)}" for part in parts))
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.jsonl"):
+    for old in out.rglob("*.jsonl"):
         old.unlink()
     show = Console(width=160)
     fates = run(node, parts, budget, show)
-    records, file = gathered(node), Path(str(PREDICTIONS).format(gpus=node.gpus))
-    foreseen = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else predictions(node.gpus)
-    (out / "node.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    show.print(exchange_table(records), layout_table(records, foreseen))
-    for line in ratios(records, str(node.layouts[0])):
-        show.print(line, highlight=False)
+    _report(node, show)
     typer.echo(json.dumps({"what": "node", "gpus": node.gpus, "parts": fates}))
+
+
+def _report(node: Node, show: Console) -> None:
+    """Of whatever was measured."""
+    from soloist.bench.offline import gpu
+
+    records, guesses = gathered(node), foreseen(node.gpus, "H200" if "H200" in gpu() else "H100")
+    (node.out / "node.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    show.print(exchange_table(records), layout_table(records, guesses))
+    for line in (*ratios(records, guesses, str(node.layouts[0])), *misses(records, guesses)):
+        show.print(line, highlight=False)
 
 
 if __name__ == "__main__":

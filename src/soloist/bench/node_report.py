@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -45,15 +47,13 @@ def layout_table(records: Sequence[Record], foreseen: Sequence[Record]) -> Table
     """Prefill and decode of each layout, measured, predicted, and the machine's limit."""
     columns = ("", "layout", "shape", "ms", "tokens/s", "predicted, ms", "error", "limit, ms")
     shown = Table(*columns, title="Layouts")
-    known = {_key(record): record for record in foreseen}
-    for record in records:
-        if record["what"] not in ("prefill", "TPOT"):
-            continue
-        guess = known.get(_key(record), {}).get("predicted_s")
+    for record in points(records):
+        guess = predicted(record, foreseen)
         shown.add_row(
             record["what"], record["part"], record["shape"], f"{record['seconds'] * 1e3:,.2f}",
             f"{record['tokens_per_s']:,.0f}", "" if guess is None else f"{guess * 1e3:,.2f}",
-            "" if guess is None else f"{guess / record['seconds'] - 1:+.0%}", f"{record['ceiling_s'] * 1e3:,.2f}",
+            "" if guess is None else f"{guess / record['seconds'] - 1:+.0%}",
+            f"{record['ceiling_s'] * 1e3:,.2f}" if "ceiling_s" in record else "cut off",
         )  # fmt: skip
     for record in records:
         if record["what"] == "compare":
@@ -63,18 +63,54 @@ def layout_table(records: Sequence[Record], foreseen: Sequence[Record]) -> Table
     return shown
 
 
-def ratios(records: Sequence[Record], ours: str) -> Iterator[str]:
-    """Whole experts against each of the other layouts: the measured side of what the scenarios claim."""
-    rates: dict[tuple[str, str], dict[str, float]] = {}
+def points(records: Sequence[Record]) -> list[Record]:
+    """Prefill and decode. Of a command that did not come to its end: what it had measured until then."""
+    whole = [record for record in records if record["what"] in ("prefill", "TPOT")]
+    known, found = {_named(record) for record in whole}, list(whole)
     for record in records:
-        if record["what"] in ("prefill", "TPOT"):
-            rates.setdefault((record["what"], record["shape"]), {}).setdefault(record["part"], record["tokens_per_s"])
-    for (what, shape), by_layout in rates.items():
-        others = {layout: rate for layout, rate in by_layout.items() if layout != ours}
-        if ours in by_layout and others:
-            compared = ", ".join(f"{by_layout[ours] / rate:.2f} x {layout}" for layout, rate in others.items())
-            yield f"{what} {shape}: {ours} gives {compared}"
+        what = record["what"].removesuffix(", one start")
+        made = record | {"what": what}
+        if what in ("prefill", "TPOT") and _named(made) not in known:
+            seconds = median(record["times_s"])
+            found.append(
+                made | {"seconds": seconds, "tokens_per_s": prod(map(int, record["shape"].split("x"))) / seconds}
+            )
+    return found
 
 
-def _key(record: Record) -> tuple[str, str, str]:
-    return record["what"], record["layout"], str(record["shape"])
+def _named(record: Record) -> tuple[str, str, str]:
+    return record["part"], record["what"], record["shape"]
+
+
+def predicted(record: Record, foreseen: Sequence[Record]) -> float | None:
+    """Seconds. Predictions are of layouts on one node."""
+    if record["part"] != record["layout"]:
+        return None
+    keys = "what", "layout", "shape"
+    return next((one["predicted_s"] for one in foreseen if all(one[key] == record[key] for key in keys)), None)
+
+
+def ratios(records: Sequence[Record], foreseen: Sequence[Record], ours: str) -> Iterator[str]:
+    """Whole experts against each of the other layouts: the measured side of what the scenarios claim."""
+    by_shape: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in points(records):
+        by_shape.setdefault((record["what"], record["shape"]), {})[record["part"]] = record
+    for (what, shape), by_part in by_shape.items():
+        own = by_part.pop(ours, None)
+        if own and by_part:
+            compared = [f"{_times(own, other, foreseen)} {part}" for part, other in by_part.items()]
+            yield f"{what} {shape}: {ours} gives {', '.join(compared)}"
+
+
+def _times(own: Record, other: Record, foreseen: Sequence[Record]) -> str:
+    guess, others_guess = predicted(own, foreseen), predicted(other, foreseen)
+    word = f" ({others_guess / guess:.2f} predicted)" if guess and others_guess else ""
+    return f"{other['seconds'] / own['seconds']:.2f} x{word}"
+
+
+def misses(records: Sequence[Record], foreseen: Sequence[Record]) -> Iterator[str]:
+    """How far the predictions are from what was measured."""
+    guesses = [(record, predicted(record, foreseen)) for record in points(records)]
+    off = [abs(guess / record["seconds"] - 1) for record, guess in guesses if guess is not None]
+    if off:
+        yield f"{len(off)} predictions: median {median(off):.1%} off, worst {max(off):.1%}"
