@@ -8,6 +8,7 @@ two tables and may refer to the preset GPUs.
 from __future__ import annotations
 
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class GpuSpec(Spec, frozen=True, kw_only=True):
             if value is not None and not 0 < value <= 1:
                 raise ConfigurationError.of(f"gpu.{key}", value, "is a share; it must lie in (0, 1]")
         for dtype, rate in self.tflops.items():
-            if rate <= 0:
-                raise ConfigurationError.of(f"gpu.tflops.{dtype}", rate, "must be positive")
+            if not 0 < rate < inf:
+                raise ConfigurationError.of(f"gpu.tflops.{dtype}", rate, "must be positive and finite")
         if not self.tflops.keys() & {"bf16", "fp16"}:
             raise ConfigurationError.of("gpu.tflops", sorted(self.tflops), "must state bf16 or fp16")
 
@@ -80,13 +81,13 @@ class ClusterSpec(Spec, frozen=True, kw_only=True):
         _positive("cluster", self, ("gpus_per_node",))
         keys = ("nic_GBps", "nics_per_node", "nvlink_latency_us", "nic_latency_us", "spine_latency_us")
         _not_negative("cluster", self, keys)
-        if self.nvlink_GBps is not None and self.nvlink_GBps < 0:
-            raise ConfigurationError.of("cluster.nvlink_GBps", self.nvlink_GBps, "must not be negative")
+        if self.nvlink_GBps is not None:
+            _not_negative("cluster", self, ("nvlink_GBps",))
         n, links = self.gpus_per_node, self.links_GBps
         if links and (len(links) != n or any(len(row) != n for row in links)):
             raise ConfigurationError.of("cluster.links_GBps", f"{len(links)} rows", f"must be a {n} x {n} matrix")
-        if any(rate < 0 for row in links for rate in row):
-            raise ConfigurationError.of("cluster.links_GBps", links, "must not hold a negative rate")
+        if not all(0 <= rate < inf for row in links for rate in row):
+            raise ConfigurationError.of("cluster.links_GBps", links, "must hold finite rates, none negative")
 
     @property
     def nvlink(self) -> float:
@@ -250,11 +251,11 @@ def _convert(kind: Any, entry: Any, where: str) -> Any:
 
 def _positive(where: str, spec: Spec, keys: tuple[str, ...]) -> None:
     for key in keys:
-        if getattr(spec, key) <= 0:
-            raise ConfigurationError.of(f"{where}.{key}", getattr(spec, key), "must be positive")
+        if not 0 < getattr(spec, key) < inf:
+            raise ConfigurationError.of(f"{where}.{key}", getattr(spec, key), "must be positive and finite")
 
 
 def _not_negative(where: str, spec: Spec, keys: tuple[str, ...]) -> None:
     for key in keys:
-        if getattr(spec, key) < 0:
-            raise ConfigurationError.of(f"{where}.{key}", getattr(spec, key), "must not be negative")
+        if not 0 <= getattr(spec, key) < inf:
+            raise ConfigurationError.of(f"{where}.{key}", getattr(spec, key), "must not be negative, and finite")

@@ -57,6 +57,8 @@ class Load(Spec, frozen=True, kw_only=True):
             if name not in cls.__struct_fields__:
                 raise ConfigurationError.of("load", key, f"unknown key; known are {', '.join(cls.__struct_fields__)}")
             values[name] = value if name == "arrival" else _number(key, value)
+            if name in ("ttft_s", "tpot_s") and not values[name]:
+                raise ConfigurationError.of(f"load.{key}", value, "nothing is that fast; leave it out for no limit")
         return _convert(values)
 
     def __str__(self) -> str:
@@ -77,7 +79,7 @@ class Load(Spec, frozen=True, kw_only=True):
 def _number(key: str, text: str) -> float | int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)(ms|s|k|K|M)?", text)
     if not match:
-        raise ConfigurationError.of(f"load.{key}", text, "must be a number, perhaps with ms, s, k or M")
+        raise ConfigurationError.of(f"load.{key}", text, "must be a number from 0 up, perhaps with ms, s, k or M")
     value = float(match[1]) * {"ms": 1e-3, "s": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, None: 1.0}[match[2]]
     return int(value) if value == int(value) else value
 
