@@ -16,6 +16,7 @@ from soloist.engine.options import EngineOptions
 from soloist.errors import CheckpointError, ClusterError, ConfigurationError, RequestError
 from soloist.placement.placement import Placement
 from soloist.scheduling.request import SamplingParams
+from tests.blas import where_measured
 
 NOVELS = Path(__file__).parents[2] / "models" / "novels-moe-11m"
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -44,8 +45,13 @@ def test_four_ranks_say_what_one_says(llm, alone):
     assert (
         llm.tokenizer.decode(found[0].prompt_tokens + found[0].outputs[0].tokens) == PROMPT + found[0].outputs[0].text
     )
-    (single,) = llm.generate(prompts[2], params)  # without company: the same in every bit
-    assert single.outputs[0].logprobs == found[2].outputs[0].logprobs
+
+
+@where_measured
+def test_an_answer_without_company_is_the_same_in_every_bit(llm):
+    prompts, params = ["She said", "It was a dark and stormy evening, and the"], replace(GREEDY, logprobs=1)
+    (single,), found = llm.generate(prompts[1], params), llm.generate(prompts, params)
+    assert single.outputs[0].logprobs == found[1].outputs[0].logprobs
 
 
 def test_streamed_pieces_are_the_whole(llm):

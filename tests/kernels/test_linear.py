@@ -9,6 +9,9 @@ import torch
 
 from soloist.kernels.linear import grouped_mm, linear
 from soloist.kernels.paged_attention import PagedBatch, paged_attention
+from tests.blas import where_measured
+
+pytestmark = where_measured
 
 ROWS = (1, 2, 3, 5, 6, 7, 11, 16, 33)
 BLOCK = 16

@@ -4,8 +4,9 @@ Shape legend: T rows, D and N widths of a weight, S weights, X rows of all weigh
 
 BLAS chooses its loops by the shapes. For a handful of rows it adds up in another order than for many, and one that
 hands rows to threads leaves some of them a handful. Where two experts score alike to the last bit, another order is
-another answer. With the multiples below, every row is added up alike however it is batched (MKL in fp32, 1 to 8
-threads: tests/kernels/test_linear.py). GPUs have kernels of their own.
+another answer. With the multiples below, every row is added up alike however it is batched: with MKL in fp32, 1 to 8
+threads, on CPUs with AVX2 (tests/kernels/test_linear.py), but not where MKL_CBWR chooses MKL's loops. GPUs have kernels
+of their own.
 """
 
 from __future__ import annotations
