@@ -135,6 +135,7 @@ def test_what_does_not_finish_in_time_ends_with_the_cause(process):
         (("--tls-client-ca", __file__), "give --tls-cert"),
         (("--chat-template", "/no/file"), "chat_template = '/no/file'"),
         (("--layout", "ep0"), "layout"),
+        (("--api-key", ""), "would let everybody in"),
     ],
 )
 def test_mistakes_are_told_in_a_line(options, reason):

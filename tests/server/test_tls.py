@@ -59,3 +59,21 @@ def test_clients_show_certificates_that_the_authorities_signed(fake, folder):
 def test_a_key_of_another_certificate_is_told(folder):
     with pytest.raises(ConfigurationError, match=r"server.pem.*cannot be used with its key"):
         Listening(certificate=folder / "server.pem", private_key=folder / "client.key")
+
+
+def test_an_encrypted_key_is_told_and_nobody_is_asked_for_its_password(folder):
+    hidden = folder / "hidden.key"
+    command = [
+        "openssl",
+        "pkey",
+        "-in",
+        str(folder / "server.key"),
+        "-out",
+        str(hidden),
+        "-aes128",
+        "-passout",
+        "pass:x",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(ConfigurationError, match="the key is encrypted"):
+        Listening(certificate=folder / "server.pem", private_key=hidden)

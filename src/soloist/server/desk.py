@@ -10,6 +10,7 @@ Every call that is accepted ends in one of: all of its requests done, `cancel`, 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from soloist.scheduling.request import SamplingParams
 from soloist.server.refusals import Refusal
 from soloist.server.served import Served
 
+log = logging.getLogger("soloist.server")
 TICK_S = 0.1  # between looks at the health of the ranks
 MOST_MESSAGES = 64  # taken in before others in the loop get their turn
 LONGEST_RETRY_S = 60
@@ -100,7 +102,7 @@ class Desk:
         """max_waiting: calls without a first token from which new ones are refused. timeout_s: bound of each call."""
         self.served, self.front = served, served.front
         self.max_waiting, self.timeout_s = max_waiting, timeout_s
-        self.draining = False
+        self.draining = self._is_told = False
         self.last_wait_s = 0.0  # for a first token
         self.accepted = self.refused = 0
         self.ended: Counter[str] = Counter()  # calls by outcome
@@ -222,6 +224,9 @@ class Desk:
 
     def _tick(self) -> None:
         self._pump()
+        if self.front.failure and not self._is_told:
+            self._is_told = True
+            log.error("engine failed", extra={"fields": {"cause": str(self.front.failure)}})
         self._ticking = self._loop.call_later(TICK_S, self._tick)
 
 

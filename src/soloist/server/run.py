@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from soloist.errors import ConfigurationError
 from soloist.server.app import Limits, make_app
+from soloist.server.connection import BoundedProtocol
 from soloist.server.desk import Desk
 from soloist.server.gate import JsonLines
 from soloist.server.refusals import Refusal
@@ -41,6 +42,8 @@ class Listening:
     client_authorities: Path | None = None  # clients must show a certificate signed by one of these
 
     def __post_init__(self) -> None:
+        if not all(key.strip() for key in self.keys):
+            raise ConfigurationError.of("api_key", "", "would let everybody in; give a key, or leave it out")
         for key in ("certificate", "private_key", "client_authorities"):
             path: Path | None = getattr(self, key)
             if path is not None and not path.is_file():
@@ -53,9 +56,9 @@ class Listening:
     def _check_certificate(self, certificate: Path) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(certificate, self.private_key)
+            context.load_cert_chain(certificate, self.private_key, password=_no_password)
             context.load_verify_locations(self.client_authorities or certificate)
-        except ssl.SSLError as error:
+        except OSError as error:
             remedy = f"cannot be used with its key and authorities: {error}"
             raise ConfigurationError.of("certificate", str(certificate), remedy) from error
 
@@ -70,6 +73,10 @@ class Listening:
             remedy = f"cannot be listened on: {error.strerror}"
             raise ConfigurationError.of("port", f"{self.host}:{self.port}", remedy) from error
         return taken
+
+
+def _no_password() -> str:
+    raise OSError("the key is encrypted; give one that is not")
 
 
 def serve(served: Served, limits: Limits, listening: Listening, port: socket.socket, level: str = "info") -> None:
@@ -90,6 +97,7 @@ def configured(app: FastAPI, listening: Listening) -> uvicorn.Config:
         access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=5,
+        http=BoundedProtocol,
         ssl_certfile=listening.certificate,
         ssl_keyfile=listening.private_key,
         ssl_ca_certs=str(listening.client_authorities) if listening.client_authorities else None,
