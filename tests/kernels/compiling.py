@@ -33,6 +33,9 @@ from soloist.moe import router
 from tests.kernels import small_cases, test_paged_attention_triton
 from tests.kernels.test_paged_attention_triton import Case
 
+# What differs from step to step, layer to layer or rank to rank: see kernels/language.py.
+VARYING = {"rows", "tokens", "slots", "count", "first", "first_row", "span", "behind", "capacity", "code", "me"}
+
 
 class AbsentGpu:
     """What Triton asks its driver for before a launch."""
@@ -53,6 +56,7 @@ def compile_only(patch: pytest.MonkeyPatch, whole: bool) -> set[str]:
 
     def compile_it(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled.add(kernel.__name__)
+        _check_numbers(kernel, args)
         return run(kernel, *args, grid=grid, warmup=True, **kwargs)
 
     driver.set_active(cast(Any, AbsentGpu()))
@@ -71,6 +75,13 @@ def compile_only(patch: pytest.MonkeyPatch, whole: bool) -> set[str]:
     if not whole:
         patch.setattr(CUDABackend, "make_cubin", lambda *_: "")
     return compiled
+
+
+def _check_numbers(kernel: JITFunction, args: tuple[Any, ...]) -> None:
+    """No kernel is compiled for their values: it would be compiled anew while somebody waits."""
+    for param, value in zip(kernel.params, args, strict=False):
+        if isinstance(value, int) and param.name in VARYING and not param.do_not_specialize:
+            raise SystemExit(f"{kernel.__name__} is compiled for values of {param.name}")
 
 
 def _checked(ptx: str) -> str:

@@ -88,17 +88,17 @@ class Lane:
     def __init__(self, window: Window, shape: ExchangeShape) -> None:
         self.window, self.at, self.busy = window, WindowPlan(shape), False
         assert window.bytes_of[window.rank].numel() >= self.at.size
-        empty, device = torch.zeros, window.device
+        device = window.device
         self._rows = shape.rows
         self.slots_RK = window.view(self.at.slots, (shape.rows, shape.top_k), torch.int32)
         self.weights_RK = window.view(self.at.weights, (shape.rows, shape.top_k), torch.float32)
         self.flags = window.view(self.at.flags, (len(PHASES) * shape.ranks, LINE_BYTES // 8), torch.int64)
-        self.calls = empty(len(PHASES), LINE_BYTES // 8, dtype=torch.int64, device=device)
+        self.calls = torch.zeros(len(PHASES), LINE_BYTES // 8, dtype=torch.int64, device=device)
         # Zeroed once: entries behind the last offset are always valid rows, whoever reads them.
-        self.row_X = empty(shape.rows * shape.most, dtype=torch.int64, device=device)
-        self.weight_X = empty(shape.rows * shape.most, dtype=torch.float32, device=device)
-        self.place_RK = empty(shape.rows * shape.top_k, dtype=torch.int32, device=device)
-        self.offsets_S = empty(max(shape.slots, 1), dtype=torch.int32, device=device)
+        self.row_X = torch.zeros(shape.rows * shape.most, dtype=torch.int64, device=device)
+        self.weight_X = torch.zeros(shape.rows * shape.most, dtype=torch.float32, device=device)
+        self.place_RK = torch.zeros(shape.rows * shape.top_k, dtype=torch.int32, device=device)
+        self.offsets_S = torch.zeros(max(shape.slots, 1), dtype=torch.int32, device=device)
 
     def rows_RD(self, shape: ExchangeShape, rank: int | None = None) -> Tensor:
         return self.window.view(self.at.rows, (shape.rows, shape.d_model), shape.row_dtype, rank)

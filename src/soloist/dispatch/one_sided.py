@@ -86,9 +86,9 @@ class OneSidedDispatcher(Dispatcher):
         self.watch.check()
         lane = self.lanes[next(self.turn)]
         assert not lane.busy, "combine an earlier dispatch first, or give the dispatcher more lanes"
+        shape = self.shape.fit(max(self.shape.capacity, len(x_TD)))  # raises where there are too many tokens
+        ticket, x_TD = Ticket(lane, shape, choice, self.watch.number(where)), x_TD.contiguous()
         lane.busy = True
-        ticket = Ticket(lane, self.shape.fit(max(self.shape.capacity, len(x_TD))), choice, self.watch.number(where))
-        x_TD = x_TD.contiguous()
         if self.form.name == "latency":
             self._push(ticket, x_TD, "all", choices=True)
             return Arriving(self, ticket)

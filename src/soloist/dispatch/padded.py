@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice, Topology
-from soloist.dispatch.rows import RowFormat, expert_major
+from soloist.dispatch.rows import RowFormat, expert_major, phase
 from soloist.errors import CapacityError
 from soloist.kernels.reference import ordered_sum
 from soloist.transport.base import Pending, Transport
@@ -81,7 +81,7 @@ class PaddedDispatcher(Dispatcher):
         if len(x_TD) > self.capacity * self.rounds:
             reason = f"{len(x_TD)} tokens in a call, {self.rounds} rounds of {self.capacity} rows may not hold them"
             raise CapacityError(f"{reason}: allow more rounds or a larger capacity")
-        groups, where = self.peers.size, f"{where}, dispatch" if where else "dispatch"
+        groups, where = self.peers.size, phase(where, "dispatch")
         places = Places.of(choice.group_TK, groups, self.rounds, self.capacity)
         form = RowFormat(x_TD.dtype, x_TD.shape[1], choice.group_TK.shape[1])
         slab_RW = self._pack(form, x_TD, choice, places)
@@ -112,7 +112,7 @@ class PaddedDispatcher(Dispatcher):
         return torch.stack(parts).unflatten(1, (self.peers.size, self.capacity)).transpose(0, 1).flatten(0, 2)
 
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
-        ticket, where = batch.ticket, f"{where}, combine" if where else "combine"
+        ticket, where = batch.ticket, phase(where, "combine")
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
         if self.tp is not None:
             share = len(y_RD) // self.tp.size

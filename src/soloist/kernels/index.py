@@ -65,7 +65,7 @@ def _chosen(slots_RK, first, rows, K: tl.constexpr, ROWS: tl.constexpr, SP: tl.c
     return chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("code", "timeout_ns", "rows"))
 def part_counts_kernel(
     slots_RK, flags, calls, failed, report, code, timeout_ns, counts_PS, rows,
     K: tl.constexpr, ROWS: tl.constexpr, SP: tl.constexpr, RANKS: tl.constexpr,
@@ -79,7 +79,7 @@ def part_counts_kernel(
     tl.store(counts_PS + part * SP + tl.arange(0, SP), tl.sum(_chosen(slots_RK, part * ROWS, rows, K, ROWS, SP), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "slots"))
 def part_index_kernel(
     slots_RK, weights_RK, counts_PS, row_X, weight_X, place_RK, offsets_S, rows, slots,
     K: tl.constexpr, ROWS: tl.constexpr, SP: tl.constexpr,
