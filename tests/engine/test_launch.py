@@ -126,6 +126,14 @@ def test_ranks_die_with_their_parent_and_leave_no_files(tmp_path, end):
     assert not Path(folder).exists()
 
 
+def test_ctrl_c_during_the_imports_ends_the_process_that_forks_without_a_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nsignal.raise_signal(signal.SIGINT)\nos._exit(7)\n")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    code = [sys.executable, "-c", "import soloist.engine.preload"]
+    done = subprocess.run(code, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def alive(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
