@@ -110,6 +110,7 @@ def test_sigterm_lets_accepted_requests_finish(process):
     assert server.process.wait(200) == 0
     log = [json.loads(line) for line in server.process.stderr.read().splitlines()]
     assert any(line["event"] == "draining" and line["calls"] == 1 for line in log)
+    assert any(line["event"] == "serving" and line["dashboard"] == f"{server.url}/dashboard" for line in log)
     (answered,) = [line for line in log if line.get("outcome") == "complete"]
     assert answered["tokens"] == MANY
     assert answered["request_id"]

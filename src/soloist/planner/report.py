@@ -16,6 +16,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c2430; }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0 1.6rem; font-size: 13px; }
 th, td { text-align: left; padding: .28rem .5rem; border-bottom: 1px solid #e3e7ee; vertical-align: top; }
+@media (max-width: 50rem) { td:last-child { min-width: 14rem; } }  /* reasons, on a phone */
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .v { color: white; border-radius: .3rem; padding: .05rem .4rem; font-size: 12px; }
 h2 { margin-top: 2.2rem; } svg { max-width: 100%; height: auto; }

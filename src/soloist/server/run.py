@@ -125,6 +125,13 @@ class DrainingServer(uvicorn.Server):
         fields = {"signal": signal.Signals(sig).name, "calls": self.desk.calls}
         log.info("draining", extra={"fields": fields})
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        taken = sockets[0].getsockname() if sockets else (self.config.host, self.config.port)
+        host = f"[{taken[0]}]" if ":" in taken[0] else taken[0]
+        url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{taken[1]}"
+        log.info("serving", extra={"fields": {"url": url, "dashboard": f"{url}/dashboard"}})
+
     async def on_tick(self, counter: int) -> bool:
         if self.desk.draining:
             if time.monotonic() > self._end_s:
