@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: two workers share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in engine/preload.py, for ranks that the tests fork first
@@ -58,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Numbers drawn without a generator do not depend on which tests came before in this process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder for sockets, whose addresses the kernel bounds to 107 characters; pytest's own has a longer name."""
+    with tempfile.TemporaryDirectory(prefix="soloist-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

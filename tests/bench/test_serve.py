@@ -20,8 +20,8 @@ LOAD = Load.parse("prompt=20,output=8,rate=200,spread=0.5,prefix=0.5,ttft=5s,tpo
 
 
 @pytest.fixture
-def fake(tmp_path):
-    made = Fake(tmp_path)
+def fake(short_path):
+    made = Fake(short_path)
     yield made
     made.close()
 

@@ -21,17 +21,17 @@ LAYOUTS = ["ep1", "ep4", "pp2", "pp2ep2", "tp2", "dp2ep2", "attn2ep4pp2"]
 
 
 @pytest.fixture(params=[*LAYOUTS, "ep1 ahead", "ep4 ahead", "tp2 ahead", "dp2ep2 ahead"])
-def deployment(request, tmp_path):
+def deployment(request, short_path):
     layout, *ahead = request.param.split()
-    with Deployment(tmp_path, layout, ahead="on" if ahead else "off") as deployment:
+    with Deployment(short_path, layout, ahead="on" if ahead else "off") as deployment:
         yield deployment
 
 
 @pytest.fixture
-def text_deployment(tmp_path):
+def text_deployment(short_path):
     """One that has a tokenizer: token i is a byte."""
-    BYTES.save(str(tmp_path / "tokenizer.json"))
-    with Deployment(tmp_path, "ep2", tokenizer=tmp_path / "tokenizer.json") as deployment:
+    BYTES.save(str(short_path / "tokenizer.json"))
+    with Deployment(short_path, "ep2", tokenizer=short_path / "tokenizer.json") as deployment:
         yield deployment
 
 
@@ -125,8 +125,8 @@ def test_a_stop_string_ends_text_and_sequence(text_deployment):
     assert sequence.tokens == tokens[: len(sequence.tokens)]
 
 
-def test_without_a_tokenizer_stop_strings_are_refused_and_others_unharmed(tmp_path):
-    with Deployment(tmp_path, "ep2") as deployment:
+def test_without_a_tokenizer_stop_strings_are_refused_and_others_unharmed(short_path):
+    with Deployment(short_path, "ep2") as deployment:
         refused = deployment.front.submit([1], SamplingParams(stop=("x",)))
         served = deployment.front.submit([1], SamplingParams(max_tokens=3))
         deployment.finish(refused, served)
@@ -139,8 +139,8 @@ class SmallCache(FakeExecutor):
     kv_blocks = 16
 
 
-def test_what_can_never_fit_is_refused_at_the_door(tmp_path):
-    with Deployment(tmp_path, "ep2", SmallCache) as deployment:
+def test_what_can_never_fit_is_refused_at_the_door(short_path):
+    with Deployment(short_path, "ep2", SmallCache) as deployment:
         for prompt, params, reason in (
             (range(1, 50), SamplingParams(max_tokens=20), "needs 17 KV blocks of 4 tokens, the whole cache has 16"),
             ([1] * 256, SamplingParams(max_tokens=1), "at most 256 positions"),
@@ -154,8 +154,8 @@ def test_what_can_never_fit_is_refused_at_the_door(tmp_path):
         assert deployment.answer([1, 2], max_tokens=3) == continuation([1, 2], 3)
 
 
-def test_what_only_the_leader_refuses_ends_in_an_error_of_that_request(tmp_path):
-    with Deployment(tmp_path, "ep2") as deployment:
+def test_what_only_the_leader_refuses_ends_in_an_error_of_that_request(short_path):
+    with Deployment(short_path, "ep2") as deployment:
         request = deployment.front.requests.accept([1] * 300, SamplingParams())  # past the door
         deployment.hub.send([request.sequences[0].leader], request.sequences[0].submit)
         other = deployment.front.submit([2], SamplingParams(max_tokens=2))
@@ -195,8 +195,8 @@ class HangsAt13(FakeExecutor):
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
-def test_a_failing_rank_ends_all_requests_with_its_name_and_reason(tmp_path, layout):
-    with Deployment(tmp_path, layout, BreaksAt13, deadline_s=5.0) as deployment:
+def test_a_failing_rank_ends_all_requests_with_its_name_and_reason(short_path, layout):
+    with Deployment(short_path, layout, BreaksAt13, deadline_s=5.0) as deployment:
         requests = [deployment.front.submit([13], SamplingParams()) for _ in range(4)]
         deployment.finish(*requests)
         assert {request.error for request in requests} == {"rank 1: ValueError: thirteen"}
@@ -206,8 +206,8 @@ def test_a_failing_rank_ends_all_requests_with_its_name_and_reason(tmp_path, lay
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "pp2"])
-def test_a_hanging_rank_ends_all_requests_within_the_deadline(tmp_path, layout):
-    with Deployment(tmp_path, layout, HangsAt13, deadline_s=4.0) as deployment, HangsAt13.until_the_end():
+def test_a_hanging_rank_ends_all_requests_within_the_deadline(short_path, layout):
+    with Deployment(short_path, layout, HangsAt13, deadline_s=4.0) as deployment, HangsAt13.until_the_end():
         start = time.monotonic()
         requests = [deployment.front.submit([13], SamplingParams()) for _ in range(4)]
         deployment.finish(*requests)
@@ -215,39 +215,39 @@ def test_a_hanging_rank_ends_all_requests_within_the_deadline(tmp_path, layout):
         assert all("rank 1" in request.error for request in requests), requests[0].error
 
 
-def test_a_leader_that_says_nothing_is_missed(tmp_path):
+def test_a_leader_that_says_nothing_is_missed(short_path):
     """Nobody waits for a lone rank, so nobody else can report it."""
 
     class Alone(HangsAt13):
         def answer(self, chunk):
             self.release.wait(400)
 
-    with Deployment(tmp_path, "ep1", Alone, deadline_s=0.5) as deployment, Alone.until_the_end():
+    with Deployment(short_path, "ep1", Alone, deadline_s=0.5) as deployment, Alone.until_the_end():
         request = deployment.front.submit([1], SamplingParams())
         deployment.finish(request)
         assert "ranks [0] have work and said nothing for 1 s" in request.error
 
 
-def test_a_rank_that_cannot_start_fails_the_start(tmp_path):
+def test_a_rank_that_cannot_start_fails_the_start(short_path):
     class Broken(FakeExecutor):
         def __init__(self, job, world, *rest):
             super().__init__(job, world, *rest)
             if world.seat.rank == 1:
                 raise ValueError("no weights")
 
-    with pytest.raises(ClusterError, match="rank 1: ValueError: no weights"), Deployment(tmp_path, "tp2", Broken):
+    with pytest.raises(ClusterError, match="rank 1: ValueError: no weights"), Deployment(short_path, "tp2", Broken):
         pass
 
 
-def test_closing_ends_what_is_under_way(tmp_path):
-    with Deployment(tmp_path, "pp2ep2") as deployment:
+def test_closing_ends_what_is_under_way(short_path):
+    with Deployment(short_path, "pp2ep2") as deployment:
         request = deployment.front.submit([1], SamplingParams(max_tokens=250, ignore_eos=True))
         deployment.front.pump()
     assert request.error == "the engine was closed"
 
 
-def test_messages_for_sequences_that_are_gone_do_no_harm(tmp_path):
-    with Deployment(tmp_path, "ep2") as deployment:
+def test_messages_for_sequences_that_are_gone_do_no_harm(short_path):
+    with Deployment(short_path, "ep2") as deployment:
         deployment.hub.send([0, 1], Abort(77))
         assert deployment.answer([4], max_tokens=2) == continuation([4], 2)
         deployment.hub.send([0], Submit(78, (1,), SamplingParams(max_tokens=1)))  # of nobody: its tokens are dropped

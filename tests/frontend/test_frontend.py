@@ -53,11 +53,11 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path):
+def world(short_path):
     worlds = []
 
     def make(layout: str, deadline_s: float = 60.0) -> World:
-        worlds.append(World(tmp_path, layout, deadline_s))
+        worlds.append(World(short_path, layout, deadline_s))
         return worlds[-1]
 
     yield make

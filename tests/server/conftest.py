@@ -12,8 +12,8 @@ from tests.server.live import NOVELS, TEMPLATE, Fake, Live, live
 
 
 @pytest.fixture
-def fake(tmp_path) -> Iterator[Fake]:
-    made = Fake(tmp_path)
+def fake(short_path) -> Iterator[Fake]:
+    made = Fake(short_path)
     yield made
     made.close()
 
