@@ -180,7 +180,7 @@ def launch(*arguments: str):
 def test_the_command_writes_a_file(tmp_path, plan_file):
     out = tmp_path / "job.sh"
     assert launch(str(plan_file), "--for", "slurm", "--out", str(out)).exit_code == 0
-    assert f"soloist serve mixtral-8x7b --plan {plan_file}" in out.read_text()
+    assert f"soloist serve mistralai/Mixtral-8x7B-v0.1 --plan {plan_file}" in out.read_text()
 
 
 def test_another_command_than_serve(plan_file):

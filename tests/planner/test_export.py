@@ -22,8 +22,8 @@ from soloist.specs.presets import preset
 from soloist.specs.workload import Load
 
 
-def plan(layout: str) -> Plan:
-    spec, used, load = preset("qwen3-30b-a3b"), Calibration.published(), Load.parse("prompt=1000,output=200")
+def plan(layout: str, model: str = "qwen3-30b-a3b") -> Plan:
+    spec, used, load = preset(model), Calibration.published(), Load.parse("prompt=1000,output=200")
     scorer = Scorer(Kernels(cluster("dgx-h100"), used), Runtime.named("soloist", used), load)
     deployment = Deployment(model=spec, layout=Layout.parse(layout), precision=Precision.named("bf16"))
     return plan_of(scorer.score(deployment, Options(), 8), cluster("dgx-h100"), load, used.name)
@@ -34,10 +34,16 @@ def lines(layout: str, engine: str, folder: Path, **environment: str) -> list[st
 
 
 def test_commands(tmp_path: Path) -> None:
-    assert lines("ep8", "vllm", tmp_path)[0].startswith("command: vllm serve qwen3-30b-a3b -tp 1 -dp 8 --enable-expert")
+    assert lines("ep8", "vllm", tmp_path)[0].startswith("command: vllm serve Qwen/Qwen3-30B-A3B -tp 1 -dp 8 --enable-expert")
     assert "--tp-size 8" in lines("ep8", "sglang", tmp_path)[0]
     assert "--tp_size 8 --ep_size 8 --pp_size 1" in lines("ep8", "tensorrt", tmp_path)[0]
-    assert lines("ep8", "soloist", tmp_path)[0].startswith("command: soloist serve qwen3-30b-a3b --layout ep8")
+    assert lines("ep8", "soloist", tmp_path)[0].startswith("command: soloist serve Qwen/Qwen3-30B-A3B --layout ep8")
+
+
+def test_a_shape_without_a_checkpoint(tmp_path: Path) -> None:
+    found = plan("ep8", "ref-16l")
+    assert next(export(found, "vllm", tmp_path, {})) == "no command: ref-16l is a shape without a checkpoint"
+    assert "serve ref-16l --random-weights 1 --layout" in next(export(found, "soloist", tmp_path, {}))
 
 
 def test_what_cannot_be_said_is_said(tmp_path: Path) -> None:

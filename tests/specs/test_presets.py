@@ -9,7 +9,7 @@ import pytest
 from soloist.errors import ConfigurationError
 from soloist.specs.model import ModelSpec
 from soloist.specs.parameters import parameters
-from soloist.specs.presets import names, preset
+from soloist.specs.presets import checkpoint_of, names, preset
 
 
 def billions(spec: ModelSpec, experts_only: bool = False) -> float:
@@ -47,6 +47,13 @@ def test_large_reference() -> None:
     assert (latent.attention.kind, plain.attention.kind) == ("mla", "gqa")
     assert plain.attention.kv_elements == 2 * 128 * 128
     assert (len(latent.moe_layers), latent.experts, latent.router.top_k, latent.shared_width) == (58, 256, 8, 2048)
+
+
+def test_where_checkpoints_are() -> None:
+    assert checkpoint_of("deepseek-v3") == "deepseek-ai/DeepSeek-V3"
+    assert checkpoint_of("my-model") == "my-model"  # a folder's name
+    assert [name for name in names() if checkpoint_of(name) is None] == ["ref-16l", "ref-4l", "ref-61l"]
+    assert checkpoint_of("ref-16l-mlp@1") is checkpoint_of("deepseek-v3@4") is None
 
 
 def test_variants() -> None:

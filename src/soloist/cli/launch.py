@@ -16,7 +16,7 @@ def launch(
         list[str] | None, typer.Argument(help="After --: another command of soloist than serve, with its arguments.")
     ] = None,
     target: Annotated[str, typer.Option("--for", help="torchrun, slurm, mpi, k8s or local.")] = "torchrun",
-    model: Annotated[str | None, typer.Option(help="Folder or hub id; by default the plan's name for it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; by default the plan's model.")] = None,
     out: Annotated[Path | None, typer.Option(callback=to_write, help="Write it there instead of printing it.")] = None,
 ) -> None:
     """Write what starts the ranks of a plan: a script for each node, a batch job, a manifest."""

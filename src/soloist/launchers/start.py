@@ -14,6 +14,7 @@ from soloist.planner.environment import Variable, recommended
 from soloist.planner.plan import Plan
 from soloist.specs.layout import Layout
 from soloist.specs.model import Spec
+from soloist.specs.presets import checkpoint_of
 
 MASTER_PORT = 29500
 SERVER_PORT = 8000
@@ -52,7 +53,7 @@ def start_of(plan: Plan, plan_file: str, model: str | None, arguments: Sequence[
     if split := split_group(plan.layout, per_node):
         remedy = f"the TP group of ranks {split[0]}–{split[-1]} would lie on two nodes of {per_node}: choose another tp"
         raise ConfigurationError.of("plan.layout", str(plan.layout), remedy)
-    chosen = [*arguments] or ["serve", model or plan.model.name]
+    chosen = [*arguments] or ["serve", *_served(model or checkpoint_of(plan.model.name), plan.model.name)]
     if "--plan" not in chosen:
         chosen += ["--plan", plan_file]
     if per_node != min(plan.cluster.gpus_per_node, plan.layout.size):
@@ -65,6 +66,11 @@ def start_of(plan: Plan, plan_file: str, model: str | None, arguments: Sequence[
         arguments=tuple(chosen),
         variables=tuple(variables),
     )
+
+
+def _served(model: str | None, shape: str) -> tuple[str, ...]:
+    """A shape without a checkpoint runs with random weights."""
+    return (shape, "--random-weights", "1") if model is None else (model,)
 
 
 def split_group(layout: Layout, ranks_per_node: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from soloist.planner.engines import cannot, launch_flags
 from soloist.planner.environment import OBSOLETE, recommended, review
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import Plan
+from soloist.specs.presets import checkpoint_of
 
 ENGINES = ("soloist", "vllm", "sglang", "tensorrt", "eplb")
 
@@ -46,12 +47,15 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
         plan = msgspec.structs.replace(plan, layout=msgspec.structs.replace(plan.layout, dp=1))
         deployment = msgspec.structs.replace(deployment, layout=plan.layout)
     overlapped = plan.options.overlap == "on"
-    name, layout = plan.model.name, plan.layout
+    name, layout = checkpoint_of(plan.model.name), plan.layout
     if engine == "soloist":
-        yield f"command: soloist serve {name} --layout {layout} --set max_batch_tokens={plan.options.chunk_tokens}"
+        served = name or f"{plan.model.name} --random-weights 1"
+        yield f"command: soloist serve {served} --layout {layout} --set max_batch_tokens={plan.options.chunk_tokens}"
         yield "  (soloist launch writes it for torchrun, Slurm, MPI and Kubernetes)"
         if overlapped:
             yield "  not said there: two half batches that overlap; Soloist's engine runs whole ones"
+    elif name is None and engine != "eplb":
+        yield f"no command: {plan.model.name} is a shape without a checkpoint"
     elif engine in ("vllm", "sglang"):
         flags = launch_flags(engine, deployment, overlapped)
         start = f"vllm serve {name}" if engine == "vllm" else f"python -m sglang.launch_server --model-path {name}"
@@ -59,17 +63,17 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
         if flags and "--attn-dp-size" in flags:
             yield f"  (older releases: --enable-dp-attention --dp-size {layout.attention_groups} for --attn-dp-size)"
     elif engine == "tensorrt":
-        yield from _tensorrt(plan)
+        yield from _tensorrt(plan, name)
 
 
-def _tensorrt(plan: Plan) -> Iterator[str]:
+def _tensorrt(plan: Plan, checkpoint: str | None) -> Iterator[str]:
     layout = plan.layout
     if layout.attention_ranks not in (1, layout.stage_ranks):
         yield f"no command: attention is cut over all {layout.stage_ranks} GPUs or none, not {layout.attention_ranks}"
         return
     flags = f"--tp_size {layout.stage_ranks} --ep_size {layout.ep} --pp_size {layout.pp}"
     flags += f" --max_num_tokens {plan.options.chunk_tokens}"
-    yield f"command: trtllm-serve {plan.model.name} {flags} --config options.yaml"
+    yield f"command: trtllm-serve {checkpoint} {flags} --config options.yaml"
     yield "  (--config is spelled --extra_llm_api_options in older releases)"
     yield f"  options.yaml: enable_attention_dp: {str(layout.attention_ranks == 1).lower()}"
     yield f"  options.yaml: moe_expert_parallel_size: {layout.ep}"

@@ -130,6 +130,15 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
     "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
 }
+_REPOSITORIES = {
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-v0.1",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+    "deepseek-v3": "deepseek-ai/DeepSeek-V3",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+}
 _REFERENCE = {
     "ref-16l": {"layers": 16, "experts": 16, "d_model": 4096, "heads": 32, "head_dim": 128, "width": 16384},
     "ref-4l": {"layers": 4, "experts": 16, "d_model": 8192, "heads": 16, "head_dim": 512, "width": 32768},
@@ -140,6 +149,13 @@ _NAME = re.compile(r"(?P<base>.+?)(?P<mlp>-mlp)?(?P<mha>-mha)?(?:-top(?P<top_k>\
 def names() -> list[str]:
     """Names without suffixes, the reference shapes first."""
     return [*_REFERENCE, "ref-61l", *_PUBLISHED]
+
+
+def checkpoint_of(name: str) -> str | None:
+    """The hub's repository of a published model; None for a shape that has no checkpoint; other names stay."""
+    parts = _NAME.fullmatch(name)
+    is_shape = parts is not None and parts["base"] in names()
+    return _REPOSITORIES.get(name) if is_shape else name
 
 
 def preset(name: str) -> ModelSpec:
