@@ -81,6 +81,8 @@ def test_prompts_come_from_files_stdin_and_ids(answer, tmp_path):
         ((NOVELS, "--prompt-file", "/no/file"), "--prompt-file = '/no/file': cannot be read"),
         (("no-model", "x"), "no-model"),
         (("ref-16l", "x"), "give random_weights a seed"),
+        (("ref-16l", "x", "--random-weights", "1"), "ref-16l has no tokenizer; give token ids"),
+        ((NOVELS, "x", "--layout", "ep9000", "--device", "cpu"), "layout = 'ep9000': 9000 processes of"),
         ((NOVELS, "x", "--temperature", "-1", "--device", "cpu"), "temperature = -1.0"),
         ((NOVELS, "x", "--chat", "--device", "cpu"), "no chat template"),
     ],

@@ -92,6 +92,11 @@ def test_a_world_of_another_size_is_refused(monkeypatch):
         launch(job("ep16"))
 
 
+def test_more_ranks_than_this_machine_can_hold_are_refused():
+    with pytest.raises(ConfigurationError, match="layout = 'dp90000': 90000 processes of 0.15 GB or more do not fit"):
+        launch(job("dp90000"))
+
+
 SCRIPT = """
 import sys, time
 sys.path[:0] = [{tests!r}]

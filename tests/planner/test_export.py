@@ -34,7 +34,9 @@ def lines(layout: str, engine: str, folder: Path, **environment: str) -> list[st
 
 
 def test_commands(tmp_path: Path) -> None:
-    assert lines("ep8", "vllm", tmp_path)[0].startswith("command: vllm serve Qwen/Qwen3-30B-A3B -tp 1 -dp 8 --enable-expert")
+    assert lines("ep8", "vllm", tmp_path)[0].startswith(
+        "command: vllm serve Qwen/Qwen3-30B-A3B -tp 1 -dp 8 --enable-expert"
+    )
     assert "--tp-size 8" in lines("ep8", "sglang", tmp_path)[0]
     assert "--tp_size 8 --ep_size 8 --pp_size 1" in lines("ep8", "tensorrt", tmp_path)[0]
     assert lines("ep8", "soloist", tmp_path)[0].startswith("command: soloist serve Qwen/Qwen3-30B-A3B --layout ep8")

@@ -56,7 +56,7 @@ def generate(
     settings: SetOption = None,
 ) -> None:
     """Continue prompts with a model on local ranks, or on those of torchrun, mpirun or srun."""
-    from soloist.engine.console import print_answers, print_exchange, read_prompts
+    from soloist.engine.console import check_prompts, print_answers, print_exchange, read_prompts
     from soloist.engine.llm import LLM
     from soloist.scheduling.request import SamplingParams
 
@@ -78,7 +78,9 @@ def generate(
     wanted = read_prompts(prompts or [], prompt_file, token_ids)
     made = read_plan(plan, layout)
     options = engine_options(device, dtype, transport, kv_tokens, random_weights, settings, made)
-    with LLM(*deployment(model, layout, placement, made, options), options) as llm:
+    chosen = deployment(model, layout, placement, made, options)
+    check_prompts(wanted, chosen[0], options.random_weights is not None)
+    with LLM(*chosen, options) as llm:
         print_answers(llm, wanted, params, chat, "json" if as_json else "stream" if stream else "whole")
         if explain:
             print_exchange(llm)

@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 
 from soloist.engine.llm import LLM, Prompt
+from soloist.engine.model import Model
 from soloist.engine.outputs import RequestOutput
 from soloist.errors import ConfigurationError, RequestError
 from soloist.scheduling.request import SamplingParams
@@ -27,6 +28,12 @@ def read_prompts(given: Sequence[str], file: Path | None, token_ids: bool) -> li
     if not texts:
         raise ConfigurationError.of("prompt", texts, "give at least one, or --prompt-file")
     return [_ids(text) for text in texts] if token_ids else list(texts)
+
+
+def check_prompts(prompts: Sequence[Prompt], model: str | Path, random_weights: bool) -> None:
+    """Raise RequestError for texts to a model without a tokenizer, before its weights are made or read."""
+    if any(isinstance(prompt, str) for prompt in prompts) and Model.find(model, random_weights).tokenizer is None:
+        raise RequestError(f"prompt: {model} has no tokenizer; give token ids (--token-ids 17,4,99)")
 
 
 def print_answers(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams, chat: bool, form: Form) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from soloist.engine.options import EngineOptions
@@ -17,15 +19,21 @@ def blocks_that_fit(
 ) -> int:
     """KV blocks of this rank's layers, one `Heads` each: as asked for, or what `gpu_memory_fraction` leaves.
 
-    Raises CapacityError where not even one block fits.
+    Raises CapacityError where not even one block fits, or fewer than were asked for.
     """
     size = options.block_size
+    per_block = sum(LayerCache.bytes_per_token(spec, h, itemsize) for h in heads) * size
     if options.kv_tokens is not None:
-        return max(1, -(-options.kv_tokens // size))
+        blocks = max(1, -(-options.kv_tokens // size))
+        if blocks * per_block > (there := _memory(device)):
+            raise CapacityError(
+                f"kv_tokens = {options.kv_tokens}: they take {blocks * per_block / 1e9:,.0f} GB on a rank, "
+                f"which has {there / 1e9:.0f} GB: ask for fewer"
+            )
+        return blocks
     longest = options.max_positions or spec.max_positions
     if device.type == "cpu":
         return max(1, min(CPU_TOKENS, longest * options.max_sequences) // size)
-    per_block = sum(LayerCache.bytes_per_token(spec, h, itemsize) for h in heads) * size
     free, total = torch.cuda.mem_get_info(device)
     blocks = int(free - (1 - options.gpu_memory_fraction) * total) // max(per_block, 1)
     if blocks < 1:
@@ -34,6 +42,13 @@ def blocks_that_fit(
             f"after loading, which leaves no KV block of {per_block / 1e6:.1f} MB: use more GPUs or a larger fraction"
         )
     return min(blocks, longest * options.max_sequences // size)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def allocate(

@@ -25,6 +25,8 @@ from soloist.errors import ClusterError, ConfigurationError
 from soloist.frontend.sockets import Hub, let_last_words_out
 from soloist.frontend.wire import ToFrontEnd
 
+RANK_BYTES = 150e6  # that a process with torch does not share with the others, at the least
+
 
 class Ranks(Protocol):
     """Ranks that serve a front end in this process."""
@@ -98,9 +100,10 @@ class LocalRanks:
             raise
 
     def _start(self, job: Job, make_executor: Callable[..., Any] | None) -> None:
+        size = job.layout.size
+        _check_memory(job)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["soloist.engine.preload"])
-        size = job.layout.size
         with _without_main():
             for rank in range(size):
                 mission = _Mission(job, Place(rank, size, rank, size), self.folder, self.hub.address, make_executor)
@@ -120,6 +123,16 @@ class LocalRanks:
             process.kill()
             process.join()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _check_memory(job: Job) -> None:
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if job.layout.size * RANK_BYTES > held:
+        remedy = (
+            f"{job.layout.size} processes of {RANK_BYTES / 1e9:g} GB or more do not fit into this machine's "
+            f"{held / 1e9:.0f} GB: use fewer ranks, or start them on several machines (soloist launch)"
+        )
+        raise ConfigurationError.of("layout", str(job.layout), remedy)
 
 
 @dataclass(frozen=True)
