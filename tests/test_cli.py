@@ -115,6 +115,14 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, option,
     assert "is a folder; name a file in it" in folder.stderr
 
 
+def test_a_folder_that_cannot_be_filled_is_told_before_the_work(tmp_path):
+    (tmp_path / "taken").touch()
+    for command in (("compare", NOVELS, "--layout", "ep1"), ("serve", "http://127.0.0.1:9")):
+        result = run("bench", *command, "--out", str(tmp_path / "taken" / "in it"))
+        assert (result.exit_code, result.stdout) == (cli.USER_ERROR, "")
+        assert f"{str(tmp_path / 'taken')!r} is a file; name a folder" in result.stderr
+
+
 def test_a_file_that_cannot_be_written_after_all_is_named(tmp_path):
     """Where an option names a folder that the command makes."""
     plan, taken = tmp_path / "plan.json", tmp_path / "taken"

@@ -19,6 +19,7 @@ from soloist.cli.options import (
     SetOption,
     TransportOption,
     engine_options,
+    to_fill,
     to_write,
 )
 from soloist.errors import ConfigurationError
@@ -40,7 +41,9 @@ def compare(
     ] = 2,
     gpus_per_node: Annotated[int, typer.Option(help="Ranks of a node, for the bytes inside and across.")] = 8,
     check_greedy: Annotated[bool, typer.Option("--check-greedy", help="Fail unless all give the same tokens.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for compare.jsonl and compare.png.")] = Path("out/compare"),
+    out: Annotated[Path, typer.Option(callback=to_fill, help="Folder for compare.jsonl and compare.png.")] = Path(
+        "out/compare"
+    ),
     seed: Annotated[int, typer.Option(help="Of the random prompts and of sampling.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
@@ -117,7 +120,9 @@ def serve_(
     vocab: Annotated[int, typer.Option(min=1, help="Random token ids are drawn below this.")] = 1000,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key to send.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
-    out: Annotated[Path, typer.Option(help="Folder for requests.jsonl, serve.jsonl, serve.png.")] = Path("out/serve"),
+    out: Annotated[
+        Path, typer.Option(callback=to_fill, help="Folder for requests.jsonl, serve.jsonl, serve.png.")
+    ] = Path("out/serve"),
     seed: Annotated[int, typer.Option(help="Of lengths, arrivals and prompts.")] = 0,
 ) -> None:
     """Send requests to a server when they are due, whatever it answers, and measure what users would see."""

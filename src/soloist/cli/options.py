@@ -45,6 +45,15 @@ def to_write(param: typer.CallbackParam, path: Path | None) -> Path | None:
     raise ConfigurationError.of(param.opts[0], str(path), remedy)
 
 
+def to_fill(param: typer.CallbackParam, folder: Path) -> Path:
+    """The folder of an option that is made and filled at the end, as `to_write`."""
+    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if found.is_dir() and os.access(found, os.W_OK):
+        return folder
+    remedy = "may not be written by this user" if found.is_dir() else f"{str(found)!r} is a file; name a folder"
+    raise ConfigurationError.of(param.opts[0], str(folder), remedy)
+
+
 def engine_options(
     device: str,
     dtype: str | None,

@@ -33,15 +33,14 @@ from soloist.kernels.language import AVAILABLE
 from soloist.kernels.paged_attention import PagedBatch
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput
+from soloist.planner.host import FEW, SHORT_CONTEXT, WASTE
 from soloist.scheduling.request import StepBatch
 
 _CPU = torch.device("cpu")
-SHORT_CONTEXT = 4096  # tokens: what a program of the attention takes without a split
 WARM_UP = 1  # calls before a capture: kernels are compiled, buffers made
 # int64 numbers, which index tensors: of a token, then of a sequence.
 OF_TOKEN, OF_SEQUENCE = ("id", "source", "position", "slot"), ("place", "row")
 SHORT = ("length", "key", "key2", "temperature")  # int32 of a sequence; the last one holds a float's bits
-WASTE, FEW = 1.25, 1024  # tokens of a mixed step's bucket over its own; up to FEW of them the host is what takes long
 
 
 @dataclass(frozen=True)

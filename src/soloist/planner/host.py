@@ -26,8 +26,9 @@ TRAVELLING = 10  # flags, counts, pushes and copies between GPUs
 LATENT, SHARED = 4, 5  # more of MLA's projections and norms; of shared experts: read off the code, not profiled
 COLLECTIVE = 3  # launches that a call of NCCL is worth: 330 µs with torch's bookkeeping, 250 to 420 in the profile
 SPREAD = 0.13  # of hosts: in the profiles one rank waited for the other for 3, 10, 20 and 41 % of a layer
-WASTE, FEW = 1.25, 1024  # of the engine's buckets (engine/graphs.py): padding, and tokens up to which there may be more
-SHORT_CONTEXT = 4096  # tokens up to which it captures steps in which some sequences have several
+# Of the engine's graphs, too (engine/graphs.py).
+WASTE, FEW = 1.25, 1024  # tokens of a prefill step's bucket over its own; up to FEW of them the host is what takes long
+SHORT_CONTEXT = 4096  # tokens: what a program of the attention takes without a split
 
 
 def launches(model: ModelSpec, layout: Layout) -> int:
