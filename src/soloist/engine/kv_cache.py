@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from soloist.engine.host import host_bytes
 from soloist.engine.options import EngineOptions
 from soloist.errors import CapacityError
 from soloist.models.attention import Heads, LayerCache
@@ -25,7 +24,8 @@ def blocks_that_fit(
     per_block = sum(LayerCache.bytes_per_token(spec, h, itemsize) for h in heads) * size
     if options.kv_tokens is not None:
         blocks = max(1, -(-options.kv_tokens // size))
-        if blocks * per_block > (there := _memory(device)):
+        there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else host_bytes()
+        if blocks * per_block > there:
             raise CapacityError(
                 f"kv_tokens = {options.kv_tokens}: they take {blocks * per_block / 1e9:,.0f} GB on a rank, "
                 f"which has {there / 1e9:.0f} GB: ask for fewer"
@@ -42,13 +42,6 @@ def blocks_that_fit(
             f"after loading, which leaves no KV block of {per_block / 1e6:.1f} MB: use more GPUs or a larger fraction"
         )
     return min(blocks, longest * options.max_sequences // size)
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of the GPU, or of the host."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def allocate(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from soloist.engine.host import host_bytes
 from soloist.engine.meeting import FRONT_END, Job, Meeting, Place, bounded, place_from
 from soloist.engine.pulse import Pulse, end_process
 from soloist.engine.roll_call import READ_S, passport_of, roll_call
@@ -126,8 +127,8 @@ class LocalRanks:
 
 
 def _check_memory(job: Job) -> None:
-    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if job.layout.size * RANK_BYTES > held:
+    """Raise ConfigurationError for more ranks than this machine can hold, however small the model."""
+    if job.layout.size * RANK_BYTES > (held := host_bytes()):
         remedy = (
             f"{job.layout.size} processes of {RANK_BYTES / 1e9:g} GB or more do not fit into this machine's "
             f"{held / 1e9:.0f} GB: use fewer ranks, or start them on several machines (soloist launch)"
