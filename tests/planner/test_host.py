@@ -7,7 +7,7 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, fit_machine
 from soloist.planner.deployments import predict_run
 from soloist.planner.domains import domains
-from soloist.planner.host import buckets_of, is_captured, launches, slowest
+from soloist.planner.host import bucket_of, buckets_of, is_captured, launches, slowest
 from soloist.planner.kernels import OWN_LIBRARY, Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
@@ -73,6 +73,7 @@ def test_buckets_are_those_of_the_engine() -> None:
     for text in ("many", "1", "256,,8"):
         with pytest.raises(ConfigurationError, match="mixed_graphs"):
             buckets_of(text)
+    assert bucket_of((256, 1024, 8192), 300) == 1024
     assert is_captured((1024, 8192), 100, 500)
     assert is_captured((8192,), 7000, 500)
     assert not is_captured((8192,), 6000, 500)  # more than a quarter would be padding

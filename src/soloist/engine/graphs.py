@@ -33,7 +33,7 @@ from soloist.kernels.language import AVAILABLE
 from soloist.kernels.paged_attention import PagedBatch
 from soloist.models.rope import Rope
 from soloist.models.step import StepInput
-from soloist.planner.host import FEW, SHORT_CONTEXT, WASTE
+from soloist.planner.host import SHORT_CONTEXT, bucket_of
 from soloist.scheduling.request import StepBatch
 
 _CPU = torch.device("cpu")
@@ -236,11 +236,10 @@ class StaticSteps:
 
     def bucket(self, batch: StepBatch) -> int | None:
         """Rows that all ranks take a batch for, None for as many as it has: for that its agreed fields are enough."""
-        buckets, rows = self.buckets if batch.decodes else self.mixed, max(batch.peak, 1)
-        at = bisect_left(buckets, rows)
-        if at == len(buckets) or (not batch.decodes and buckets[at] > max(FEW, WASTE * rows)):
-            return None
-        return buckets[at]
+        rows = max(batch.peak, 1)
+        if not batch.decodes:
+            return bucket_of(self.mixed, rows)
+        return next((bucket for bucket in self.buckets if bucket >= rows), None)
 
     def of(self, batch: StepBatch) -> StaticStep | None:
         """The graph for a batch, None where these ranks run it without one: that concerns nobody but those that share

@@ -46,10 +46,15 @@ def slowest(ranks: int) -> float:
     return 1 + SPREAD * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 1.0
 
 
-def is_captured(buckets: Sequence[int], tokens: float, longest: float) -> bool:
-    """Whether the engine replays a graph for a step of so many tokens (ascending `buckets` are held by graphs)."""
+def bucket_of(buckets: Sequence[int], tokens: float) -> int | None:
+    """The least of the ascending `buckets` that holds a prefill step, None where it would be mostly padding."""
     at = bisect_left(buckets, tokens)
-    return at < len(buckets) and buckets[at] <= max(FEW, WASTE * tokens) and longest <= SHORT_CONTEXT
+    return buckets[at] if at < len(buckets) and buckets[at] <= max(FEW, WASTE * tokens) else None
+
+
+def is_captured(buckets: Sequence[int], tokens: float, longest: float) -> bool:
+    """Whether the engine replays a graph for a step of so many tokens, with contexts of up to `longest`."""
+    return longest <= SHORT_CONTEXT and bucket_of(buckets, tokens) is not None
 
 
 def buckets_of(text: str) -> tuple[int, ...]:
