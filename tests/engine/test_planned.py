@@ -38,6 +38,14 @@ def test_sizes_are_those_planned():
     assert options.network_link == "50000,4"
 
 
+def test_steps_are_captured_as_planned():
+    made = plan()
+    assert planned_options(made)["mixed_graphs"] == "off"
+    captured = msgspec.structs.replace(made.options, mixed_graphs=(256, 4096))
+    options = EngineOptions.of(planned_options(msgspec.structs.replace(made, options=captured)))
+    assert options.on("cuda").mixed_buckets(is_gpu=True) == (256, 4096)
+
+
 def test_a_plan_is_for_one_model():
     check_planned(plan(), msgspec.structs.replace(preset("ref-16l"), name="other", eos_ids=(7,)), "cpu")
     other = msgspec.structs.replace(

@@ -34,6 +34,7 @@ def planned_options(plan: Plan) -> dict[str, Any]:
         "kv_tokens": sequences * _whole_blocks(plan.load.longest),
         "micro_batches": plan.options.micro_batches,
         "nvlink_sums": plan.options.nvlink_sums,
+        "mixed_graphs": ",".join(map(str, plan.options.mixed_graphs)) or "off",
     }
 
 

@@ -50,7 +50,10 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
     name, layout = checkpoint_of(plan.model.name), plan.layout
     if engine == "soloist":
         served = name or f"{plan.model.name} --random-weights 1"
-        yield f"command: soloist serve {served} --layout {layout} --set max_batch_tokens={plan.options.chunk_tokens}"
+        settings = f"--set max_batch_tokens={plan.options.chunk_tokens}"
+        if graphs := ",".join(map(str, plan.options.mixed_graphs)):
+            settings += f" --set mixed_graphs={graphs}"
+        yield f"command: soloist serve {served} --layout {layout} {settings}"
         yield "  (soloist launch writes it for torchrun, Slurm, MPI and Kubernetes)"
         if overlapped:
             yield "  not said there: two half batches that overlap; Soloist's engine runs whole ones"
