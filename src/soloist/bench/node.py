@@ -239,7 +239,8 @@ def _report(node: Node, show: Console) -> None:
     """Of whatever was measured."""
     from soloist.bench.offline import gpu
 
-    records, guesses = gathered(node), foreseen(node.gpus, "H200" if "H200" in gpu() else "H100")
+    records, name = gathered(node), next((name for name in expected.MACHINES if name in gpu()), None)
+    guesses = foreseen(node.gpus, name) if name else []  # nothing was predicted for other GPUs
     (node.out / "node.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     show.print(exchange_table(records), layout_table(records, guesses))
     for line in (*ratios(records, guesses, str(node.layouts[0])), *misses(records, guesses)):
