@@ -23,12 +23,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch.distributed import FileStore
+from torch.distributed import FileStore, PrefixStore, Store
 
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect, local_world
@@ -105,7 +106,15 @@ class Seat:
         device = torch.device("cuda", self.rank) if self.kind == "nccl" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        return connect(self.kind, self.rank, self.size, FileStore(self.path, self.size), device, self.deadline_s)
+        store = FileStore(self.path, self.size)
+        transport = connect(self.kind, self.rank, self.size, store, device, self.deadline_s)
+        self._await_everyone(PrefixStore("joined", store))
+        return transport
+
+    def _await_everyone(self, joined: Store) -> None:
+        """A rank that fails at once closes its connections: not while another is still making its own."""
+        joined.set(str(self.rank), "")
+        joined.wait([str(rank) for rank in range(self.size)], timedelta(seconds=self.deadline_s))
 
 
 @dataclass
