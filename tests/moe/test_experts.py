@@ -46,6 +46,17 @@ def held_part(ids_RK: Tensor, weights_RK: Tensor, held: tuple[int, ...] = HELD) 
     return weights_RK * torch.isin(ids_RK, torch.tensor(held))
 
 
+def test_what_stands_behind_the_last_offset_is_never_read() -> None:
+    """As kernels leave the index of a batch behind a larger one."""
+    spec = make_spec(KINDS["gpt-oss"], RouterSpec(top_k=3), d_model=16)
+    rows_RD, ids_RK, weights_RK = random_rows(spec.experts, 16)
+    experts = Experts.load(spec, RandomSource(spec), 0, HELD)
+    batch = local_batch(ids_RK, weights_RK, rows_RD, HELD)
+    row_X, weight_X = torch.cat([batch.row_X, torch.tensor([4000])]), torch.cat([batch.weight_X, torch.ones(1)])
+    behind = ExpertBatch(rows_RD, row_X, weight_X, batch.offsets_S, None, dense=False)
+    assert torch.equal(experts.forward(behind), experts.forward(batch))
+
+
 @pytest.mark.parametrize("d_model", [16, 15])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_a_dense_loop(kind: str, d_model: int) -> None:

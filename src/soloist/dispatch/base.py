@@ -45,7 +45,7 @@ class ExpertBatch:
     """
 
     rows_RD: Tensor
-    row_X: Tensor  # int64: index into rows_RD
+    row_X: Tensor  # int64: index into rows_RD, up to the last offset
     weight_X: Tensor  # fp32 gate weight
     offsets_S: Tensor  # int32: end of each slot's expanded rows
     ticket: object  # opened by `combine` alone

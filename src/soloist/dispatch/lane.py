@@ -94,7 +94,7 @@ class Lane:
         self.weights_RK = window.view(self.at.weights, (shape.rows, shape.top_k), torch.float32)
         self.flags = window.view(self.at.flags, (len(PHASES) * shape.ranks, LINE_BYTES // 8), torch.int64)
         self.calls = torch.zeros(len(PHASES), LINE_BYTES // 8, dtype=torch.int64, device=device)
-        # Zeroed once: entries behind the last offset are always valid rows, whoever reads them.
+        # Zeroed once: entries behind the last offset are rows of this lane, if not of a smaller call.
         self.row_X = torch.zeros(shape.rows * shape.most, dtype=torch.int64, device=device)
         self.weight_X = torch.zeros(shape.rows * shape.most, dtype=torch.float32, device=device)
         self.place_RK = torch.zeros(shape.rows * shape.top_k, dtype=torch.int32, device=device)

@@ -101,10 +101,12 @@ class Experts:
         """y_RD: for each row the weighted sum of what its local experts make of it, rounded once from fp32."""
         if not len(self.gate_up):
             return torch.zeros_like(batch.rows_RD)
-        x_XD = batch.rows_RD if batch.dense and len(self.gate_up) == 1 else expand(batch.rows_RD, batch.row_X)
+        rows = len(batch.rows_RD)
+        # Behind the last offset the index may name rows that only an earlier, larger batch had.
+        row_X = batch.row_X if batch.dense else batch.row_X.clamp_max(rows - 1)
+        x_XD = batch.rows_RD if batch.dense and len(self.gate_up) == 1 else expand(batch.rows_RD, row_X)
         hidden_XF = self.grouped_linear(x_XD, self.gate_up, batch.offsets_S, self.gate_up_bias)
         out_XD = self.grouped_linear(activate(hidden_XF, self.spec), self.down, batch.offsets_S, self.down_bias)
-        rows = len(batch.rows_RD)
         return weighted_sum(out_XD, batch.row_X, batch.weight_X, batch.offsets_S, rows, self.most, batch.dense)
 
     # -- fused ------------------------------------------------------------------------------------------------------
