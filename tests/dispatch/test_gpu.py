@@ -161,12 +161,12 @@ def stops_in_between(transport: Transport, folder: str, deadline_s: float) -> tu
     given = inputs(transport, 0, torch.bfloat16, 2)
     through(dispatcher, *given, transport.rank)
     torch.cuda.synchronize()
-    batch = dispatcher.dispatch(*given, "layer 4, dispatch")
+    batch = dispatcher.dispatch(*given, "layer 4")
     if transport.rank == 1:
         torch.cuda.synchronize()
         return "", 0.0
     begin = time.monotonic()
-    dispatcher.combine(batch.rows_RD, batch, "layer 4, combine")
+    dispatcher.combine(batch.rows_RD, batch, "layer 4")
     torch.cuda.synchronize()
     waited_s = time.monotonic() - begin
     try:
@@ -179,6 +179,6 @@ def stops_in_between(transport: Transport, folder: str, deadline_s: float) -> tu
 def test_a_rank_that_stops_is_named_within_the_deadline(ranks: RankPool, tmp_path: Path) -> None:
     (text, waited_s), _ = ranks.run(2, "nccl", stops_in_between, str(tmp_path), 0.5)
     assert text.startswith("rank 0: rank 1: no answer within 0.5 s")
-    assert "(in layer 4" in text
+    assert "(in layer 4, combine)" in text
     assert text.endswith("; 3.0")
     assert 0.4 < waited_s < 1.5

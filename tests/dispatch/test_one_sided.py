@@ -114,11 +114,49 @@ def test_fp8_rows_travel_with_their_scales() -> None:
 def test_a_peer_that_does_not_send_is_named() -> None:
     case = typical(2, node_of_group=(0, 0), tokens=(4, 3))
     alone = world(shape_of(case), LATENCY)[0]
-    arriving = alone.start_dispatch(*case.inputs(0), "layer 3, dispatch")
+    arriving = alone.start_dispatch(*case.inputs(0), "layer 3")
     alone.watch.check()
     arriving.wait()
     with pytest.raises(CommunicationError, match=r"rank 10: rank 11: .* \(in layer 3, dispatch\)"):
         alone.watch.check()
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("form", [LATENCY, PUSH, COPY], ids=lambda form: form.name)
+def test_one_that_does_not_send_results_home_is_named_with_layer_and_phase(form: Form, expanded: bool) -> None:
+    case = typical(2, node_of_group=(0, 0), tokens=(4, 3))
+    dispatchers = world(shape_of(case), form)
+    arriving = [d.start_dispatch(*case.inputs(rank), "layer 3") for rank, d in enumerate(dispatchers)]
+    batch, x_XD = arriving[0].wait_expanded() if expanded else (arriving[0].wait(), None)
+    alone = dispatchers[0]
+    back = (
+        alone.start_combine(alone.room(batch), batch, "layer 3")
+        if x_XD is None
+        else alone.start_combine_expanded(x_XD, batch, "layer 3")
+    )
+    alone.watch.check()
+    back.wait()
+    with pytest.raises(CommunicationError, match=r"rank 10: rank 11: .* \(in layer 3, combine\)"):
+        alone.watch.check()
+
+
+def test_who_is_late_because_of_another_is_not_accused() -> None:
+    """Rank 12 never sends. Rank 11 waits for it, too, so its results come home later than rank 10 looks for them."""
+    case = typical(3, node_of_group=(0, 0, 0), tokens=(4, 3, 2))
+    here, late, _ = world(shape_of(case), LATENCY)
+    pending = here.start_dispatch(*case.inputs(0), "layer 3")
+    late.start_dispatch(*case.inputs(1), "layer 3")
+    batch = pending.wait()
+    here.start_combine(torch.zeros_like(batch.rows_RD), batch, "layer 3").wait()
+    with pytest.raises(CommunicationError, match=r"rank 10: rank 12: .* \(in layer 3, dispatch\)"):
+        here.watch.check()
+
+
+def test_a_peer_is_named_where_no_place_was_given() -> None:
+    watch = world(shape_of(typical(2, node_of_group=(0, 0))), LATENCY)[0].watch
+    watch.report[1] = watch.number("")
+    with pytest.raises(CommunicationError, match="rank 10: rank 11: no answer within 0.5 s$"):
+        watch.check()
 
 
 def test_too_many_tokens_are_refused() -> None:

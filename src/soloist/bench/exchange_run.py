@@ -47,13 +47,13 @@ class ExchangeRun:
             lane.home_RD(shape).fill_(float("nan"))
             lane.y_RD(shape).fill_(float("nan"))
         bench.barrier()
-        batch = dispatcher.start_dispatch(self.x_TD, self.choice, "bench, dispatch").wait()
+        batch = dispatcher.start_dispatch(self.x_TD, self.choice, "bench").wait()
         ticket = batch.ticket
         assert isinstance(ticket, Ticket)
         scale_R = ticket.lane.scale_R(shape) if shape.fp8 else None
         used = check_batch(batch, self.inputs, bench.rank, scale_R)
         answers = [self.answers(rank) for rank in range(bench.size)]
-        out_TD = dispatcher.start_combine(answers[bench.rank], batch, "bench, combine").wait()
+        out_TD = dispatcher.start_combine(answers[bench.rank], batch, "bench").wait()
         check_home(out_TD, answers, self.choice, shape.order(bench.rank) * shape.capacity)
         dispatcher.watch.check()
         return used

@@ -30,7 +30,7 @@ PROGRAMS = 4224
 class LocalIndex:
     """The memory of an index. Layers that take turns share one.
 
-    Zeroed once, so that entries behind the last offset are rows and places of the largest call, if not of a smaller one.
+    Zeroed once: entries behind the last offset are rows and places of the largest call, if not of a smaller one.
     """
 
     row_X: Tensor

@@ -17,6 +17,7 @@ from torch import Tensor
 from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
 from soloist.dispatch.forms import STREAMING, Form, SideStream, choose_form, cut
 from soloist.dispatch.lane import ExchangeShape, Lane
+from soloist.dispatch.rows import phase
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
 from soloist.kernels.follow import early
 from soloist.kernels.home import home_kernel, weigh_kernel
@@ -36,7 +37,7 @@ class Ticket:
     lane: Lane
     shape: ExchangeShape
     choice: SlotChoice
-    number: int  # of the place in the program, for the watch
+    number: int  # for the watch: where in the program kernels wait
 
     @property
     def tokens(self) -> int:
@@ -87,7 +88,8 @@ class OneSidedDispatcher(Dispatcher):
         lane = self.lanes[next(self.turn)]
         assert not lane.busy, "combine an earlier dispatch first, or give the dispatcher more lanes"
         shape = self.shape.fit(max(self.shape.capacity, len(x_TD)))  # raises where there are too many tokens
-        ticket, x_TD = Ticket(lane, shape, choice, self.watch.number(where)), x_TD.contiguous()
+        number = self.watch.number(phase(where, "dispatch"))
+        ticket, x_TD = Ticket(lane, shape, choice, number), x_TD.contiguous()
         lane.busy = True
         if self.form.name == "latency":
             self._push(ticket, x_TD, "all", choices=True)
@@ -218,11 +220,11 @@ class OneSidedDispatcher(Dispatcher):
     # -- combine ------------------------------------------------------------------------------------------------
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
         """`y_RD` may lie in `room(batch)`; otherwise it is copied there, or sent from where it is."""
-        return self._start_combine(y_RD.contiguous(), batch, expanded=False)
+        return self._start_combine(y_RD.contiguous(), batch, where, expanded=False)
 
     def start_combine_expanded(self, y_XD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
         """The same from the experts' results: their weighted sum, in fp32 and in order of slot, goes straight home."""
-        return self._start_combine(y_XD.contiguous(), batch, expanded=True)
+        return self._start_combine(y_XD.contiguous(), batch, where, expanded=True)
 
     def room(self, batch: ExpertBatch) -> Tensor:
         """y_RD: where the experts may write their rows to spare a copy."""
@@ -230,9 +232,10 @@ class OneSidedDispatcher(Dispatcher):
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
         return ticket.lane.y_RD(ticket.shape)
 
-    def _start_combine(self, y: Tensor, batch: ExpertBatch, expanded: bool) -> Returning:
+    def _start_combine(self, y: Tensor, batch: ExpertBatch, where: str, expanded: bool) -> Returning:
         ticket = batch.ticket
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
+        ticket = replace(ticket, number=self.watch.number(phase(where, "combine")))
         if expanded or self.form.name == "latency":
             self._weigh(ticket, y, weigh=expanded, push=True)
             return Returning(self, ticket, pulled=False)

@@ -9,7 +9,8 @@ scope of the GPU; the last one raises the peers' flags with release at system sc
 scope. So what any of the sender's programs wrote before is seen by all programs that waited.
 
 No wait is endless. A flag that does not come in time leaves a code in the sender's entry of `report`, which is host
-memory; all later waits give up at once. The caller goes on with what is there, so the context survives.
+memory; all later waits give up at once, and accuse nobody: those peers may have waited for the same one. The caller
+goes on with what is there, so the context survives.
 
 In Triton's interpreter the ranks run in turn: what is not there when a rank looks will never come.
 """
@@ -34,13 +35,14 @@ if AVAILABLE and not INTERPRETED:
 
     @triton.jit
     def await_flag(flag, target, failed, report, code, timeout_ns):
-        """Returns when `flag` has reached `target`, or late, with `code` in `report`."""
+        """Returns when `flag` has reached `target`, or late, with `code` in `report` if nothing was late before."""
         seen = _look(flag)
         if seen < target:
-            limit = globaltimer() + tl.where(tl.load(failed) != 0, 0, timeout_ns)
+            gave_up = tl.load(failed) != 0
+            limit = globaltimer() + tl.where(gave_up, 0, timeout_ns)
             while (seen < target) & (globaltimer() < limit):
                 seen = _look(flag)
-            if seen < target:
+            if (seen < target) & (gave_up == 0):
                 tl.store(report, code)
                 tl.store(failed, 1)
 
@@ -48,7 +50,7 @@ else:
 
     @triton.jit
     def await_flag(flag, target, failed, report, code, timeout_ns):
-        if tl.load(flag) < target:
+        if (tl.load(flag) < target) & (tl.load(failed) == 0):
             tl.store(report, code)
             tl.store(failed, 1)
 

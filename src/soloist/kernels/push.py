@@ -58,13 +58,12 @@ def push_kernel(
             count(calls, PHASE_HOME, 1)
             if ROWS == "none":
                 count(calls, PHASE_ROWS, PIECES)
-        # The row of a token says where its choices lie.
-        slots_at += first_row * (4 * K)
-        weights_at += first_row * (4 * K)
+        # The row of a token says where its choices lie, maybe behind byte 2^31 of the window.
+        ahead = tl.full((), 4 * K, tl.int64) * first_row
         for block in range(program, (capacity * K + SPAN - 1) // SPAN, tl.num_programs(0)):
             _push_choices(
                 group_TK, slot_TK, weight_TK, bases, tokens * K, capacity * K, block * SPAN, me, tp,
-                slots_at, weights_at, RANKS,
+                slots_at + ahead, weights_at + ahead, RANKS,
             )  # fmt: skip
     if ROWS != "none":
         k = tl.arange(0, KP)

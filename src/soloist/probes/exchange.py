@@ -188,10 +188,10 @@ def _timed_halves(
     clock, spans = HostClock(), []
     for _ in range(3 + REPEATS):
         start = clock.mark()
-        batch = dispatcher.dispatch(x_TD, choice, "probe, dispatch")
+        batch = dispatcher.dispatch(x_TD, choice, "probe")
         middle = clock.mark()
         y_RD: Tensor = batch.rows_RD
-        dispatcher.combine(y_RD, batch, "probe, combine")
+        dispatcher.combine(y_RD, batch, "probe")
         spans.append((middle - start, clock.mark() - middle))
     first, second = ([span[half] for span in spans[3:]] for half in (0, 1))
     return {"dispatch": slowest(transport, first), "combine": slowest(transport, second)}

@@ -88,29 +88,29 @@ def windows_in_process(ranks: int, size: int, device: torch.device | str = "cpu"
 class Watch:
     """Which peers kept a kernel waiting too long, and in what.
 
-    `failed` lies on the device: after the first late peer no kernel waits any more. `report` is host memory that the
-    kernels write: for each rank the number of what was waited for. Looking at it costs no synchronisation.
+    `failed` lies on the device: after the first late peer no kernel waits any more, or reports. `report` is host memory
+    that the kernels write: for each rank the number of what was waited for. Looking at it costs no synchronisation.
     """
 
     def __init__(self, rank: int, ranks: tuple[int, ...], device: torch.device, deadline_s: float) -> None:
         self.rank, self.ranks, self.deadline_s = rank, ranks, deadline_s
         self.failed = torch.zeros(1, dtype=torch.int32, device=device)
         self.report = torch.zeros(len(ranks), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._subjects: list[str] = [""]
+        self._subjects: list[str] = []
 
     @property
     def timeout_ns(self) -> int:
         return int(self.deadline_s * 1e9)
 
     def number(self, where: str) -> int:
-        """What kernels write to `report` when a peer is late in `where`."""
+        """What kernels write to `report` when a peer is late in `where`: from 1 on, since 0 stands for nobody."""
         if where not in self._subjects:
             self._subjects.append(where)
-        return self._subjects.index(where)
+        return self._subjects.index(where) + 1
 
     def check(self) -> None:
         """Raises CommunicationError if a kernel gave up on a peer. Then the windows are not to be used any more."""
         for index, number in enumerate(self.report.tolist()):
             if number:
                 reason = f"no answer within {self.deadline_s:g} s"
-                raise CommunicationError(self.ranks[self.rank], self.ranks[index], self._subjects[number], reason)
+                raise CommunicationError(self.ranks[self.rank], self.ranks[index], self._subjects[number - 1], reason)
