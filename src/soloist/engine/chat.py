@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from soloist.errors import CheckpointError, ConfigurationError, RequestError
+from soloist.errors import CheckpointError, RequestError
+from soloist.specs.files import read_text
 
 Message = Mapping[str, Any]  # at least role and content
 
@@ -39,7 +40,7 @@ class ChatTemplate:
         """
         config = _read(folder / "tokenizer_config.json") if folder else {}
         file = chosen or (folder / "chat_template.jinja" if folder else None)
-        source = _text(file) if file and (chosen or file.exists()) else config.get("chat_template")
+        source = read_text(file, "chat_template") if file and (chosen or file.exists()) else config.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
         if source is None:
@@ -61,13 +62,6 @@ class ChatTemplate:
             return self._template.render(**self._special_tokens | dict(wishes or {}) | own)
         except Exception as error:  # whatever somebody else's program makes of a client's values
             raise RequestError(f"messages: the chat template refuses them: {error}") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError.of("chat_template", str(path), f"cannot be read: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

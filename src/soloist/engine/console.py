@@ -16,6 +16,7 @@ from soloist.engine.model import Model
 from soloist.engine.outputs import RequestOutput
 from soloist.errors import ConfigurationError, RequestError
 from soloist.scheduling.request import SamplingParams
+from soloist.specs.files import read_text
 
 Form = Literal["stream", "whole", "json"]
 
@@ -91,10 +92,7 @@ def _json(output: RequestOutput) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text()
-    except OSError as error:
-        raise ConfigurationError.of("--prompt-file", str(file), f"cannot be read: {error.strerror}") from error
+    text = sys.stdin.read() if str(file) == "-" else read_text(file, "--prompt-file")
     return [line for line in text.splitlines() if line.strip()]
 
 

@@ -12,6 +12,7 @@ from soloist.errors import ConfigurationError
 from soloist.placement.recording import merge
 from soloist.placement.trace import RoutingTrace
 from soloist.scheduling.request import SamplingParams
+from soloist.specs.files import read_text
 
 
 def record(
@@ -51,8 +52,10 @@ def windows(llm: LLM, texts: Sequence[Path], tokens: int, window: int) -> list[l
 
 
 def _read(path: Path) -> str:
+    if path.suffix != ".xz":
+        return read_text(path, "text")
     try:
-        return lzma.open(path, "rt").read() if path.suffix == ".xz" else path.read_text()
+        return lzma.open(path, "rt").read()
     except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise ConfigurationError.of("text", str(path), f"cannot be read: {error}") from error
 

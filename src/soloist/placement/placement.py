@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from soloist.errors import ConfigurationError
+from soloist.specs.files import read_record, write_record
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec, Spec
 
@@ -111,14 +111,9 @@ class Placement(Spec, frozen=True, kw_only=True):
         return table[..., 0], table[..., 1], np.array([len(r) for r in replicas], dtype=np.int64)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+        write_record(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> Placement:
         """Raises ConfigurationError for a file that is not a placement."""
-        try:
-            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
-        except OSError as error:
-            raise ConfigurationError.of("placement", str(path), f"cannot be read: {error.strerror}") from error
-        except msgspec.DecodeError as error:
-            raise ConfigurationError.of("placement", str(path), f"is not a placement file: {error}") from error
+        return read_record(path, cls, "placement")

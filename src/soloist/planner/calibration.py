@@ -20,6 +20,7 @@ from soloist.planner.estimate import Estimate, Origin
 from soloist.planner.fitting import Prior, centred, fit
 from soloist.planner.tables import PUBLISHED, Row
 from soloist.specs.cluster import ClusterSpec
+from soloist.specs.files import read_record, write_record
 from soloist.specs.model import Spec
 
 NARROW = 0.5  # how far (in the logarithm) a narrower level's constants may leave the wider level's
@@ -84,15 +85,10 @@ class Calibration(Spec, frozen=True, kw_only=True, dict=True):
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Raises ConfigurationError for a file that is not a calibration."""
-        try:
-            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
-        except OSError as error:
-            raise ConfigurationError.of("calibration", str(path), f"cannot be read: {error.strerror}") from error
-        except msgspec.DecodeError as error:
-            raise ConfigurationError.of("calibration", str(path), f"is not a calibration file: {error}") from error
+        return read_record(path, cls, "calibration")
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        write_record(path, self)
 
     def over(self, wider: Calibration) -> Calibration:
         """This calibration where it has something, else the wider one (a machine's own over the published)."""

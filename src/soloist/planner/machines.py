@@ -13,9 +13,9 @@ import numpy as np
 import yaml
 from rich.table import Table
 
-from soloist.errors import ConfigurationError
 from soloist.planner.domains import COLLECTIVE_SPELLINGS
 from soloist.specs.cluster import ClusterSpec, preset_clusters, preset_gpus
+from soloist.specs.files import read_text
 from soloist.specs.nccl_tests import parse_nccl_tests
 
 SHOWN = 16  # GPUs of a matrix
@@ -77,10 +77,7 @@ def calibration_of_logs(logs: Sequence[Path], spec: ClusterSpec, out: Path) -> l
     machine = {"what": "machine", "cluster": msgspec.to_builtins(spec), "source": "nccl-tests"}
     lines, notes = [msgspec.json.encode(machine)], []
     for log in logs:
-        try:
-            rows = parse_nccl_tests(log.read_text(), fabric=spec.name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError.of("nccl-tests log", str(log), f"cannot be read: {error}") from error
+        rows = parse_nccl_tests(read_text(log, "nccl-tests log"), fabric=spec.name)
         for row in rows:
             spec.nodes(int(str(row["gpus"])))
         kinds = {str(row["collective"]) for row in rows}

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from soloist.errors import ConfigurationError
 from soloist.placement.placement import Placement
 from soloist.planner.estimate import Estimate, Origin
@@ -16,6 +14,7 @@ from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
 from soloist.planner.score import Options, Score
 from soloist.specs.cluster import ClusterSpec
+from soloist.specs.files import read_record, write_record
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec, Spec
 from soloist.specs.workload import Load
@@ -57,17 +56,12 @@ class Plan(Spec, frozen=True, kw_only=True):
         self.placement.check(self.model, self.layout)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        write_record(path, self)
 
     @classmethod
     def load_file(cls, path: str | Path) -> Plan:
         """Raises ConfigurationError for a file that is not a plan, or whose placement does not fit its layout."""
-        try:
-            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
-        except OSError as error:
-            raise ConfigurationError.of("plan", str(path), f"cannot be read: {error.strerror}") from error
-        except msgspec.DecodeError as error:
-            raise ConfigurationError.of("plan", str(path), f"is not a plan file: {error}") from error
+        return read_record(path, cls, "plan")
 
 
 def plan_of(score: Score, cluster: ClusterSpec, load: Load, calibration: str) -> Plan:

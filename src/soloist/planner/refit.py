@@ -16,6 +16,7 @@ from soloist.planner.domains import Domain, domains, kernels
 from soloist.planner.fitting import Prior
 from soloist.planner.tables import PUBLISHED, TABLES, Row, read_measurements, read_table
 from soloist.specs.cluster import measured_cluster, preset_gpus
+from soloist.specs.files import read_text
 
 OPEN = 0.7  # width of a prior for a machine's own constants
 PEAK = 1.05  # of a datasheet's rate that an efficiency may reach
@@ -52,11 +53,7 @@ def load_calibration(path: str | Path | None) -> Calibration:
 
 def _fitted_in(path: Path) -> Calibration:
     """The calibration that stands in a file of measurements; where none does, one is fitted to them."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise ConfigurationError.of("calibration", str(path), f"cannot be read: {error.strerror}") from error
-    for line in reversed(lines):
+    for line in reversed(read_text(path, "calibration").splitlines()):
         if line.startswith('{"what":"calibration"'):
             try:
                 return msgspec.json.decode(line, type=_Record).calibration

@@ -22,6 +22,7 @@ from soloist.planner.runtime import Runtime
 from soloist.planner.score import USABLE, Options, Score, Scorer
 from soloist.planner.tables import PUBLISHED
 from soloist.specs.cluster import ClusterSpec, cluster
+from soloist.specs.files import read_text
 from soloist.specs.layout import Layout
 from soloist.specs.model import Spec
 from soloist.specs.presets import preset
@@ -118,10 +119,8 @@ def load_scenarios(path: str | Path | None = None) -> list[Scenario]:
     """The reference scenarios, or a file of the same form. Raises ConfigurationError, naming file and key."""
     path = Path(path or PUBLISHED / "scenarios.yaml")
     try:
-        document = yaml.safe_load(path.read_text()) or {}
+        document = yaml.safe_load(read_text(path, "scenarios")) or {}
         return msgspec.convert(document["scenarios"], list[Scenario])
-    except OSError as error:
-        raise ConfigurationError.of("scenarios", str(path), f"cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, msgspec.ValidationError, KeyError, TypeError) as error:
         raise ConfigurationError.of("scenarios", str(path), f"is no file of scenarios: {error}") from error
 

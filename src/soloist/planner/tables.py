@@ -17,6 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from soloist.errors import ConfigurationError
+from soloist.specs.files import read_text
 
 PUBLISHED = Path(__file__).parent / "data"
 MAY_BE_ZERO = ("columns", "output_tokens")  # of the numbers in a row
@@ -207,11 +208,11 @@ def read_table(name: str, folder: str | Path | None = None) -> list[Row]:
     if not path.is_file():
         return []
     try:
-        reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
+        reader = csv.DictReader(read_text(path, "data").splitlines())
         _check_columns(TABLES[name], reader.fieldnames, path)
         return [_row(TABLES[name], line, f"{path} line {reader.line_num}") for line in reader if any(line.values())]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigurationError.of("data", str(path), f"cannot be read as CSV in UTF-8: {error}") from error
+    except csv.Error as error:
+        raise ConfigurationError.of("data", str(path), f"cannot be read as CSV: {error}") from error
 
 
 def _check_columns(kind: type[Row], found: Sequence[str] | None, path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from soloist.simulator.ledger import StepLog
 from soloist.simulator.simulation import Simulation
+from soloist.specs.files import write_record
 from soloist.specs.model import Spec
 
 PERCENTILES = (50, 90, 95, 99)
@@ -88,7 +88,7 @@ class Result(Spec, frozen=True, kw_only=True):
     format: str = "soloist-simulation/1"
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        write_record(path, self)
 
 
 def result_of(run: Simulation, ttft_s: float = 0.0, tpot_s: float = 0.0, bins: int = BINS) -> Result:

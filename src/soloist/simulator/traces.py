@@ -19,6 +19,7 @@ import numpy as np
 
 from soloist.errors import ConfigurationError
 from soloist.simulator.arrivals import Arrivals, gaps
+from soloist.specs.files import read_text
 from soloist.specs.workload import Load
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -54,10 +55,7 @@ def read_trace(path: str | Path, load: Load, requests: int = 0, seed: int = 0) -
 
 
 def _read(path: Path) -> list[Entry]:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError.of("trace", str(path), f"cannot be read: {error}") from error
+    text = read_text(path, "trace")
     entries = _json(path, text) if path.suffix == ".json" else _csv(path, text)
     timed = [entry for entry in entries if entry.time_s is not None]
     if timed and len(timed) < len(entries):

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from soloist.errors import ConfigurationError
+from soloist.specs.files import read_text
 from soloist.specs.model import Spec
 
 Tables = dict[str, dict[str, Any]]
@@ -179,21 +180,13 @@ def cluster(name: str) -> ClusterSpec:
 def _topology(path: str, gpu: str) -> ClusterSpec | None:
     from soloist.specs.topology import is_topology, read_topology  # which is made of the classes of this module
 
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError.of("cluster file", path, f"cannot be read: {error}") from error
-    return read_topology(path, gpu) if is_topology(text) else None
+    return read_topology(path, gpu) if is_topology(read_text(path, "cluster file")) else None
 
 
 def measured_cluster(path: str | Path) -> ClusterSpec | None:
     """The machine that a file of measurements (JSON lines) names, if it names one."""
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigurationError.of("measurements", str(path), f"cannot be read: {error.strerror}") from error
-    for line in lines:
-        if line.startswith(b'{"what":"machine"'):
+    for line in read_text(path, "measurements").splitlines():
+        if line.startswith('{"what":"machine"'):
             return _convert(ClusterSpec, msgspec.json.decode(line)["cluster"], f"{path}: machine")
     return None
 
@@ -231,12 +224,10 @@ def _cluster(name: str, entry: Any, gpus: dict[str, GpuSpec], path: str | Path) 
 
 def _read(path: Path) -> Tables:
     try:
-        text = path.read_text()
-        tables: Tables = _convert(dict[str, dict[str, Any] | None], yaml.safe_load(text) or {}, str(path))
-    except OSError as error:
-        raise ConfigurationError.of("cluster file", str(path), f"cannot be read: {error.strerror}") from error
+        entries: object = yaml.safe_load(read_text(path, "cluster file")) or {}
     except yaml.YAMLError as error:
         raise ConfigurationError.of("cluster file", str(path), f"is not YAML: {error}") from error
+    tables: Tables = _convert(dict[str, dict[str, Any] | None], entries, str(path))
     if unknown := sorted(set(tables) - {"gpus", "clusters"}):
         raise ConfigurationError.of("cluster file", unknown, f"{path} may hold the tables gpus and clusters")
     return {key: value or {} for key, value in tables.items()}

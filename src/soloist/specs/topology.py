@@ -14,6 +14,7 @@ import msgspec
 
 from soloist.errors import ConfigurationError
 from soloist.specs.cluster import ClusterSpec, preset_gpus
+from soloist.specs.files import read_text
 
 LINKS_OF = {"A100-80GB": 12, "H100-80GB": 18, "H800": 8, "H200": 18, "H20": 18, "B200": 18, "GB200": 18}
 PATH_GBPS = {"PIX": 25.0, "PXB": 24.0, "PHB": 20.0, "NODE": 18.0, "SYS": 12.0}
@@ -29,10 +30,7 @@ def read_topology(path: str | Path, gpu: str, nic_GBps: float = 50.0) -> Cluster
 
     Raises ConfigurationError for a file that cannot be read or is neither, and for an unknown GPU.
     """
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError.of("topology", str(path), f"cannot be read: {error}") from error
+    text = read_text(path, "topology")
     if gpu not in preset_gpus():
         remedy = f"the file does not say which GPU it is; write {path}#GPU with one of {', '.join(preset_gpus())}"
         raise ConfigurationError.of("gpu", gpu or None, remedy)

@@ -1,0 +1,35 @@
+"""Files that users name. What keeps one from being read is an error that names its key and its path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from soloist.errors import ConfigurationError
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+def read_text(path: str | Path, key: str) -> str:
+    """The text of a file in UTF-8. Raises ConfigurationError for a file that is missing or holds something else."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigurationError.of(key, str(path), f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError.of(key, str(path), f"cannot be read: it is no text in UTF-8 ({error})") from error
+
+
+def read_record(path: str | Path, kind: type[R], key: str) -> R:
+    """A record of `kind` from a file that holds it as JSON. Raises ConfigurationError where it holds something else."""
+    try:
+        return msgspec.json.decode(read_text(path, key), type=kind)
+    except msgspec.DecodeError as error:
+        raise ConfigurationError.of(key, str(path), f"is not a {key} file: {error}") from error
+
+
+def write_record(path: str | Path, record: msgspec.Struct) -> None:
+    """Write a record as indented JSON, as `read_record` reads it."""
+    Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
