@@ -104,6 +104,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message):
         ("--plot", ("simulate", "--model", "qwen3-30b-a3b", "--cluster", "h100-ib", "--layout", "ep8")),
         ("--output", ("placement", "solve", NOVELS, "--layout", "ep4")),
         ("--lines", ("bench", "offline", NOVELS, "--layout", "ep1")),
+        ("--lines", ("bench", "exchange")),
+        ("--trace", ("bench", "layer")),
     ],
 )
 def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, option, arguments):
@@ -139,6 +141,13 @@ def test_a_file_that_cannot_be_written_after_all_is_named(tmp_path):
         ("serve", NOVELS, "--port", "99999"),
         ("serve", NOVELS, "--log-level", "loud"),
         ("bench", "compare", NOVELS, "--layout", "ep1", "--runs", "0"),
+        ("bench", "exchange", "--calls", "-1"),
+        ("bench", "exchange", "--preset", "prefil"),
+        ("bench", "exchange", "--model", "qwen3-30b-a3b", "--tokens", "0"),
+        ("bench", "layer", "--model", "qwen3-30b-a3b", "--routing", "even"),
+        ("bench", "layer", "--model", "qwen3-30b-a3b", "--alone", "2", "--experts", "7"),
+        ("bench", "layer", "--model", "qwen3-30b-a3b", "--chunks", "3"),
+        ("bench", "layer", "--pause-s", "-1"),
         ("placement", "solve", NOVELS, "--layout", "ep16", "--gpus-per-node", "0"),
         ("record", NOVELS, "--text", "x", "--window", "0"),
         ("cluster", "dgx-h100", "--gpus", "100000"),

@@ -25,7 +25,8 @@ from soloist.bench.shapes import Wanted
 from soloist.bench.shared_experts import SharedRun, Sum
 from soloist.bench.trace import Trace
 from soloist.dispatch.forms import LATENCY_TOKENS, choose_form
-from soloist.kernels.experts import FP8_BLOCKS, FP8_ROWS, Fp8Experts, swiglu_experts
+from soloist.errors import ConfigurationError
+from soloist.kernels.experts import FP8_BLOCKS, FP8_ROWS, Fp8Experts, choose_tiles, fits, swiglu_experts
 from soloist.kernels.grouped_gemm import BLOCK
 from soloist.probes.gpus import Bench, OneGpu, captured
 from soloist.transport.base import Transport
@@ -174,6 +175,12 @@ def measure_alone(wanted: Wanted, ranks: int, pause_s: float, parts: bool) -> It
 
 
 def _cases(wanted: Wanted, ranks: int) -> dict[str, Load]:
+    """Raises ConfigurationError for experts that the kernels' tiles do not divide."""
     if not wanted:
         return CASES
-    return {wanted.model or "as asked": Load(**wanted.sizes(ranks, with_experts=True))}
+    load = Load(**wanted.sizes(ranks, with_experts=True))
+    tiles = choose_tiles(ranks * load.tokens * load.top_k / load.experts, load.width)
+    if not fits(tiles, load.d_model, load.width):
+        remedy = f"no kernel serves experts of {load.width} x {load.d_model}; take multiples of 256 for both"
+        raise ConfigurationError.of("--width", load.width, remedy)
+    return {wanted.model or "as asked": load}

@@ -66,7 +66,8 @@ def report(points: Iterable[Point], path: Path | None, explain: bool) -> None:
                 with path.open("a") as file:
                     write_lines([point], file)
     finally:
-        print_table(came, explain)
+        if came:
+            print_table(came, explain)
 
 
 def print_table(points: Iterable[Point], explain: bool = False) -> None:

@@ -11,6 +11,7 @@ from soloist.errors import ConfigurationError
 from soloist.specs.presets import preset
 
 ROUTINGS = ("uniform", "skewed", "remote")
+PRESETS = ("prefill", "decode", "wire", "forms", "vdev", "all", "none")  # tables of the exchange
 
 ModelOption = Annotated[str | None, typer.Option("--model", help="A preset: its widths, experts and top-k.")]
 TokensOption = Annotated[int | None, typer.Option("--tokens", help="Of each rank; 4096 where a shape is asked for.")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from soloist.bench import gpu_commands
+from soloist.cli import bench_gpus
 from soloist.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -234,8 +234,8 @@ def reading(
         typer.echo(f"{name}: {rate:.2f} GB/s")
 
 
-app.command()(gpu_commands.exchange)
-app.command()(gpu_commands.layer)
+app.command()(bench_gpus.exchange)
+app.command()(bench_gpus.layer)
 
 
 @app.command()

@@ -175,12 +175,16 @@ def _own_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def gpus_here() -> int:
+    return torch.cuda.device_count()
+
+
 def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0, least: int = 2) -> int:
     """Run `python -m module arguments` once for each GPU of this host; the worst exit code.
 
     Raises ClusterError where there are fewer than `least`.
     """
-    if (size := torch.cuda.device_count()) < least:
+    if (size := gpus_here()) < least:
         raise ClusterError(f"this benchmark needs {least} GPUs or more on this host; found {size}")
     return start_ranks(module, arguments, size, limit_s)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from soloist.bench.shapes import (
+    PRESETS,
     ExpertsOption,
     ExpertWidthOption,
     ModelOption,
@@ -22,17 +23,22 @@ from soloist.bench.shapes import (
     Wanted,
     WidthOption,
 )
+from soloist.cli.options import to_write
+from soloist.errors import ConfigurationError
 
-LinesOption = Annotated[Path | None, typer.Option("--lines", help="Append a JSON line for each point to this file.")]
+LinesOption = Annotated[
+    Path | None, typer.Option("--lines", callback=to_write, help="Append a JSON line for each point to this file.")
+]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Say what bounds each point.")]
 TraceOption = Annotated[
-    Path | None, typer.Option("--trace", help="Write FILE-CASE.json for Perfetto, a row a stream, of rank 0.")
+    Path | None,
+    typer.Option("--trace", callback=to_write, help="Write FILE-CASE.json for Perfetto, a row a stream, of rank 0."),
 ]
-PRESETS = "prefill, decode, wire, all of them, vdev (PyTorch's, part of all), forms (where they cross), or none."
+PRESETS_HELP = "prefill, decode, wire, all of them, vdev (PyTorch's, part of all), forms (where they cross), or none."
 
 
 def exchange(
-    preset: Annotated[str, typer.Option(help=PRESETS)] = "all",
+    preset: Annotated[str, typer.Option(help=PRESETS_HELP)] = "all",
     model: ModelOption = None,
     tokens: TokensOption = None,
     d_model: WidthOption = None,
@@ -42,11 +48,17 @@ def exchange(
     lines: LinesOption = None,
     explain: ExplainOption = False,
     trace: TraceOption = None,
-    calls: Annotated[int, typer.Option(help="Compare this many calls in each form with NCCL.")] = 0,
-    alone: Annotated[int | None, typer.Option(help="Those calls on one GPU, so many ranks on streams of it.")] = None,
+    calls: Annotated[int, typer.Option(min=0, help="Compare this many calls in each form with NCCL.")] = 0,
+    alone: Annotated[
+        int | None, typer.Option(min=2, help="Those calls on one GPU, so many ranks on streams of it.")
+    ] = None,
 ) -> None:
     """Dispatch and combine between the GPUs of this host, beside NCCL and the link's limit."""
     asked = locals()
+    wanted = Wanted(model, tokens, d_model, None, experts, top_k, routing)
+    if preset not in PRESETS:
+        raise ConfigurationError.of("--preset", preset, f"choose one of {', '.join(PRESETS)}")
+    _check(wanted, alone)
     if alone is not None:
         from soloist.bench.soak import soak_alone
 
@@ -60,7 +72,6 @@ def exchange(
     from soloist.bench.exchange import measure
     from soloist.bench.vdev import measure_vdev
 
-    wanted = Wanted(model, tokens, d_model, None, experts, top_k, routing)
     points = measure_vdev(wanted) if preset == "vdev" else measure(preset, wanted, trace, calls)
     _report_once(points, lines, explain)
 
@@ -73,10 +84,10 @@ def layer(
     experts: ExpertsOption = None,
     top_k: TopKOption = None,
     routing: RoutingOption = None,
-    chunks: Annotated[int, typer.Option(help="Parts of a prefill that travel and are computed in turn.")] = 1,
-    pause_s: Annotated[float, typer.Option(help="Between repeats of prefill, so that clocks stay up.")] = 0.03,
+    chunks: Annotated[int, typer.Option(min=1, help="Parts of a prefill that travel and are computed in turn.")] = 1,
+    pause_s: Annotated[float, typer.Option(min=0, help="Between repeats of prefill, so that clocks stay up.")] = 0.03,
     alone: Annotated[
-        int | None, typer.Option(help="On one GPU what a rank of so many computes, nothing travelling.")
+        int | None, typer.Option(min=1, help="On one GPU what a rank of so many computes, nothing travelling.")
     ] = None,
     parts: Annotated[bool, typer.Option("--parts", help="Each kernel of the layer alone as well.")] = False,
     lines: LinesOption = None,
@@ -85,16 +96,28 @@ def layer(
 ) -> None:
     """A whole MoE layer on the GPUs of this host, beside its floor and the portable path."""
     asked = locals()
+    wanted = Wanted(model, tokens, d_model, width, experts, top_k, routing)
+    _check(wanted, alone, with_experts=True, chunks=chunks)
     if "RANK" not in os.environ and alone is None:
         raise typer.Exit(_on_every_gpu("layer", asked))
     from soloist.bench.layer import measure, measure_alone
 
-    wanted = Wanted(model, tokens, d_model, width, experts, top_k, routing)
     if alone is not None:
         points = measure_alone(wanted, alone, pause_s, parts)
     else:
         points = measure(wanted, chunks, pause_s, parts, trace)
     _report_once(points, lines, explain)
+
+
+def _check(wanted: Wanted, alone: int | None, with_experts: bool = False, chunks: int = 1) -> None:
+    """Raises ConfigurationError for a shape that cannot be measured, before ranks are started."""
+    if not wanted:
+        return
+    from soloist.probes.gpus import gpus_here
+
+    sizes = wanted.sizes(alone or max(1, gpus_here()), with_experts)
+    if sizes["tokens"] % chunks:
+        raise ConfigurationError.of("--chunks", chunks, f"must divide the {sizes['tokens']} tokens of a rank")
 
 
 def _report_once(points: Iterable[Any], lines: Path | None, explain: bool) -> None:
