@@ -16,7 +16,6 @@ def gpu_line(index: int, name: str = "NVIDIA H100 80GB HBM3", **changes: object)
     values = {
         "index": index,
         "name": name,
-        "pci.bus_id": f"00000000:{0x19 + 0x22 * index:02X}:00.0",
         "driver_version": "580.65.06",
         "memory.total": 81559,
         "memory.free": 81079,
@@ -117,9 +116,9 @@ def infiniband(root: Path, device: str, state: str = "4: ACTIVE", rate: str = "4
         (port / name).write_text(text + "\n")
 
 
-def ethernet(root: Path, name: str, speed: str = "100000", state: str = "up", mtu: int = 9000) -> None:
+def ethernet(root: Path, name: str, speed: str = "100000", state: str = "up") -> None:
     """An interface below /sys/class/net."""
     folder = root / "sys/class/net" / name
     folder.mkdir(parents=True)
-    for key, text in (("speed", speed), ("operstate", state), ("mtu", str(mtu))):
+    for key, text in (("speed", speed), ("operstate", state)):
         (folder / key).write_text(text + "\n")

@@ -47,7 +47,7 @@ def probe_links(transport: Transport) -> dict[str, object]:
     return {
         "pairs": links.pair_rates(transport, size),
         "all": links.exchange_rate(transport, size),
-        "reduce": links.all_reduce_seconds(transport, size),
+        "reduce": links.collective_seconds(transport, "all_reduce", size),
         "gather": links.collective_seconds(transport, "all_gather", size),
         "scatter": links.collective_seconds(transport, "reduce_scatter", size),
     }

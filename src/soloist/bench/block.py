@@ -49,13 +49,13 @@ CONTEXT = 192  # tokens of each sequence, the step's included
 REPLAYS = 20  # while the profiler looks
 
 
-def world_of(bench: Bench, layout: Layout, nvlink_sums: bool, deadline_s: float = 20.0) -> World:
+def world_of(bench: Bench, layout: Layout, nvlink_sums: bool) -> World:
     """This rank's transports in a layout of all GPUs; a layout of one GPU runs on each of them by itself."""
     if layout.size == 1:
         return World.build(local_world(1)[0], layout, 1)
     store = PrefixStore(f"block {layout}", dist.distributed_c10d._get_default_store())
     meeting = Meeting(Place(bench.rank, bench.size, bench.rank, bench.size), store)
-    root = connect("nccl", bench.rank, bench.size, store, bench.device, deadline_s)
+    root = connect("nccl", bench.rank, bench.size, store, bench.device, deadline_s=20.0)
 
     def windows(ranks):
         return symmetric_group(meeting, bench.device, ranks)

@@ -17,19 +17,21 @@ from soloist.transport.base import Transport
 from soloist.transport.connect import connect
 from soloist.transport.symmetric import Watch, windows_in_process
 
+DEADLINE_S = 5.0  # for a peer's rows
 
-def one_sided(bench: Bench, shape: ExchangeShape, form: Form, lanes: int = 2, deadline_s: float = 5.0):
+
+def one_sided(bench: Bench, shape: ExchangeShape, form: Form, lanes: int = 2):
     """Over windows of its own; collective."""
     windows = [bench.group.window(WindowPlan(shape).size) for _ in range(lanes)]
-    watch = Watch(bench.rank, tuple(range(bench.size)), bench.device, deadline_s)
+    watch = Watch(bench.rank, tuple(range(bench.size)), bench.device, DEADLINE_S)
     return OneSidedDispatcher.of(shape, tuple(Lane(window, shape) for window in windows), watch, form)
 
 
-def in_process(alone: OneGpu, shape: ExchangeShape, form: Form, deadline_s: float = 5.0) -> list[OneSidedDispatcher]:
+def in_process(alone: OneGpu, shape: ExchangeShape, form: Form) -> list[OneSidedDispatcher]:
     """Of all ranks, on one GPU: whoever uses them lets everybody send before anybody receives."""
     ranks = range(shape.ranks)
     windows = windows_in_process(shape.ranks, WindowPlan(shape).size, alone.device)
-    watches = [Watch(rank, tuple(ranks), alone.device, deadline_s) for rank in ranks]
+    watches = [Watch(rank, tuple(ranks), alone.device, DEADLINE_S) for rank in ranks]
     return [OneSidedDispatcher.of(shape, (Lane(windows[rank], shape),), watches[rank], form) for rank in ranks]
 
 

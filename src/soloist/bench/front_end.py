@@ -44,7 +44,7 @@ def measure(streams: int, tokens: int, leaders: int, step_s: float) -> dict[str,
         server_cpu_s = float(port.recv())
         server.join(START_S)
         ranks.join(START_S)
-    source, port = _start(_pour, streams, tokens)
+    source, port = _start(_pour, tokens)
     poured, reader_cpu_s = _read(int(port.recv()), streams, tokens)
     source.kill()
     return _record(outcomes, server_cpu_s, own_cpu_s) | {
@@ -130,7 +130,7 @@ def _serve(port: Connection, folder: str, leaders: int) -> None:
     front.close()
 
 
-def _pour(port: Connection, streams: int, tokens: int) -> None:
+def _pour(port: Connection, tokens: int) -> None:
     """Answers every request with all of its events at once, in chunks of one event."""
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     chunk = b"%x\r\n%b\r\n" % (len(PIECE), PIECE)

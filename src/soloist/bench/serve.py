@@ -10,7 +10,7 @@ import asyncio
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,17 +86,13 @@ def _due(load: Load, bodies: Sequence[Mapping[str, Any]], random: np.random.Gene
     return [Planned(float(due - times[0]), body) for due, body in zip(times, bodies, strict=True)]
 
 
-async def send(
-    client: Client, planned: Sequence[Planned], path: str, on_done: Callable[[Outcome], None] = lambda _: None
-) -> list[Outcome]:
+async def send(client: Client, planned: Sequence[Planned], path: str) -> list[Outcome]:
     """Send every request when it is due; outcomes in their order."""
     start_s = time.monotonic()
 
     async def one(request: Planned) -> Outcome:
         await asyncio.sleep(start_s + request.due_s - time.monotonic())
-        outcome = await client.stream(path, request.body, start_s + request.due_s)
-        on_done(outcome)
-        return outcome
+        return await client.stream(path, request.body, start_s + request.due_s)
 
     return await asyncio.gather(*(one(request) for request in planned))
 

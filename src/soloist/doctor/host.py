@@ -75,7 +75,6 @@ def interfaces(root: Path = ROOT) -> tuple[Interface, ...]:
             name=folder.name,
             up=_text(folder / "operstate") != "down",
             speed_Mbps=speed if (speed := int(_text(folder / "speed") or -1)) > 0 else None,
-            mtu=int(_text(folder / "mtu") or 1500),
         )
         for folder in folders
         if folder.is_dir()

@@ -10,7 +10,6 @@ class GpuFacts(Spec, frozen=True, kw_only=True):
 
     index: int
     name: str
-    bus_id: str = ""
     memory_bytes: int = 0
     memory_free_bytes: int = 0
     sm_clock_MHz: int | None = None
@@ -45,7 +44,6 @@ class Interface(Spec, frozen=True, kw_only=True):
     name: str
     up: bool = True
     speed_Mbps: int | None = None
-    mtu: int = 1500
 
 
 class Machine(Spec, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ import torch
 
 from soloist.doctor.finding import Finding, ok, warning
 from soloist.probes.device import arithmetic_rate, streaming_rate
-from soloist.probes.links import all_reduce_seconds, exchange_rate, pair_rates
+from soloist.probes.links import collective_seconds, exchange_rate, pair_rates
 from soloist.specs.cluster import ClusterSpec, GpuSpec
 from soloist.specs.model import Spec
 from soloist.transport.base import Transport
@@ -53,7 +53,7 @@ def measure(device: torch.device, name: str, transport: Transport | None = None)
         arithmetic=tuple(rates_M2[:, 1].tolist()),
         pairs=tuple(map(tuple, pair_rates(transport, message if size <= SEVERAL else message >> 4))),
         exchange=exchange_rate(transport, message // size * size),
-        all_reduce=share * message / all_reduce_seconds(transport, message),
+        all_reduce=share * message / collective_seconds(transport, "all_reduce", message),
     )
 
 

@@ -12,7 +12,7 @@ from soloist.doctor.machine import GpuFacts
 from soloist.doctor.nvml import slowdowns
 
 FIELDS: tuple[str, ...] = (
-    "index", "name", "pci.bus_id", "driver_version", "memory.total", "memory.free", "clocks.sm", "clocks.max.sm",
+    "index", "name", "driver_version", "memory.total", "memory.free", "clocks.sm", "clocks.max.sm",
     "clocks_throttle_reasons.active", "power.limit", "power.default_limit", "temperature.gpu", "persistence_mode",
     "mig.mode.current", "ecc.errors.uncorrected.volatile.total", "pcie.link.width.current", "pcie.link.width.max",
 )  # fmt: skip
@@ -47,7 +47,6 @@ def _facts(row: dict[str, str], links: dict[int, tuple[int, int]]) -> GpuFacts:
     return GpuFacts(
         index=index,
         name=row["name"],
-        bus_id=row["pci.bus_id"],
         memory_bytes=round((number["memory.total"] or 0) * (1 << 20)),
         memory_free_bytes=round((number["memory.free"] or 0) * (1 << 20)),
         sm_clock_MHz=_whole(number["clocks.sm"]),

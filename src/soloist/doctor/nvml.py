@@ -51,7 +51,6 @@ def _facts(nvml: Any, index: int, handle: Any) -> GpuFacts:
     return GpuFacts(
         index=index,
         name=str(ask("nvmlDeviceGetName") or "GPU"),
-        bus_id=str(getattr(ask("nvmlDeviceGetPciInfo"), "busId", "")),
         memory_bytes=memory.total if memory else 0,
         memory_free_bytes=memory.free if memory else 0,
         sm_clock_MHz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),

@@ -21,7 +21,6 @@ NAMES = {  # as drivers write them, most telling first → preset
     "A100 80GB": "A100-80GB",
     "H100 80GB HBM3": "H100-80GB",
 }
-LESS = 0.97  # of planned memory that is a different GPU
 
 
 def preset_of(name: str) -> str:

@@ -17,6 +17,7 @@ from soloist.specs.cluster import ClusterSpec
 from soloist.specs.model import ModelSpec
 
 IGNORED = ("name", "eos_ids")  # in which the spec of a preset may differ from that of a checkpoint
+BLOCK = 16  # tokens of a KV block, as planner/memory.py counts them
 
 
 def planned_options(plan: Plan) -> dict[str, Any]:
@@ -100,5 +101,5 @@ def _first_difference(key: str, planned: Any, found: Any) -> tuple[str, Any, Any
     return key, planned, found
 
 
-def _whole_blocks(tokens: int, block: int = 16) -> int:
-    return -(-tokens // block) * block
+def _whole_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK

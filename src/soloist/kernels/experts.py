@@ -42,6 +42,7 @@ MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), gath
 # Where the inner dimension of down is short, storing results beside the next product pays.
 MANY_ROWS_NARROW = ExpertTiles(MANY_ROWS.gate_up, Tile(128, 256, 64, 8, 3, hopper=True), gather=False)
 NARROW = 1024
+PROGRAMS = 4224  # of a copy: 32 for each SM of an H100
 FP32_ROWS = ExpertTiles(Tile(32, 32, 32, 4, 3, 2), Tile(32, 64, 32, 4, 3, 2), gather=True)  # not measured: for tests
 # fp8 weights: few rows (not measured), and many, with a scale a row or one for a block.
 FP8_FEW_ROWS = ExpertTiles(Tile(64, 64, BLOCK, 4, 4), Tile(64, 128, BLOCK, 4, 4), gather=True)
@@ -80,7 +81,7 @@ def fits(tiles: ExpertTiles, d_model: int, width: int) -> bool:
 
 
 def expand_rows(
-    rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, scale_RB: Tensor | None = None, programs: int = 4224
+    rows_RD: Tensor, row_X: Tensor, offsets_S: Tensor, scale_RB: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """x_XD and scale_XB: each row, and its scales where there are some, once for every slot that it chose."""
     d, x = rows_RD.shape[1], len(row_X)
@@ -89,7 +90,7 @@ def expand_rows(
     scale_XB = None if scale_RB is None else scale_RB.new_empty(x, scales)
     block = min(2048, next_power(d))
     chunks = -(-d // block)
-    expand_kernel[(max(1, min(programs, x * chunks)),)](
+    expand_kernel[(max(1, min(PROGRAMS, x * chunks)),)](
         rows_RD, scale_RB, row_X, offsets_S, x_XD, scale_XB, SLOTS=len(offsets_S), SP=next_power(len(offsets_S)), D=d,
         BLOCK=block, CHUNKS=chunks, SCALES=scales, SCALES_P=next_power(scales), num_warps=max(1, block // 256),
     )  # fmt: skip

@@ -68,8 +68,8 @@ class Widths:
         return cls(key, value, first, rest, first if shared else _power_of_two(value), shared)
 
 
-def _power_of_two(number: int, least: int = 16) -> int:
-    return max(least, next_power(number))
+def _power_of_two(number: int) -> int:
+    return max(16, next_power(number))  # the least that a tensor core multiplies
 
 
 def tiling(widths: Widths, group: int, decode: bool) -> Tiling:

@@ -13,42 +13,43 @@ import yaml
 
 from soloist.launchers.start import SERVER_PORT, Start
 
+NAME = "soloist"  # of everything in the cluster
 PLAN_FILE = "/etc/soloist/plan.json"  # in the pods
 MODELS = "/models"
 IMAGE = "<image with soloist[serve]>"
 CLAIM = "<claim that holds the model>"
 
 
-def manifest(start: Start, plan_text: str, name: str = "soloist") -> str:
+def manifest(start: Start, plan_text: str) -> str:
     """YAML of the ConfigMap, the LeaderWorkerSet and the Service of its leader."""
-    labels = {"app": name}
+    labels = {"app": NAME}
     compact = json.dumps(json.loads(plan_text), separators=(",", ":"))
     documents = [
         {
             "apiVersion": "v1",
             "kind": "ConfigMap",
-            "metadata": {"name": f"{name}-plan"},
+            "metadata": {"name": f"{NAME}-plan"},
             "data": {"plan.json": compact},
         },
         {
             "apiVersion": "leaderworkerset.x-k8s.io/v1",
             "kind": "LeaderWorkerSet",
-            "metadata": {"name": name, "labels": labels},
+            "metadata": {"name": NAME, "labels": labels},
             "spec": {
                 "replicas": 1,
                 "startupPolicy": "LeaderCreated",
                 "leaderWorkerTemplate": {
                     "size": start.nodes,
                     "restartPolicy": "RecreateGroupOnPodRestart",
-                    "leaderTemplate": _pod(start, name, {**labels, "role": "leader"}, leader=True),
-                    "workerTemplate": _pod(start, name, labels, leader=False),
+                    "leaderTemplate": _pod(start, {**labels, "role": "leader"}, leader=True),
+                    "workerTemplate": _pod(start, labels, leader=False),
                 },
             },
         },
         {
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": {"name": name, "labels": labels},
+            "metadata": {"name": NAME, "labels": labels},
             "spec": {
                 "selector": {**labels, "role": "leader"},
                 "ports": [{"name": "http", "port": SERVER_PORT, "targetPort": SERVER_PORT}],
@@ -66,9 +67,9 @@ class _Plain(yaml.SafeDumper):
         return True
 
 
-def _pod(start: Start, name: str, labels: dict[str, str], leader: bool) -> dict[str, Any]:
+def _pod(start: Start, labels: dict[str, str], leader: bool) -> dict[str, Any]:
     container: dict[str, Any] = {
-        "name": "soloist",
+        "name": NAME,
         "image": IMAGE,
         "command": ["bash", "-c", _command(start)],
         "env": [{"name": n, "value": v} for n, v, _ in start.variables if not v.startswith("<")],
@@ -84,7 +85,7 @@ def _pod(start: Start, name: str, labels: dict[str, str], leader: bool) -> dict[
         container["ports"] = [{"containerPort": SERVER_PORT}]
         container["readinessProbe"] = {"httpGet": {"path": "/health", "port": SERVER_PORT}, "periodSeconds": 10}
     volumes: list[dict[str, Any]] = [
-        {"name": "plan", "configMap": {"name": f"{name}-plan"}},
+        {"name": "plan", "configMap": {"name": f"{NAME}-plan"}},
         {"name": "models", "persistentVolumeClaim": {"claimName": CLAIM, "readOnly": True}},
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]

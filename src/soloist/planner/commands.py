@@ -42,7 +42,7 @@ SHOWN = 12
 
 def run_plan(
     model: ModelSpec, cluster: str, gpus: int, load: str = "prompt=1000,output=200", precision: str = "",
-    baseline: str = "", calibration: str | Path | None = None, library: str = "", system: str = "soloist",
+    baseline: str = "", calibration: str | Path | None = None, system: str = "soloist",
     out: str | Path | None = None, options: Options | None = None, rejected: bool = False,
     explain: bool = False, routing: str | Path | None = None,
 ) -> int:  # fmt: skip
@@ -57,7 +57,7 @@ def run_plan(
         raise ConfigurationError.of("engine", system, f"nothing is known of it; there is {', '.join(known)}")
     dtypes = Precision.named(precision) if precision else Precision.of(model)
     options = options or Options()
-    kernels = Kernels(spec, used, library or library_of(system, used), options.nvlink_sums)
+    kernels = Kernels(spec, used, library_of(system, used), options.nvlink_sums)
     scorer = Scorer(kernels, Runtime.named(system, used), wanted)
     other = _baseline_layout(baseline, gpus) if baseline else None
     found = search(model, spec, gpus, wanted, scorer, dtypes, options, _copies(routing, model))

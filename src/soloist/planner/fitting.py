@@ -28,7 +28,6 @@ def fit(
     predict: Callable[[Constants, R], Sequence[float]],
     rows: Sequence[tuple[R, Sequence[float]]],
     priors: Mapping[str, Prior],
-    noise: float = NOISE,
 ) -> dict[str, float]:
     """Constants that explain `rows`, pairs of (row, measured values). `predict` gives as many values for a row."""
     from scipy.optimize import least_squares  # half a second, which plans from fitted constants need not wait for
@@ -42,7 +41,7 @@ def fit(
     def residuals(x: np.ndarray) -> np.ndarray:
         constants = dict(zip(names, np.exp(x).tolist(), strict=True))
         predicted = np.log([value for row, _ in rows for value in predict(constants, row)])
-        return np.concatenate([_soft((predicted - measured) / noise), (x - guess) / sigma])
+        return np.concatenate([_soft((predicted - measured) / NOISE), (x - guess) / sigma])
 
     if not rows:
         return dict(zip(names, np.exp(guess).tolist(), strict=True))

@@ -136,7 +136,7 @@ def _attention_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Run
 def _attention_half(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
     ranks = d.layout.attention_ranks
     context = min(batch.context, window) if window else batch.context
-    matrices = _projections(d.model, ranks, batch.is_decode)
+    matrices = _projections(d.model, ranks)
     projections = total(kernels.matmul(batch.tokens, n, k, d.precision.linear) for n, k in matrices)
     own = batch.tokens / ranks
     return {
@@ -184,7 +184,7 @@ def _attention(d: Deployment, batch: Batch, context: float, kernels: Kernels) ->
 
 
 @lru_cache(maxsize=4096)
-def _projections(model: ModelSpec, ranks: int, is_decode: bool) -> tuple[tuple[float, float], ...]:
+def _projections(model: ModelSpec, ranks: int) -> tuple[tuple[float, float], ...]:
     """(outputs, inputs) of attention's matrix multiplications on one rank.
 
     MLA in decode absorbs its up-projections into queries and outputs; as matrices they have the size of `kv_b`.

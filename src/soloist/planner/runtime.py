@@ -62,7 +62,6 @@ class Runtime(Spec, frozen=True, kw_only=True):
     name: str
     constants: dict[str, float]
     band: float = UNMEASURED
-    is_fitted: bool = False
 
     def __getitem__(self, key: str) -> float:
         """The guess of all systems for a constant that an older calibration does not have."""
@@ -77,14 +76,14 @@ class Runtime(Spec, frozen=True, kw_only=True):
         if calibration.has(f"runs/{name}"):
             own = calibration.find("runs", name).fitted
             constants = {key: prior.guess for key, prior in OWN.items()} | own.constants
-            return cls(name=name, constants=constants, band=own.band, is_fitted=True)
+            return cls(name=name, constants=constants, band=own.band)
         if library_of(name, calibration) == name:
             return cls.assumed(name, OWN)
         if "end_to_end/serving" not in calibration.fitted:
             return cls.assumed(name)
         found = calibration.find("end_to_end", "serving", name)
         constants = found.constants if found.exact else {**found.constants, "pipeline": SYSTEM["pipeline"].guess}
-        return cls(name=name, constants=constants, band=found.fitted.band, is_fitted=found.exact)
+        return cls(name=name, constants=constants, band=found.fitted.band)
 
     @classmethod
     def assumed(cls, name: str, priors: Mapping[str, Prior] = SYSTEM) -> Runtime:

@@ -214,8 +214,9 @@ def _sums(bench: Bench, beneath: Transport, fabric: str, dtype: torch.dtype) -> 
         yield Record("collectives", {**columns, "collective": "gather", "bytes": part_Cv.nbytes}, taken)
 
 
-def _each(bench: Bench, work: Callable[[], object], calls: int = 10) -> float:
+def _each(bench: Bench, work: Callable[[], object]) -> float:
     """Seconds of one of several calls in a graph."""
+    calls = 10
 
     def several() -> None:
         for _ in range(calls):

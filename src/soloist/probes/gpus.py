@@ -179,14 +179,14 @@ def gpus_here() -> int:
     return torch.cuda.device_count()
 
 
-def in_ranks(module: str, arguments: Sequence[str], limit_s: float = 600.0, least: int = 2) -> int:
+def in_ranks(module: str, arguments: Sequence[str], least: int = 2) -> int:
     """Run `python -m module arguments` once for each GPU of this host; the worst exit code.
 
     Raises ClusterError where there are fewer than `least`.
     """
     if (size := gpus_here()) < least:
         raise ClusterError(f"this benchmark needs {least} GPUs or more on this host; found {size}")
-    return start_ranks(module, arguments, size, limit_s)
+    return start_ranks(module, arguments, size)
 
 
 def start_ranks(module: str, arguments: Sequence[str], size: int, limit_s: float = 600.0) -> int:

@@ -15,7 +15,7 @@ from soloist.transport.base import Transport
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 WIDTH = 64  # fp32 elements of a row that is sent about
-PAIR_BYTES, ALL_BYTES = 1 << 24, 1 << 24
+PAIR_BYTES = 1 << 24
 
 
 def slowest(transport: Transport, seconds: list[float]) -> float:
@@ -47,27 +47,17 @@ def collective(kind: str, transport: Transport, size: int) -> Callable[[], objec
     }[kind]
 
 
-def collective_seconds(transport: Transport, kind: str, size: int, repeats: int = 10) -> float:
+def collective_seconds(transport: Transport, kind: str, size: int) -> float:
     """The median over repeats of the slowest rank."""
-    return timed(transport, collective(kind, transport, size), repeats)
+    return timed(transport, collective(kind, transport, size), repeats=10)
 
 
-def all_reduce_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
-    """The sum of `size` bytes over all ranks."""
-    return collective_seconds(transport, "all_reduce", size, repeats)
+def exchange_rate(transport: Transport, size: int) -> float:
+    """Bytes/s that a rank sends to others while all of them do: `size` bytes in equal parts to every rank."""
+    return size * (transport.size - 1) / transport.size / collective_seconds(transport, "all_to_all", size)
 
 
-def exchange_seconds(transport: Transport, size: int, repeats: int = 10) -> float:
-    """All to all: `size` bytes leave every rank, an equal part to each of the others and to itself."""
-    return collective_seconds(transport, "all_to_all", size, repeats)
-
-
-def exchange_rate(transport: Transport, size: int = ALL_BYTES) -> float:
-    """Bytes/s that a rank sends to others while all of them do."""
-    return size * (transport.size - 1) / transport.size / exchange_seconds(transport, size)
-
-
-def send_seconds(transport: Transport, size: int, source: int, target: int, repeats: int = 5) -> float:
+def send_seconds(transport: Transport, size: int, source: int, target: int) -> float:
     """One message from a rank to another and an empty answer, so that it has arrived; the others wait."""
     x_N = torch.zeros(max(1, size // 4), device=transport.device)
     answer = torch.zeros(1, device=transport.device)
@@ -80,7 +70,7 @@ def send_seconds(transport: Transport, size: int, source: int, target: int, repe
             transport.recv(x_N.shape, x_N.dtype, source, "probe, receive")
             transport.send(answer, source, "probe, answer")
 
-    return timed(transport, work, repeats, warm_up=2)
+    return timed(transport, work, repeats=5, warm_up=2)
 
 
 def pair_rates(transport: Transport, size: int = PAIR_BYTES) -> list[list[float]]:

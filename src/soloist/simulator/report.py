@@ -91,10 +91,10 @@ class Result(Spec, frozen=True, kw_only=True):
         write_record(path, self)
 
 
-def result_of(run: Simulation, ttft_s: float = 0.0, tpot_s: float = 0.0, bins: int = BINS) -> Result:
+def result_of(run: Simulation, ttft_s: float = 0.0, tpot_s: float = 0.0) -> Result:
     """Sum up a finished simulation. `ttft_s` and `tpot_s` are the SLO; 0: none."""
     ledger, steps, requests = run.ledger, run.steps, run.requests
-    line = timeline(run, bins)
+    line = timeline(run)
     duration_s = run.end_s - float(np.nanmin(ledger.arrival_s))
     outputs = int(requests.outputs[ledger.finished].sum())
     prompts = int(requests.prompts[ledger.finished].sum())
@@ -110,7 +110,7 @@ def result_of(run: Simulation, ttft_s: float = 0.0, tpot_s: float = 0.0, bins: i
         duration_s=duration_s,
         output_tps=rate,
         output_tps_per_gpu=rate / run.layout.size,
-        middle_output_tps=float(np.mean(line.output_tps[bins // 4 : bins - bins // 4])),
+        middle_output_tps=float(np.mean(line.output_tps[BINS // 4 : BINS - BINS // 4])),
         input_tps=prompts / duration_s if duration_s else 0.0,
         ttft_s=Spread.of(ledger.ttft_s),
         tpot_s=Spread.of(ledger.tpot_s),
@@ -139,10 +139,10 @@ def met(run: Simulation, ttft_s: float, tpot_s: float) -> float | None:
     return float(good.mean())
 
 
-def timeline(run: Simulation, bins: int = BINS) -> Timeline:
+def timeline(run: Simulation) -> Timeline:
     """Spread every step evenly over the time that it took."""
-    rows, width = run.steps, run.end_s / bins
-    edges = np.linspace(0.0, run.end_s, bins + 1)
+    rows, width = run.steps, run.end_s / BINS
+    edges = np.linspace(0.0, run.end_s, BINS + 1)
     start_s, end_s, until_s = rows["start_s"], rows["end_s"], held_until(rows)
 
     def spent(amount: np.ndarray) -> np.ndarray:

@@ -16,13 +16,13 @@ COLLECTIVES = {
 }  # fmt: skip
 
 
-def parse_nccl_tests(text: str, fabric: str, collective: str = "") -> list[dict[str, object]]:
+def parse_nccl_tests(text: str, fabric: str) -> list[dict[str, object]]:
     """Rows `{collective, library, fabric, gpus, bytes, us}`, with the faster of out-of-place and in-place times.
 
-    `collective` is read from the log where its first lines name the program. Raises ConfigurationError for a log
-    without results, or with results that the test itself found wrong.
+    Raises ConfigurationError for a log that does not name the program, that holds no results, or whose results the
+    test itself found wrong.
     """
-    name = collective or _collective(text)
+    name = _collective(text)
     gpus = len(re.findall(r"^#\s+Rank\s+\d+", text, re.MULTILINE))
     version = re.search(r"NCCL version (\d+(?:\.\d+)+)", text)
     rows = [_row(line.split()) for line in text.splitlines() if re.match(r"\s*\d+\s+\d+\s", line)]
@@ -36,8 +36,9 @@ def parse_nccl_tests(text: str, fabric: str, collective: str = "") -> list[dict[
 def _collective(text: str) -> str:
     found = re.search(r"(\w+?)_perf", text)
     if found is None or found[1] not in COLLECTIVES:
-        remedy = f"cannot be told from the log; say which: {', '.join(COLLECTIVES)}"
-        raise ConfigurationError.of("collective", found and found[1], remedy)
+        known = ", ".join(f"{name}_perf" for name in COLLECTIVES)
+        remedy = f"does not name its program; add the command that wrote it as a first line: {known}"
+        raise ConfigurationError.of("nccl-tests log", text[:40], remedy)
     return COLLECTIVES[found[1]]
 
 

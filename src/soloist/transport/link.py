@@ -15,7 +15,7 @@ REPEATS, WARM_UP = 5, 2
 NOISE = 0.1  # of a time, below which a difference means nothing
 
 
-def measure_link(transport: Transport, where: str = "measuring a link") -> tuple[float, float]:
+def measure_link(transport: Transport) -> tuple[float, float]:
     """Seconds of an exchange of one row with every member, and the rate of a larger one's remainder.
 
     Called by all members; the figures are this one's own. A transport of one member costs nothing.
@@ -24,15 +24,15 @@ def measure_link(transport: Transport, where: str = "measuring a link") -> tuple
     if not others:
         return 0.0, float("inf")
     more = max(2, SIZES[transport.device.type] // WIDTH // others)
-    small_s, large_s = (_exchange_seconds(transport, rows, where) for rows in (1, more))
+    small_s, large_s = (_exchange_seconds(transport, rows) for rows in (1, more))
     return small_s, (more - 1) * others * WIDTH / max(large_s - small_s, NOISE * large_s)
 
 
-def _exchange_seconds(transport: Transport, rows: int, where: str) -> float:
+def _exchange_seconds(transport: Transport, rows: int) -> float:
     counts = [rows * (peer != transport.rank) for peer in range(transport.size)]
     sent_RW = torch.zeros(sum(counts), WIDTH, dtype=torch.uint8, device=transport.device)
 
     def exchange() -> None:
-        transport.all_to_all_rows(sent_RW, counts, counts, where)
+        transport.all_to_all_rows(sent_RW, counts, counts, "measuring a link")
 
     return median(measure(exchange, REPEATS, WARM_UP, transport.device))
