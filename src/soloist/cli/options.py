@@ -23,11 +23,20 @@ LayoutOption = Annotated[
 PlanOption = Annotated[Path | None, typer.Option("--plan", help="Plan file: layout, placement and sizes from there.")]
 PlacementOption = Annotated[Path | None, typer.Option("--placement", help="File that says which expert lies where.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; by default the model's own, on a CPU float32."),
+]
 TransportOption = Annotated[str, typer.Option("--transport", help="auto, shared_memory, gloo, nccl or mpi.")]
-KvTokensOption = Annotated[int | None, typer.Option("--kv-tokens", help="KV cache of an attention group.")]
+KvTokensOption = Annotated[
+    int | None,
+    typer.Option("--kv-tokens", help="Tokens that an attention group's KV cache holds; by default what fits."),
+]
 RandomWeightsOption = Annotated[int | None, typer.Option("--random-weights", metavar="SEED", help="Make weights up.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other engine option.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other engine option; a KEY that is none lists them all."),
+]
 
 
 def to_write(param: typer.CallbackParam, path: Path | None) -> Path | None:

@@ -13,7 +13,7 @@ from soloist.errors import ClusterError, ConfigurationError
 if TYPE_CHECKING:
     from soloist.specs.model import ModelSpec
 
-ClusterOption = Annotated[str, typer.Option("--cluster", help="Name of a preset, or a YAML file.")]
+ClusterOption = Annotated[str, typer.Option("--cluster", help="A preset (`soloist cluster` lists them), or a file.")]
 LoadOption = Annotated[str, typer.Option("--load", help="prompt=1000,output=200,rate=50,skew=0.8")]
 CalibrationOption = Annotated[Path | None, typer.Option(help="Constants measured on your machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -25,11 +25,13 @@ def plan(
     gpus: Annotated[int, typer.Option(max=131072, help="How many of its GPUs.")] = 8,
     load: LoadOption = "prompt=1000,output=200",
     slo: Annotated[str, typer.Option(help="What must hold: ttft=500ms,tpot=50ms")] = "",
-    precision: Annotated[str, typer.Option(help="Of weights and KV cache; by default the model's own.")] = "",
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32, fp8 or fp4; by default the model's own.")] = "",
     baseline: Annotated[str, typer.Option(help="A layout to state the ratio to: tp8pp2.")] = "",
     rejected: Annotated[bool, typer.Option("--rejected", help="List every layout that was turned down.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say how tokens cross nodes, and why.")] = False,
-    engine: Annotated[str, typer.Option(help="Whose fixed costs to assume: soloist, vllm, sglang.")] = "soloist",
+    engine: Annotated[
+        str, typer.Option(help="Whose fixed costs to assume: soloist, vllm, sglang, tensorrt.")
+    ] = "soloist",
     nvlink_sums: Annotated[bool, typer.Option(help="Soloist's own small sums; without, NCCL's.")] = True,
     routing: Annotated[Path | None, typer.Option(help="A routing trace of the model, instead of even routing.")] = None,
     mixed_graphs: Annotated[str, typer.Option(help="Tokens of the prefill steps in graphs, like 256,8192.")] = "off",
@@ -69,7 +71,7 @@ def plan(
 def simulate(
     plan: Annotated[Path | None, typer.Argument(help="A plan file; or give --model, --cluster and --layout.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder, hub id or preset.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="Name of a preset, or a YAML file.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="A preset (`soloist cluster` lists them), or a file.")] = None,
     layout: Annotated[str, typer.Option(help="ep16, tp8pp2, …")] = "",
     load: LoadOption = "prompt=1000,output=200,rate=10",
     requests: Annotated[int, typer.Option(help="How many.")] = 1000,
@@ -77,7 +79,7 @@ def simulate(
     lose: Annotated[list[str] | None, typer.Option(help="A loss: gpu=3,at=60s,recovery=5s or node=1,at=120s.")] = None,
     drift: Annotated[str, typer.Option(help="Of the hot experts: drift=60,rebalance=120,move=0.05")] = "",
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
-    precision: Annotated[str, typer.Option(help="Of weights and KV cache; by default the model's own.")] = "",
+    precision: Annotated[str, typer.Option(help="bf16, fp16, fp32, fp8 or fp4; by default the model's own.")] = "",
     as_json: JsonOption = False,
     perfetto: Annotated[Path | None, typer.Option(callback=to_write, help="Write a trace for ui.perfetto.dev.")] = None,
     plot: Annotated[Path | None, typer.Option(callback=to_write, help="Write a picture.")] = None,
