@@ -31,7 +31,6 @@ FLOORS = {
     "probes": 7,
     "server": 8,
     "doctor": 8,
-    "integrations": 8,
     "bench": 9,
     "cli": 10,
     "__main__": 11,
