@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from soloist.engine.host import host_bytes
+from soloist.engine.lifelines import Lifeline, Lifelines
 from soloist.engine.meeting import FRONT_END, Job, Meeting, Place, bounded, place_from
 from soloist.engine.pulse import Pulse, end_process
 from soloist.engine.roll_call import READ_S, passport_of, roll_call
@@ -59,8 +60,10 @@ def launch(job: Job, make_executor: Callable[..., Any] | None = None) -> Ranks:
     if place.rank == 0:
         return JoinedRanks(job, meeting, make_executor)
     pulse = Pulse(meeting.store, place.rank, place.size, job.options.deadline_s, end_process(place.rank))
+    lifeline = Lifeline(meeting)
     error = _run_rank(job, meeting, make_executor)
     pulse.close()
+    lifeline.close()
     if error:
         raise error
     raise SystemExit(0)
@@ -77,6 +80,8 @@ def meet(job: Job, place: Place) -> Meeting:
     passport = passport_of(job, place)
     end = time.monotonic() + job.options.start_deadline_s
     meeting = Meeting.at_master(place, job.options.start_deadline_s)
+    import soloist.engine.rank  # noqa: F401  takes its time on a busy machine; after the roll call others wait for it
+
     try:
         left_s = end - time.monotonic()
         bounded(lambda: roll_call(meeting.store, place, passport, left_s), left_s + 2 * READ_S)
@@ -187,12 +192,13 @@ class JoinedRanks:
     """This process's own rank, 0, as a thread. Whoever started the others ends them if they are lost."""
 
     def __init__(self, job: Job, meeting: Meeting, make_executor: Callable[..., Any] | None = None) -> None:
+        self.meeting, self.lost = meeting, dict[int, str]()
+        self.pulse = Pulse(meeting.store, 0, meeting.place.size, job.options.deadline_s, self.lost.__setitem__)
+        self.lifelines = Lifelines(meeting, self.pulse.tell)
         self.hub: Hub[ToFrontEnd] = Hub(meeting.address(FRONT_END), ToFrontEnd)
         meeting.announce(FRONT_END, self.hub.address)
         self.thread = threading.Thread(target=_run_rank, args=(job, meeting, make_executor), name="rank 0", daemon=True)
         self.thread.start()
-        self.meeting, self.lost = meeting, dict[int, str]()
-        self.pulse = Pulse(meeting.store, 0, meeting.place.size, job.options.deadline_s, self.lost.__setitem__)
 
     def ended(self) -> dict[int, str]:
         return self.lost if self.thread.is_alive() else {0: "ended"}
@@ -200,6 +206,7 @@ class JoinedRanks:
     def close(self, patience_s: float = 0.0) -> None:
         self.thread.join(patience_s)
         self.pulse.close(patience_s)
+        self.lifelines.close()
 
 
 def _run_rank(job: Job, meeting: Meeting, make_executor: Callable[..., Any] | None) -> Exception | None:

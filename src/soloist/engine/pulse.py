@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 BEATS = 6  # within a deadline: whoever is silent for more of them is lost
@@ -51,6 +52,13 @@ class Pulse:
         while others and time.monotonic() < end and not all(map(self._is_set, others)):
             time.sleep(LOOK_S)
 
+    def tell(self, rank: int, reason: str) -> None:
+        """Rank 0 has found that a rank is lost, and lets all others know. The first one found counts as the cause."""
+        if not self._stop.is_set():
+            with suppress(RuntimeError):  # without a store the others notice by themselves
+                self._store.set(LOST, f"{rank} {reason}")
+            self._lose(rank, reason)
+
     def _beat(self) -> None:
         """Calls of the store may never return when its host has vanished, hence the second thread."""
         own = f"pulse {self._rank}"
@@ -74,8 +82,7 @@ class Pulse:
             self._seen[rank] = (count, silent + 1 if count == before else 0)
             if silent >= BEATS and count == before and not self._is_set(_ended(rank)):
                 reason = f"has not been heard of for {self._deadline_s:g} s"
-                self._store.set(LOST, f"{rank} {reason}")
-                self._lose(rank, reason)
+                self.tell(rank, reason)
                 return
 
     def _is_set(self, key: str) -> bool:
