@@ -14,6 +14,7 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable
+from typing import cast
 
 from soloist.engine.meeting import Meeting
 from soloist.errors import ClusterError
@@ -46,7 +47,7 @@ class Lifelines:
         with selectors.DefaultSelector() as selector, self._listener, end:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(end, selectors.EVENT_READ)
-            while end not in (ready := [key.fileobj for key, _ in selector.select()]):
+            while end not in (ready := [cast(socket.socket, key.fileobj) for key, _ in selector.select()]):
                 for line in ready:
                     if line is self._listener:
                         line, _ = self._listener.accept()
