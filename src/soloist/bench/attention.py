@@ -1,6 +1,7 @@
 """Paged attention beside its ceiling: bytes of the context over HBM's rate, or products over the tensor cores'.
 
     python -m soloist.bench.attention attention.jsonl
+    python -m soloist.bench.attention mla.jsonl "decode MLA"      # those loads alone
 
 Shape legend: T tokens, N sequences, H query heads, C KV heads, Q and V widths of keys and values, M blocks of a table.
 """
@@ -8,11 +9,12 @@ Shape legend: T tokens, N sequences, H query heads, C KV heads, Q and V widths o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,13 @@ LOADS = [
 ]
 
 
+# The copy of the next tile is given out only when this one's weights are known, so it waits for HBM all over again.
+LATENT_FORMS = {
+    "two tiles of 32 keys on their way": {"keys": 32, "stages": 3},
+    "the next tiles in the L2": {"ahead": 2},
+}
+
+
 def check(load: AttentionLoad, device: torch.device, attend: Callable[[Inputs], Tensor]) -> float:
     """Relative error against the definition in fp32, of a few of the sequences. Asserts that it is rounding."""
     few = replace(load, sequences=min(load.sequences, 3), context=min(load.context, 1037), tokens=min(load.tokens, 301))
@@ -122,6 +131,13 @@ def variants(load: AttentionLoad) -> Iterator[tuple[str, AttentionLoad, Choice]]
         yield "paged, columns not divided", load, lambda *of: replace(tiling(*of), apart=False)
     if load.latent or load.tokens > 1:
         yield "paged, in blocks of 64", replace(load, block_size=64), tiling
+    if load.latent and load.tokens == 1 and load.heads > 16:
+        for name, changes in LATENT_FORMS.items():
+            yield f"the same, {name}", replace(load, block_size=64), partial(_changed, changes)
+
+
+def _changed(changes: dict[str, int], *of: Any) -> Tiling:
+    return replace(tiling(*of), **changes)
 
 
 def triton_attention(load: AttentionLoad, choose: Choice, device: torch.device) -> Callable[[Inputs], Tensor]:
@@ -146,14 +162,16 @@ def sdpa(load: AttentionLoad, device: torch.device) -> Callable[[], Tensor]:
     return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def points(device: torch.device) -> Iterator[Point]:
-    """Every load, checked, then timed."""
+def points(device: torch.device, names: Collection[str] = ()) -> Iterator[Point]:
+    """Every load, or those of some names, checked, then timed."""
     machine, at = torch.cuda.get_device_name(device), commit()
     for load in LOADS:
+        if names and load.name not in names:
+            continue
         shape: dict[str, object] = {"N": load.sequences, "tokens": load.tokens, "context": load.context}
         shape |= {"H": load.heads, "C": load.kv_heads, "width": f"{load.key}/{load.value}"}
         point = partial(Point, load.name, shape=shape, machine=machine, commit=at)
-        ceiling_s, bound_by = load.ceiling(Ceilings())
+        ceiling_s, bound_by = load.ceiling(Ceilings.of(machine))
         for name, form, choose in variants(load):
             attend = triton_attention(form, choose, device)
             check(form, device, attend)
@@ -165,11 +183,11 @@ def points(device: torch.device) -> Iterator[Point]:
             yield point("SDPA, dense", seconds=taken, ceiling_s=ceiling_s, bound_by=bound_by)
 
 
-def main(path: Path) -> None:
+def main(path: Path, names: Collection[str]) -> None:
     """A table; points are written to `path` as they are measured."""
     found = []
     with path.open("w") as file:
-        for point in points(torch.device("cuda", torch.cuda.current_device())):
+        for point in points(torch.device("cuda", torch.cuda.current_device()), names):
             found.append(point)
             write_lines([point], file)
             file.flush()
@@ -177,4 +195,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -35,7 +35,8 @@ class Tiling:
     """How a launch is cut.
 
     `per_sm`: programs that keep an SM busy. `apart`: the warps of a product divide its columns. `bulk`: the copy engine
-    reads tiles that lie in one block.
+    reads tiles that lie in one block. `ahead`: with it, of a latent cache, asks for the tile that lies so many further
+    on in the L2; 0: never.
     """
 
     rows: int
@@ -45,6 +46,7 @@ class Tiling:
     per_sm: int = 2
     apart: bool = False
     bulk: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class _Call:
             batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, rows, heads,
             *self.q_THQ.stride()[:2], *self.k_cache.stride()[:2], *self.v_cache.stride()[:2],
             DECODE=decode, SPLIT=splits > 1, SINKS=layer.sinks_H is not None, WINDOW=layer.window or 0,
-            SHARED=widths.shared, BULK=bulk[0] is not None, APART=cut.apart, PAGE=batch.block_size,
+            SHARED=widths.shared, BULK=bulk[0] is not None, AHEAD=cut.ahead if self._is_dense(widths) else 0,
+            APART=cut.apart, PAGE=batch.block_size,
             HEAD_TILES=tiles.each, G=tiles.heads, BQ=queries, R=cut.rows, B=cut.keys, Q=widths.key, QA=widths.first,
             QX=widths.rest, V=widths.value, VP=widths.values,
             num_warps=cut.warps, num_stages=cut.stages,
@@ -205,6 +208,10 @@ class _Call:
             TensorDescriptor.from_tensor(keys, [cut.keys, widths.rest]) if widths.rest else None,
             None if widths.shared else TensorDescriptor.from_tensor(values, [cut.keys, widths.values]),
         )
+
+    def _is_dense(self, widths: Widths) -> bool:
+        """Whether the rows of a tile follow each other without gaps, values among them."""
+        return widths.shared and self.k_cache.stride(0) == widths.key
 
     def _is_shared(self) -> bool:
         """Whether values are the first columns of the keys, as in the latent cache of MLA."""
