@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from soloist.errors import CapacityError, ConfigurationError
 from soloist.planner.plan import plan_of
+from soloist.planner.refit import load_calibration
 from soloist.planner.score import Options
 from soloist.simulator.commands import drift_of, run_simulate
 from soloist.simulator.deployment import Setup, simulate
@@ -157,3 +159,35 @@ def test_attention_groups_wait_for_the_one_that_prefills_as_the_planner_says() -
     planned = given.scorer(load).score(given.deployment, given.options, batch)
     assert planned.tpot.value == pytest.approx(result.tpot_s.mean, rel=0.05)
     assert planned.tpot.value > 1.25 * planned.decode.seconds.value
+
+
+@pytest.mark.parametrize(
+    ("layout", "prompt"), [("ep8", 1000), ("tp2", 1000), ("pp2tp4", 1000), ("tp2", 20000), ("pp2tp4", 20000)]
+)
+def test_a_lone_prompt_takes_as_long_as_the_planner_says(layout: str, prompt: int) -> None:
+    """Without the decode step that a prompt comes behind; requests are so rare that nearly none meets another."""
+    given, load = setup(layout), Load(prompt=prompt, output=1, rate=0.01)
+    planned = given.scorer(load).score(given.deployment, given.options, 1)
+    result, _ = simulate(given, load, requests=20)
+    assert result.ttft_s
+    assert planned.ttft.value - planned.decode.seconds.value == pytest.approx(result.ttft_s.p50, rel=0.12)
+
+
+def test_prefill_in_graphs_does_not_wait_for_the_host() -> None:
+    """By the calibration of a machine, which knows what launches of our own engine take."""
+    given = replace(setup("ep2"), calibration=load_calibration("2xh200"))
+    load, captured = Load(prompt=200, output=1, rate=0.01), Options(mixed_graphs=(256,))
+    plain, quick = (simulate(replace(given, options=how), load, requests=5)[0] for how in (Options(), captured))
+    assert plain.ttft_s
+    assert quick.ttft_s
+    assert quick.ttft_s.mean < 0.5 * plain.ttft_s.mean
+
+
+def test_an_option_goes_before_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"model": preset("qwen3-30b-a3b"), "cluster": cluster("hgx-h100"), "layout": "ep2", "requests": 5}
+    means = []
+    for graphs in ("", "256"):
+        load = "prompt=200,output=1,rate=0.01"
+        run_simulate(**common, load=load, as_json=True, calibration="2xh200", mixed_graphs=graphs)
+        means.append(json.loads(capsys.readouterr().out)["ttft_s"]["mean"])
+    assert means[1] < means[0]

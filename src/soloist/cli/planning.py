@@ -80,6 +80,9 @@ def simulate(
     drift: Annotated[str, typer.Option(help="Of the hot experts: drift=60,rebalance=120,move=0.05")] = "",
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
     precision: Annotated[str, typer.Option(help="bf16, fp16, fp32, fp8 or fp4; by default the model's own.")] = "",
+    mixed_graphs: Annotated[
+        str, typer.Option(help="Tokens of the prefill steps in graphs, like 256,8192; by default what the plan says.")
+    ] = "",
     as_json: JsonOption = False,
     perfetto: Annotated[Path | None, typer.Option(callback=to_write, help="Write a trace for ui.perfetto.dev.")] = None,
     plot: Annotated[Path | None, typer.Option(callback=to_write, help="Write a picture.")] = None,
@@ -108,6 +111,7 @@ def simulate(
             plot,
             out,
             calibration,
+            mixed_graphs,
         )  # fmt: skip
     )
 

@@ -11,7 +11,7 @@ what they would cost if all prefilled in the same steps.
 
 from __future__ import annotations
 
-from math import expm1
+from math import ceil, expm1
 from typing import NamedTuple
 
 from soloist.planner.estimate import Estimate, total
@@ -77,6 +77,7 @@ class Scorer:
         self.kernels, self.runtime, self.load = kernels, runtime, load
         self._models: dict[object, StepModel] = {}
         self._steps: dict[object, StepCost] = {}
+        self._prompts: dict[object, Estimate] = {}
 
     def most_sequences(self, deployment: Deployment, options: Options) -> float:
         """Sequences of an attention group whose KV cache fits; below 1 where not even one does."""
@@ -96,7 +97,7 @@ class Scorer:
             options=options,
             batch=batch,
             tpot=tpot,
-            ttft=self._first_token(prefill, decode, options),
+            ttft=self._first_token(deployment, options, decode),
             output_rate=tpot.inverse(batch * groups),
             input_rate=prefill.seconds.inverse(options.chunk_tokens * groups),
             memory=self._memory(deployment, options, batch),
@@ -113,25 +114,47 @@ class Scorer:
         parts = [part.times(1.0 if name in SPREAD else alone) for name, part in prefill.parts.items()]
         return total(parts).times(prompts * new / chunk)
 
-    def _first_token(self, prefill: StepCost, decode: StepCost, options: Options) -> Estimate:
+    def _first_token(self, deployment: Deployment, options: Options, decode: StepCost) -> Estimate:
         """Prefill of one prompt behind the decode step that is running; queueing is the simulator's matter."""
-        chunks = max(1.0, self.load.prompt * (1 - self.load.prefix) / options.chunk_tokens)
-        return total((prefill.seconds.times(chunks), decode.seconds))
+        key = self._key(deployment, options)
+        if key not in self._prompts:
+            self._prompts[key] = self._prompt(deployment, options)
+        return total((self._prompts[key], decode.seconds))
 
-    def _step(self, phase: str, deployment: Deployment, options: Options, tokens: float) -> StepCost:
-        """A step of one of the `dp` equal replicas."""
-        layout = deployment.layout
-        traced = (deployment.node_copies, deployment.rank_copies)
-        model = (layout.pp, layout.attention_ranks, layout.ep, layout.tp, deployment.slots, traced, options)
-        key = (model, phase, tokens)
+    def _prompt(self, deployment: Deployment, options: Options) -> Estimate:
+        """Prefill of one prompt while no other group prefills: the experts of all groups share its rows.
+
+        In as few equal chunks as the largest step allows, one after the other through all stages, since a sequence is
+        in one batch at a time.
+        """
+        new = self.load.prompt * (1 - self.load.prefix)
+        chunks = ceil(new / options.chunk_tokens)
+        own, shared = (
+            self._step("prefill", deployment, options, new / chunks / groups, micro_batches=1).parts
+            for groups in (1, deployment.layout.attention_groups)
+        )
+        return total(shared[name] if name in SPREAD else part for name, part in own.items()).times(chunks)
+
+    def _step(
+        self, phase: str, deployment: Deployment, options: Options, tokens: float, micro_batches: int = 0
+    ) -> StepCost:
+        """A step of one of the `dp` equal replicas. `micro_batches` 0: as the options say."""
+        model = self._key(deployment, options)
+        key = (model, phase, tokens, micro_batches)
         if model not in self._models:
             given = (deployment, self.kernels, self.runtime, options.overlap, options.mixed_graphs)
             self._models[model] = StepModel(*given)
         if key not in self._steps:
             context = self.load.context if phase == "decode" else self.load.prompt / 2
             step = self._models[model].decode if phase == "decode" else self._models[model].prefill
-            self._steps[key] = step(tokens, context, options.micro_batches)
+            self._steps[key] = step(tokens, context, micro_batches or options.micro_batches)
         return self._steps[key]
+
+    def _key(self, deployment: Deployment, options: Options) -> object:
+        """What step times depend on: not on `dp`."""
+        layout = deployment.layout
+        traced = (deployment.node_copies, deployment.rank_copies)
+        return (layout.pp, layout.attention_ranks, layout.ep, layout.tp, deployment.slots, traced, options)
 
     def _mode(self, layout: Layout) -> Mode:
         """Of the exchange whose buffers stay: Soloist's own inside a node."""

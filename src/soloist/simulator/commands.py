@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from soloist.errors import ConfigurationError
+from soloist.planner.host import buckets_of
 from soloist.planner.refit import load_calibration
 from soloist.simulator.deployment import Setup, simulate
 from soloist.simulator.losses import Loss
@@ -30,9 +31,12 @@ def run_simulate(
     layout: str = "", load: str = "rate=10", requests: int = 1000, seed: int = 0, precision: str = "",
     trace: str | Path | None = None, lose: Sequence[str] = (), drift: str = "", as_json: bool = False,
     perfetto: str | Path | None = None, picture: str | Path | None = None, out: str | Path | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | None = None, mixed_graphs: str = "",
 ) -> int:  # fmt: skip
-    """What the command line calls. Prints a table, or JSON; writes the files that are asked for. Returns the status."""
+    """What the command line calls. Prints a table, or JSON; writes the files that are asked for. Returns the status.
+
+    `mixed_graphs`, as in the engine's option of this name, goes before what the plan says.
+    """
     if plan:
         setup = Setup.of_plan(plan)
     elif model and cluster and layout:
@@ -41,6 +45,8 @@ def run_simulate(
         raise ConfigurationError.of("plan", plan, "give a plan file, or --model, --cluster and --layout")
     if calibration:
         setup = replace(setup, calibration=load_calibration(calibration))
+    if mixed_graphs:
+        setup = replace(setup, options=replace(setup.options, mixed_graphs=buckets_of(mixed_graphs)))
     wanted, deployed = Load.parse(load), setup.deployment.layout
     losses = [Loss.parse(text, setup.cluster.gpus_per_node) for text in lose]
     tracer = Tracer(deployed) if perfetto else None
