@@ -139,9 +139,10 @@ def write(series: Sequence[Series], folder: Path) -> list[Path]:
 
 def _plot(series: Sequence[Series], path: Path) -> list[Path]:
     """Nothing where matplotlib is not installed: the records say it all."""
+    from soloist.bench.plot import plot_compare
+
     try:
-        from soloist.bench.plot import plot_compare
-    except ImportError:
+        plot_compare([one.record() for one in series], path)
+    except ModuleNotFoundError:
         return []
-    plot_compare([one.record() for one in series], path)
     return [path]

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
+from soloist.bench.figures import PHASES
+from soloist.planner.plots import pyplot
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
-from matplotlib.axes import Axes  # noqa: E402
-
-from soloist.bench.figures import PHASES  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Record = Mapping[str, Any]
 
 
 def plot_compare(records: Sequence[Record], path: Path) -> None:
     """Four panels, one bar (or stack) a layout."""
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     first = records[0]
     figure.suptitle(

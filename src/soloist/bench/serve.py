@@ -199,12 +199,15 @@ def lines(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def write(outcomes: Sequence[Outcome], summary: Mapping[str, Any], folder: Path) -> list[Path]:
-    """requests.jsonl, serve.jsonl and serve.png in a folder."""
+    """requests.jsonl, serve.jsonl and, where matplotlib is installed, serve.png in a folder."""
     from soloist.bench.serve_plot import plot_serve
 
     folder.mkdir(parents=True, exist_ok=True)
-    found = [folder / name for name in ("requests.jsonl", "serve.jsonl", "serve.png")]
-    found[0].write_text("".join(json.dumps(line) + "\n" for line in lines(outcomes)))
-    found[1].write_text(json.dumps(summary) + "\n")
-    plot_serve(lines(outcomes), summary, found[2])
-    return found
+    requests, summed, picture = (folder / name for name in ("requests.jsonl", "serve.jsonl", "serve.png"))
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines(outcomes)))
+    summed.write_text(json.dumps(summary) + "\n")
+    try:
+        plot_serve(lines(outcomes), summary, picture)
+    except ModuleNotFoundError:
+        return [requests, summed]
+    return [requests, summed, picture]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
-from matplotlib.axes import Axes  # noqa: E402
+from soloist.planner.plots import pyplot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_serve(requests: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:
     """Four panels."""
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     figure.suptitle(
         f"{summary['requests']} requests, {summary['tps']:.0f} tokens/s, "

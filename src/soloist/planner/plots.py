@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from soloist.errors import ConfigurationError
 from soloist.planner.validate import Report
 
 COLOURS = {"fit": "#7a8ba3", "check": "#d1495b", "left-out": "#edae49"}
 
 
 def pyplot() -> Any:
-    """matplotlib without a display. Raises ConfigurationError where it is not installed."""
-    try:
-        matplotlib = import_module("matplotlib")
-        matplotlib.use("Agg")
-        return import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise ConfigurationError.of("plot", str(error), "install the extra: pip install 'soloist[plot]'") from error
+    """matplotlib without a display. Raises ModuleNotFoundError where the extra `plot` is not installed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def plot_validation(report: Report, path: str | Path) -> None:

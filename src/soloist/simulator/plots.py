@@ -1,4 +1,4 @@
-"""A picture of a simulation. Needs matplotlib (`pip install soloist[plot]`)."""
+"""A picture of a simulation. Needs matplotlib, the extra `plot`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from soloist.errors import ConfigurationError
+from soloist.planner.plots import pyplot
 from soloist.simulator.ledger import Ledger
 from soloist.simulator.report import Result
 
@@ -21,21 +21,15 @@ CURVES = (
 
 def plot(result: Result, ledger: Ledger, path: str | Path) -> None:
     """Throughput, queue and utilisation over time, and the distributions of TTFT and TPOT. The suffix is the format."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigurationError.of("plot", str(path), "needs matplotlib: pip install soloist[plot]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(3, 2, figsize=(11, 9), layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(3, 2, figsize=(11, 9), layout="constrained")
     for axis, (unit, names) in zip(axes.flat, CURVES, strict=False):
         _curves(axis, result, unit, names)
     _distribution(axes.flat[4], "TTFT", ledger.ttft_s)
     _distribution(axes.flat[5], "TPOT", ledger.tpot_s)
     figure.suptitle(f"{result.layout} on {result.gpus} GPUs, {result.finished} requests")
     figure.savefig(path)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def _curves(axis: Any, result: Result, unit: str, names: tuple[str, ...]) -> None:
