@@ -167,7 +167,7 @@ def test_a_plain_installation_says_what_to_install(monkeypatch, module, extra):
     monkeypatch.setattr("soloist.planner.commands.run_crossovers", missing)
     result = run("crossovers")
     assert result.exit_code == cli.USER_ERROR
-    assert f"needs {module.partition('.')[0]}: pip install 'soloist[{extra}]'" in result.stderr
+    assert f"needs {module.partition('.')[0]}; in a checkout: pip install '.[{extra}]'" in result.stderr
 
 
 def test_a_traceback_for_those_who_ask():

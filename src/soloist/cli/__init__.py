@@ -46,7 +46,7 @@ class Commands(TyperGroup):
             extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
             if extra is None:
                 raise
-            text = f"this command needs {package}: pip install 'soloist[{extra}]', in a checkout '.[{extra}]'"
+            text = f"this command needs {package}; in a checkout: pip install '.[{extra}]'"
             _print_error(error, text, ctx.params["verbose"])
             raise typer.Exit(USER_ERROR) from error
 

@@ -69,7 +69,7 @@ def _versions(machine: Machine) -> Iterator[Finding]:
             "versions",
             "torch is not installed",
             "planning and simulating work, running does not",
-            "pip install soloist[run]",
+            "in a checkout: pip install '.[run]'",
         )
     elif numbers(torch)[:2] < LEAST_TORCH:
         yield error("versions", f"torch {torch}", "Soloist needs 2.11 or later", "pip install -U 'torch>=2.11'")

@@ -23,9 +23,8 @@ def locate(model: Path | str, weights: bool = True) -> Path:
         from huggingface_hub import snapshot_download  # type: ignore[reportUnknownVariableType]
         from huggingface_hub.errors import HFValidationError
     except ImportError:
-        raise ConfigurationError.of(
-            "model", str(model), "is no folder; the hub needs `pip install soloist[run]`"
-        ) from None
+        remedy = "is no folder; a model of the hub needs, in a checkout: pip install '.[run]'"
+        raise ConfigurationError.of("model", str(model), remedy) from None
     if isinstance(model, Path) or model.count("/") != 1:
         raise ConfigurationError.of("model", str(model), "is no folder, and no owner/name of the hub")
     try:

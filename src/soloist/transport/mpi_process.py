@@ -146,7 +146,7 @@ def _module() -> Any:
     try:
         import mpi4py
     except ImportError as error:
-        raise ConfigurationError.of("transport", "mpi", "needs mpi4py: pip install soloist[mpi]") from error
+        raise ConfigurationError.of("transport", "mpi", "needs mpi4py; in a checkout: pip install '.[mpi]'") from error
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
     try:
         from mpi4py import MPI
