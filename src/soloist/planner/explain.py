@@ -19,7 +19,8 @@ def why(best: Score, other: Score) -> str:
     ratio = best.rate_per_gpu / other.rate_per_gpu
     heads = f"{name_of(best.deployment)} gives {ratio:.2f} x the tokens per GPU of {name_of(other.deployment)}"
     gains = _differences(best, other)
-    faster = ", ".join(f"{name} {_per_token(other, name):.0f} → {_per_token(best, name):.0f}" for name in gains[:3])
+    parts = [(name, *(_micros(_per_token(score, name)) for score in (other, best))) for name in gains[:3]]
+    faster = ", ".join(f"{name} {before} → {after}" for name, before, after in parts)
     return f"{heads}. GPU time of a token in µs: {faster}."
 
 
@@ -27,6 +28,10 @@ def _differences(best: Score, other: Score) -> list[str]:
     """Names of parts, the one that saves most first."""
     names = {*best.decode.parts, *other.decode.parts, PREFILL}
     return sorted(names, key=lambda name: _per_token(best, name) - _per_token(other, name))
+
+
+def _micros(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 PREFILL = "prefill of arriving prompts"

@@ -35,6 +35,7 @@ CASE_COLUMNS = (
     "GB a GPU",
     "bottleneck",
 )
+READING = "A reading is one way to take a claim that leaves something open: a shape of the model, cut by a layout."
 CLAIM_COLUMNS = ("reading", "claim", "claimed", "bound", "predicted", "verdict", "why")
 WORDS = ("reading", "claim", "verdict", "why", "bottleneck")  # columns that hold no numbers
 
@@ -78,7 +79,7 @@ def write_html(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Reference deployments</title><style>{STYLE}</style>"
     ]
     parts.append("<h1>Reference deployments: claims, bounds, predictions</h1>")
-    parts.append(f"<p>{_legend()}</p>")
+    parts.append(f"<p>{READING}</p><p>{_legend()}</p>")
     for scenario in scenarios:
         parts.append(f"<h2>{escape(scenario.name)}</h2><p>{escape(scenario.about)}</p>")
         parts.append(_table(CASE_COLUMNS, [case_row(case) for case in cases[scenario.name]]))

@@ -189,7 +189,8 @@ def _served(scores: list[Score], load: Load) -> list[Score] | str:
     limit = limit_of(load)
     quick = [s for s in able if s.tpot.value <= limit]
     if not quick:
-        return f"TPOT {1e3 * min(s.tpot.value for s in able):.1f} ms is above {1e3 * limit:g} ms"
+        whose = "" if load.tpot_s else ", the limit without tpot=…"
+        return f"TPOT {1e3 * min(s.tpot.value for s in able):.1f} ms is above {1e3 * limit:g} ms{whose}"
     first = [s for s in quick if not load.ttft_s or s.ttft.value <= load.ttft_s]
     if not first:
         return f"TTFT {min(s.ttft.value for s in quick):.2f} s is above {load.ttft_s:g} s"
