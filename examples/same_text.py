@@ -114,7 +114,8 @@ def vanish(network: Network, ranks: int, layout: str) -> None:
     _, errors = first.communicate(timeout=LIMIT_S)
     seconds = time.monotonic() - lost_s
     second.communicate(timeout=LIMIT_S)
-    told = [line for line in errors.splitlines() if "no answer" in line or "broke" in line or "not been heard" in line]
+    reasons = ("no answer", "broke", "not been heard", "given up", "ended without")
+    told = [line for line in errors.splitlines() if any(reason in line for reason in reasons)]
     print(f"after {begun!r} node 1 vanished; node 0 ended after {seconds:.1f} s (deadline {DEADLINE_S:g} s) with")
     print("   ", told[0] if told else errors[-2000:])
     assert first.returncode != 0
