@@ -8,9 +8,11 @@ all of that, since no form serves less than such a span of sizes. One layer of e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from soloist.placement.placement import Placement
 from soloist.scheduling.request import Chunk, SamplingParams, StepBatch
+from soloist.specs.model import ModelSpec
 
 LONG_CONTEXT = 32_768  # tokens of a long one
 FEW = 2048  # tokens of a step; more fill the GPU without contexts being cut into parts
@@ -33,3 +35,13 @@ def rehearsals(max_tokens: int, longest: int, max_sequences: int, block: int, bl
                 for row, (tokens, start) in enumerate(zip(pieces, starts, strict=True))
             )
             yield StepBatch(0, tuple(chunks), peak=size)
+
+
+def kinds(spec: ModelSpec, placement: Placement, layers: Sequence[int]) -> list[int]:
+    """The index in `layers`, those of a stage, of the first of each kind; the same on all ranks of the stage."""
+    found = dict[object, int]()
+    for index, layer in enumerate(layers):
+        is_moe = layer in spec.moe_layers
+        slots = placement.slots[spec.moe_layers.index(layer)] if is_moe else ()
+        found.setdefault((spec.window(layer), is_moe, tuple(map(len, slots))), index)
+    return list(found.values())
