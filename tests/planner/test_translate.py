@@ -4,7 +4,8 @@ import pytest
 
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
-from soloist.planner.engines import launch_flags, read_command
+from soloist.planner.engine_commands import read_command
+from soloist.planner.engines import launch_flags
 from soloist.planner.environment import recommended, review
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
@@ -27,6 +28,15 @@ SGLANG = "python -m sglang.launch_server --model-path"
         (f"{SGLANG} M --tp-size 16 --attn-dp-size 16 --moe-a2a-backend deepep", "ep16"),
         (f"{SGLANG} M --tp 16 --ep-size 8", "attn16ep8tp2"),
         (f"{SGLANG} M --tp 8 --dp-size 2", "dp2tp8"),
+        (f"{SGLANG} M --tp 16 --dp 16 --enable-dp-attention --enable-deepep-moe", "ep16"),
+        (f"{SGLANG} M --tp 16 --dp 4 --enable-dp-attention --moe-a2a-backend deepep --pp 2", "attn4pp2ep16"),
+        ("sglang serve --model-path M --tp=8 --ep 8", "attn8ep8"),
+        ("vllm serve --enable-expert-parallel M -dp 8", "ep8"),
+        ("vllm serve M -dp 1 -tp 8 --enable-expert-parallel --no-enable-expert-parallel", "tp8"),
+        ("python3 -m vllm.entrypoints.openai.api_server --model M -tp 4", "tp4"),
+        ("docker run --gpus all -e A=1 -v /m:/m vllm/vllm-openai:v0.11.0 --model M -tp 4", "tp4"),
+        ("docker run lmsysorg/sglang:latest python3 -m sglang.launch_server --model-path M --tp 4", "tp4"),
+        ("A=1 /opt/bin/vllm serve M -tp 4 --seed -1 2>&1 | tee -a log", "tp4"),
     ],
 )
 def test_commands_in_our_words(command: str, layout: str) -> None:
@@ -44,6 +54,66 @@ def test_overlap_replicas_and_limits_are_read() -> None:
 def test_what_does_not_work_is_noted() -> None:
     assert "overlaps" in read_command("vllm serve M -tp 8 -ep --enable-dbo").notes[0]
     assert "cuts each expert" in read_command("vllm serve M -tp 1 -dp 8").notes[0]
+
+
+def test_models_wherever_they_stand() -> None:
+    for text in ("vllm serve --enable-eplb M", "vllm serve M", "vllm serve --model M", "sglang serve --model M"):
+        assert read_command(text).model == "M"
+
+
+def test_replicas_in_every_spelling() -> None:
+    """vLLM has none without --enable-eplb."""
+    spellings = ("--eplb-config.num_redundant_experts 32", "--num-redundant-experts=32")
+    for flags in (*spellings, """--eplb-config '{"num_redundant_experts": 32}'"""):
+        assert read_command(f"vllm serve M -dp 8 -ep --enable-eplb {flags}").redundant == 32
+    found = read_command(f"vllm serve M -dp 8 -ep {spellings[0]}")
+    assert found.redundant == 0
+    assert "--enable-eplb" in found.notes[0]
+
+
+def test_a_backend_in_the_environment() -> None:
+    assert read_command("VLLM_ALL2ALL_BACKEND=deepep_low_latency vllm serve M -dp 8 -ep --enable-dbo").is_overlapped
+
+
+def test_what_is_not_modelled_is_noted() -> None:
+    text = """vllm serve M -tp 8 --speculative-config '{"method": "mtp"}' -dcp 8 --enforce-eager --quantization awq"""
+    notes = "; ".join(read_command(text).notes)
+    for name in ("--speculative-config", "--decode-context-parallel-size", "--enforce-eager", "--quantization awq"):
+        assert name in notes
+    assert not read_command("vllm serve M -dcp 1 --port 8000 --max-model-len 4096 --cpu-offload-gb 0").notes
+
+
+def test_data_types() -> None:
+    found = read_command("vllm serve M --quantization modelopt_fp4 --kv-cache-dtype fp8_e4m3")
+    assert (found.precision, found.kv) == ("fp4", "fp8")
+    used, load = Calibration.published(), Load.parse("prompt=1000,output=200")
+    plain, named = (
+        advise(f"vllm serve Qwen/Qwen3-235B-A22B{suffix} -tp 8", cluster("hgx-h200"), load, used).current.deployment
+        for suffix in ("", "-FP8")
+    )
+    assert (plain.precision.experts, named.precision.experts) == ("bf16", "fp8")
+    other = advise("vllm serve openai/gpt-oss-120b --kv-cache-dtype fp8", cluster("hgx-h200"), load, used)
+    assert (other.current.deployment.precision.experts, other.current.deployment.precision.kv) == ("fp4", "fp8")
+
+
+def test_a_server_for_decode_alone_does_not_prefill() -> None:
+    text = f"{SGLANG} deepseek-ai/DeepSeek-V3 --tp 32 --attn-dp-size 32 --moe-a2a-backend deepep"
+    load, used = Load.parse("prompt=2000,output=200"), Calibration.published()
+    whole, alone = (
+        advise(text + more, cluster("hgx-h100"), load, used) for more in ("", " --disaggregation-mode decode")
+    )
+    assert alone.current.tpot.value < 1.05 * alone.current.decode.seconds.value
+    assert alone.current.rate_per_gpu > 2 * whole.current.rate_per_gpu
+    assert "prefill alone" in read_command(f"{SGLANG} M --disaggregation-mode prefill").notes[0]
+
+
+def test_heads_that_an_engine_would_not_cut() -> None:
+    advice = advise("vllm serve Qwen/Qwen3-30B-A3B -tp 3", cluster("hgx-h100"), Load.parse(""), Calibration.published())
+    assert any("does not start" in note and "32 heads" in note for note in advice.notes)
+    deployment = Deployment(
+        model=preset("deepseek-v3"), layout=Layout.parse("attn6ep72"), precision=Precision.named("fp8")
+    )
+    assert launch_flags("sglang", deployment, is_overlapped=False) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import msgspec
 
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
-from soloist.planner.engines import Command, cannot, launch_flags, read_command
+from soloist.planner.engine_commands import Command, read_command
+from soloist.planner.engines import cannot, cuts_heads, launch_flags
 from soloist.planner.explain import name_of, why
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Deployment
@@ -43,10 +44,14 @@ def advise(
     command = read_command(text)
     if command.sequences and not load.sequences and not load.rate:
         load = msgspec.structs.replace(load, sequences=command.sequences)
+    if command.phase == "decode":  # the last token of a prompt is computed here
+        load = msgspec.structs.replace(load, prefix=1 - 1 / load.prompt)
     spec = model or model_of(command.model)
-    precision = Precision.named(command.precision) if command.precision else _released(spec)
+    precision = _precision(command, spec)
     scorer = Scorer(Kernels(cluster, calibration), Runtime.named(command.engine, calibration), load)
     current, notes = _current(command, spec, precision, scorer), [*command.notes]
+    if cuts_heads(current.deployment):
+        notes.append(f"{command.engine} does not start like this: {cannot(command.engine, current.deployment)}")
     if load.sequences > current.sequences + 1:
         notes.append(f"Of {load.sequences} sequences only {current.sequences:.0f} fit at once as it is.")
     found = search(spec, cluster, command.layout.size, load, scorer, precision)
@@ -77,9 +82,17 @@ def model_of(name: str) -> ModelSpec:
     return preset(max(known, key=len))
 
 
-def _released(spec: ModelSpec) -> Precision:
-    """DeepSeek-V3 is released in fp8; the others in their own data type."""
-    return Precision.named("fp8") if spec.name.startswith("deepseek-v3") else Precision.of(spec)
+def _precision(command: Command, spec: ModelSpec) -> Precision:
+    """As the command says, else as its checkpoint's name does, else as the model is released."""
+    short = command.model.rsplit("/", 1)[-1].lower()
+    named = next((dtype for dtype in ("fp8", "fp4") if dtype in short), "")
+    if dtype := command.precision or named or ("fp8" if spec.name.startswith("deepseek-v3") else ""):
+        found = Precision.named(dtype)
+    else:
+        found = Precision.of(spec)
+        if spec.name.startswith("gpt-oss"):
+            found = msgspec.structs.replace(found, experts="fp4")
+    return msgspec.structs.replace(found, kv=command.kv) if command.kv else found
 
 
 def _current(command: Command, spec: ModelSpec, precision: Precision, scorer: Scorer) -> Score:
@@ -89,5 +102,10 @@ def _current(command: Command, spec: ModelSpec, precision: Precision, scorer: Sc
     deployment = Deployment(model=spec, layout=layout, precision=precision, slots=slots, skew=scorer.load.skew)
     options = Options(overlap="on" if command.is_overlapped else "off")
     if scorer.most_sequences(deployment, options) < 1:
-        raise ConfigurationError.of("from", str(layout), f"{spec.name} does not fit on these GPUs in this layout")
+        size = sum(scorer.score(deployment, options, 1).memory.values()) / 1e9
+        most = scorer.kernels.cluster.gpu.memory_GB
+        remedy = (
+            f"{spec.name} takes {size:.0f} GB of each GPU's {most:g} with one sequence; use more GPUs or fewer bits"
+        )
+        raise ConfigurationError.of("from", str(layout), remedy)
     return at_best(deployment, options, scorer)
