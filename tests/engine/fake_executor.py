@@ -114,7 +114,7 @@ class Slow(FakeExecutor):
     """Leaves the test time to interfere."""
 
     def run(self, batch: StepBatch) -> Here | None:
-        time.sleep(0.01)
+        time.sleep(0.05)
         return super().run(batch)
 
 

@@ -72,7 +72,7 @@ def test_an_aborted_request_leaves_nothing_behind_and_others_go_on(deployment):
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     long, other = (deployment.front.submit([5, 6], params) for _ in range(2))
     while len(long.sequences[0].tokens) < 3:
-        deployment.front.pump()
+        deployment.front.pump(most=1)  # message by message: on a busy machine there is always one more
     deployment.front.abort(long)
     assert long.sequences[0].finish_reason == "abort"
     deployment.finish(other)
@@ -242,7 +242,7 @@ def test_a_rank_that_cannot_start_fails_the_start(short_path):
 def test_closing_ends_what_is_under_way(short_path):
     with Deployment(short_path, "pp2ep2") as deployment:
         request = deployment.front.submit([1], SamplingParams(max_tokens=250, ignore_eos=True))
-        deployment.front.pump()
+        deployment.front.pump(most=1)
     assert request.error == "the engine was closed"
 
 

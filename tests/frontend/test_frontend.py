@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from soloist.errors import CheckpointError, ClusterError, RequestError
+from soloist.frontend import frontend
 from soloist.frontend.frontend import FrontEnd
 from soloist.frontend.sockets import Hub, Spoke
 from soloist.frontend.wire import (
@@ -160,6 +161,24 @@ def test_the_rank_to_blame_is_named_not_the_first_to_complain(world, errors, gon
     assert request.error == blamed
     with pytest.raises(ClusterError if "memory" not in blamed else Exception, match=blamed):
         ep2.front.submit([1], SamplingParams())
+
+
+class Queue:
+    """A hub whose messages have all come."""
+
+    def __init__(self, *messages):
+        self.messages = list(messages)
+
+    def receive(self, timeout_s):
+        return self.messages.pop(0) if self.messages else None
+
+
+def test_a_front_end_that_was_held_up_hears_all_there_is_before_it_blames(monkeypatch):
+    monkeypatch.setattr(frontend, "GRACE_S", -1.0)
+    late, bug = RankError("CommunicationError", "rank 1 is late", ""), RankError("ValueError", "bug", "")
+    front = FrontEnd(Layout.parse("ep2"), 50, Queue((0, late), (1, bug)), 60.0, lambda: {1: "ended with exit code 1"})
+    front.pump(most=1)
+    assert str(front.failure) == "rank 1: ValueError: bug"
 
 
 def test_a_leader_with_work_must_speak(world):

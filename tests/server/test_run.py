@@ -22,7 +22,7 @@ from soloist.planner.plan import Plan
 from tests.mpirun import free_port
 from tests.server.live import NOVELS, http
 
-MANY = 150  # tokens: half a second of work
+MANY = 1000  # tokens: some seconds of work
 
 
 def run(*arguments: str) -> Result:
@@ -60,19 +60,24 @@ def parent(pid: str) -> int:
         return 0
 
 
-@contextmanager
-def halted(process: subprocess.Popen[str]) -> Iterator[None]:
-    """While all processes below a server stand still, nothing that it has accepted ends."""
+def below(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that it has started, and theirs."""
     parents = {int(path.name): parent(path.name) for path in Path("/proc").glob("[0-9]*")}
-    below = [process.pid]
-    for pid in below:
-        below += [child for child, above in parents.items() if above == pid]
-    for pid in below[1:]:
+    found = [process.pid]
+    for pid in found:
+        found += [child for child, above in parents.items() if above == pid]
+    return found[1:]
+
+
+@contextmanager
+def halted(ranks: list[int]) -> Iterator[None]:
+    """While all processes below a server stand still, nothing that it has accepted ends."""
+    for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        for pid in below[1:]:
+        for pid in ranks:
             os.kill(pid, signal.SIGCONT)
 
 
@@ -93,11 +98,12 @@ def process():
 def test_sigterm_lets_accepted_requests_finish(process):
     server = process("--drain", "500")
     server.wait()
+    ranks = below(server.process)
     body = {"model": NOVELS.name, "prompt": "The old", "max_tokens": MANY, "ignore_eos": True, "stream": True}
     with http.stream("POST", f"{server.url}/v1/completions", json=body) as response:
         lines = (line for line in response.iter_lines() if line)
         found = [next(lines)]
-        with halted(server.process):
+        with halted(ranks):
             server.process.send_signal(signal.SIGTERM)
             while http.get(f"{server.url}/health").status_code == 200:
                 time.sleep(0.01)

@@ -290,9 +290,16 @@ def blame(t: Transport, call: Callable[[], object]) -> tuple[int, int | None, st
     return caught.value.rank, caught.value.peer, str(caught.value)
 
 
+def meet_and_wait_no_longer(t: Transport) -> None:
+    """The short deadline holds when all have come, however long that took."""
+    t.barrier()
+    for bound in (t, getattr(t, "_watch", t)):  # shared memory has it in its watch
+        bound.deadline_s = LOST_S
+
+
 def one_stops(t: Transport, culprit: int) -> tuple[int, int | None, str] | None:
     """The culprit takes part once and then no more."""
-    t.barrier()
+    meet_and_wait_no_longer(t)
     if t.rank == culprit:
         return None
     rows = torch.zeros(t.size, 2, device=t.device)
@@ -316,7 +323,7 @@ def one_dies(t: Transport, culprit: int) -> tuple[int, int | None, str]:
 
 
 def one_never_sends(t: Transport, culprit: int) -> tuple[int, int | None, str] | None:
-    t.barrier()
+    meet_and_wait_no_longer(t)
     if t.rank == culprit:
         return None
     return blame(t, lambda: t.recv((2,), torch.float32, culprit, where="stage 1, input"))
@@ -347,7 +354,6 @@ def main(also: str = "") -> None:
     t.close()
     for failure in (one_stops, one_closes, one_never_sends) if also == "failures" else ():
         t = join(failure.__name__)
-        t.deadline_s = LOST_S
         if told := failure(t, place.size - 1):
             print(f"{failure.__name__}: {told[2]}", flush=True)
 

@@ -64,13 +64,13 @@ def blamed(outcomes: list, where: str) -> list[tuple[int, int | None]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_peer_that_stops_is_named(ranks: RankPool, kind: str) -> None:
     size = size_on(kind)
-    outcomes = ranks.run(size, kind, conformance.one_stops, CULPRIT, deadline_s=conformance.LOST_S)
+    outcomes = ranks.run(size, kind, conformance.one_stops, CULPRIT)
     assert blamed(outcomes, "layer 3, dispatch") == [(rank, CULPRIT) for rank in range(size) if rank != CULPRIT]
 
 
 @pytest.mark.parametrize("kind", ["local", *PROCESSES])
 def test_peer_that_never_sends_is_named(ranks: RankPool, kind: str) -> None:
-    outcomes = ranks.run(2, kind, conformance.one_never_sends, CULPRIT, deadline_s=conformance.LOST_S)
+    outcomes = ranks.run(2, kind, conformance.one_never_sends, CULPRIT)
     assert blamed(outcomes, "stage 1, input") == [(0, CULPRIT)]
 
 

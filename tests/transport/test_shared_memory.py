@@ -127,6 +127,14 @@ def test_message_of_a_peer_that_has_closed_can_still_be_read(tmp_path: Path) -> 
         second.recv((1,), torch.int64, 0)
 
 
+def test_first_message_of_a_peer_that_has_closed_is_its_loss(tmp_path: Path) -> None:
+    first, second = members(tmp_path, 4096, (20.0, 20.0))
+    first.send(torch.tensor([1]), 1)
+    first.close()
+    with pytest.raises(CommunicationError, match="rank 0: has closed"):
+        second.recv((1,), torch.int64, 0)
+
+
 def test_peer_that_does_not_join_is_named(tmp_path: Path) -> None:
     with pytest.raises(CommunicationError, match="no answer") as caught:
         SharedMemoryTransport(FileStore(str(tmp_path / "store"), 2), range(5, 7), 0, 0.3)

@@ -54,14 +54,22 @@ def run_rank(
             except CommunicationError as error:
                 tell(meeting, error)
                 raise
+            except Exception as error:
+                inbox.send(_told(error))  # before its connections break, of which the others complain
+                return error
     except Exception as found:
         error = cause(meeting, found)
-        inbox.send(RankError(type(error).__name__, str(error), traceback.format_exc()))
+        inbox.send(_told(error))
         return error
     else:
         return None
     finally:
         inbox.close()
+
+
+def _told(error: Exception) -> RankError:
+    """Called where it is handled, whose traceback goes with it."""
+    return RankError(type(error).__name__, str(error), traceback.format_exc())
 
 
 def serve(

@@ -33,6 +33,7 @@ from soloist.specs.layout import Layout
 
 POLL_S = 0.1  # between looks at the ranks' health
 GRACE_S = 2.0  # for the rank that caused an error to say so, after others have said that they suffered from it
+LAST_WORDS_S = 0.5  # of silence after which a rank that has ended had nothing to say
 
 
 @dataclass
@@ -219,10 +220,11 @@ class FrontEnd:
     def _cause(self, trouble: str) -> SoloistError:
         """Ranks that suffer may speak before the one that fails: listen as long as somebody is left, then choose."""
         end = time.monotonic() + GRACE_S
-        while time.monotonic() < end and all(error.is_collateral for error in self._errors.values()):
-            if received := self.hub.receive(POLL_S):
+        while all(error.is_collateral for error in self._errors.values()):
+            late, ended = time.monotonic() > end, self._ended_ranks().keys()  # before the look for their last words
+            if received := self.hub.receive(0 if late else LAST_WORDS_S):
                 self._take(*received)
-            elif self.ranks.keys() <= self._errors.keys() | self._ended_ranks().keys():
+            elif late or self.ranks.keys() <= self._errors.keys() | ended:
                 break
         for rank, error in self._errors.items():
             if not error.is_collateral:

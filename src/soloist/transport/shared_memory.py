@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
-from soloist.errors import CommunicationError
+from soloist.errors import ClusterError, CommunicationError
 from soloist.transport.base import Transport
 from soloist.transport.exchange import Exchange, ExchangeTransport, row_bytes
 from soloist.transport.shared_segment import (
@@ -124,9 +124,15 @@ class SharedMemoryTransport(ExchangeTransport):
     def _inbox(self, peer: int, fd: int, where: str) -> memoryview:
         key = (peer, fd)
         if key not in self._inboxes:
-            self._inboxes[key] = memoryview(open_memory(int(self._segment.pid_N[peer]), fd))
-            if self._segment.left_N[peer]:  # then its descriptors may already mean something else
+            try:
+                memory = open_memory(int(self._segment.pid_N[peer]), fd)
+            except ClusterError:
+                if not self._watch.has_left(peer):
+                    raise
+                memory = None
+            if memory is None or self._segment.left_N[peer]:  # its descriptors may already mean something else
                 raise CommunicationError(self.ranks[self.rank], self.ranks[peer], where, "has closed")
+            self._inboxes[key] = memoryview(memory)
         return self._inboxes[key]
 
     # -- sub-worlds -------------------------------------------------------------------------------------------------

@@ -171,6 +171,10 @@ class Watch:
             return first, f"no answer within {self.deadline_s:g} s" + (f", nor from ranks {others}" if others else "")
         return None
 
+    def has_left(self, peer: int) -> bool:
+        """Whether it has closed, given up or ended."""
+        return self._finding(peer) is not None
+
     def _finding(self, peer: int) -> tuple[int, int, str] | None:
         """Weight (less says more), world rank and what is wrong with it."""
         left = int(self.segment.left_N[peer])
