@@ -143,7 +143,11 @@ class Deployment:
     def __enter__(self) -> Deployment:
         for thread in self.threads:
             thread.start()
-        self.front.wait_ready(120, lambda ranks: None)
+        try:
+            self.front.wait_ready(120, lambda ranks: None)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

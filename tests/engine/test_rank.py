@@ -235,7 +235,8 @@ def test_a_rank_that_cannot_start_fails_the_start(short_path):
             if world.seat.rank == 1:
                 raise ValueError("no weights")
 
-    with pytest.raises(ClusterError, match="rank 1: ValueError: no weights"), Deployment(short_path, "tp2", Broken):
+    deployment = Deployment(short_path, "tp2", Broken, start_deadline_s=4.0)  # as long as its leader waits for it
+    with pytest.raises(ClusterError, match="rank 1: ValueError: no weights"), deployment:
         pass
 
 

@@ -349,7 +349,8 @@ def test_time_is_bounded(fake, stream):
         response = post(server, {"model": "fake", "prompt": [1], "max_tokens": 5000, "stream": stream})
         if stream:  # it had begun
             *pieces, last = (json.loads(line[6:]) for line in response.text.split("\n\n") if line)
-            assert [piece["choices"][0]["text"] for piece in pieces] == [f" {i}" for i in range(len(pieces))]
+            text = "".join(piece["choices"][0]["text"] for piece in pieces)  # some join tokens where the server was late
+            assert text == "".join(f" {i}" for i in range(len(text.split()))) != ""
             assert last["error"]["code"] == "timeout"
         else:
             assert response.status_code == 504
