@@ -201,7 +201,7 @@ class JoinedRanks:
         self.thread.start()
 
     def ended(self) -> dict[int, str]:
-        return self.lost if self.thread.is_alive() else {0: "ended"}
+        return self.lost if self.thread.is_alive() else {**self.lost, 0: "ended"}  # whoever was lost before it, first
 
     def close(self, patience_s: float = 0.0) -> None:
         self.thread.join(patience_s)
