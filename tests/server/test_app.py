@@ -349,7 +349,7 @@ def test_time_is_bounded(fake, stream):
         response = post(server, {"model": "fake", "prompt": [1], "max_tokens": 5000, "stream": stream})
         if stream:  # it had begun
             *pieces, last = (json.loads(line[6:]) for line in response.text.split("\n\n") if line)
-            text = "".join(piece["choices"][0]["text"] for piece in pieces)  # some join tokens where the server was late
+            text = "".join(piece["choices"][0]["text"] for piece in pieces)  # a late server joins tokens
             assert text == "".join(f" {i}" for i in range(len(text.split()))) != ""
             assert last["error"]["code"] == "timeout"
         else:
