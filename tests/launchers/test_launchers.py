@@ -193,6 +193,7 @@ def test_another_command_than_serve(plan_file):
     [
         (["no-plan.json"], "plan = 'no-plan.json': cannot be read"),
         (["PLAN", "--for", "carrier-pigeon"], "--for = 'carrier-pigeon': choose one of torchrun"),
+        (["PLAN", "--", "nosuchcommand"], "-- = 'nosuchcommand': is no command of soloist; there is plan"),
         (["PLAN", "--out", "/no/such/folder/x"], "--out = '/no/such/folder/x': there is no folder"),
     ],
 )

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soloist.errors import ConfigurationError
-from soloist.planner.exchange import PRIORS, ExchangeShape, copies, exchange_seconds, fabric, row_bytes
+from soloist.kernels.experts import choose_fp8_tiles, choose_tiles
+from soloist.planner.exchange import GATHERED_ROWS, PRIORS, ExchangeShape, copies, exchange_seconds, fabric, row_bytes
 from soloist.specs.cluster import cluster
 
 H100 = cluster("dgx-h100")
@@ -58,3 +60,14 @@ def test_rows_carry_their_scales() -> None:
     assert row_bytes(7168, "fp8") == 7168 + 56 * 4
     with pytest.raises(ConfigurationError, match="int3"):
         row_bytes(1, "int3")
+
+
+def test_rows_are_read_where_they_are_as_long_as_our_kernels_do() -> None:
+    """The planner needs no torch, so it has its own copy of that limit."""
+    for fp8 in (False, True):
+        few, more = (
+            choose_fp8_tiles(rows, in_blocks=True) if fp8 else choose_tiles(rows, 2048, torch.bfloat16)
+            for rows in (GATHERED_ROWS, GATHERED_ROWS + 1)
+        )
+        assert few.gather
+        assert not more.gather

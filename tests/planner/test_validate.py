@@ -78,6 +78,16 @@ def test_unknown_roles_metrics_and_models_are_listed_not_fatal(tmp_path: Path) -
     assert "Nonesuch" in found.skipped[1].replace("nonesuch", "Nonesuch")
 
 
+def test_unknown_modes_of_an_exchange_are_told(tmp_path: Path) -> None:
+    text = (PUBLISHED / "all_to_all.csv").read_text()
+    (tmp_path / "all_to_all.csv").write_text(text.replace(",normal,", ",carrier_pigeon,"))
+    found = validate(tmp_path)
+    assert found.assumed == ["all_to_all: mode 'carrier_pigeon' counts as normal in 4 rows"]
+    (tmp_path / "all_to_all.csv").write_text(text.replace(",low_latency,", ",Low-Latency,"))
+    assert validate(tmp_path).assumed == []
+    assert validate(tmp_path).mape("all_to_all", "check") == validate().mape("all_to_all", "check")
+
+
 def test_a_folder_without_tables_and_a_broken_row(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="all_to_all.csv"):
         validate(tmp_path)

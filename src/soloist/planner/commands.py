@@ -322,3 +322,5 @@ def _print_validation(report: Report, out: Console) -> None:
         out.print(f"Roles other than fit and check: {', '.join(report.unknown_roles)}")
     for line in report.skipped:
         out.print(f"Not modelled: {line}")
+    for line in report.assumed:
+        out.print(f"Assumed: {line}")

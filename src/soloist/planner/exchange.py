@@ -38,7 +38,8 @@ GATHERED_ROWS = 96  # of an expert, up to which our kernels read them through an
 PHASES = ("dispatch", "combine")
 MODES: dict[str, Mode] = {
     "low_latency": "low_latency", "ll": "low_latency", "two_sided": "two_sided", "one_sided": "two_sided",
-    "ragged": "ragged", "pushed": "pushed", "local": "local", "normal": "normal",
+    "ragged": "ragged", "pushed": "pushed", "local": "local", "normal": "normal", "high_throughput": "normal",
+    "ht": "normal",
 }  # fmt: skip
 INFINIBAND_US, EFA_US = 4.0, 15.0  # one-way delay of a small message
 ROUNDS = 4  # counts, payload, flag and acknowledgement cross the network one after the other
@@ -154,14 +155,19 @@ def row_bytes(width: int, dtype: str) -> float:
     return width * ({**BYTES, "fp4": 0.5}[name] + scales.get(name, 0.0))
 
 
+def mode_named(text: str) -> Mode | None:
+    """A mode as tables spell it."""
+    return MODES.get(text.strip().lower().replace("-", "_").replace(" ", "_"))
+
+
 @lru_cache(maxsize=4096)
 def shape_of(row: ExchangeRow, phase: str) -> ExchangeShape:
-    """What one phase of a published measurement exchanged. Unknown modes count as `normal`.
+    """What one phase of a published measurement exchanged. Unknown modes count as `normal` (`mode_named`).
 
     pplx's kernels have no hierarchical mode: they send one copy for each expert whatever the batch.
     """
     dtype = row.dispatch_dtype if phase == "dispatch" else row.combine_dtype
-    mode: Mode = MODES.get(row.mode, "normal")
+    mode = mode_named(row.mode) or "normal"
     if row.library.startswith("pplx"):
         mode = "low_latency"
     return ExchangeShape(

@@ -6,6 +6,7 @@ a fit to all the others. Rows with another role get a line of their own; what ca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean, median
@@ -17,8 +18,9 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, calibrated, left_out
 from soloist.planner.deployments import end_to_end, own_runs
 from soloist.planner.domains import Domain, domains
+from soloist.planner.exchange import mode_named
 from soloist.planner.refit import load_calibration
-from soloist.planner.tables import PUBLISHED, TABLES, Row, RunRow, read_measurements, read_table
+from soloist.planner.tables import PUBLISHED, TABLES, ExchangeRow, Row, RunRow, read_measurements, read_table
 
 ROLES = ("fit", "check")
 OWN_RUNS = "runs-"  # what our engine did on a machine, beside that machine's calibration
@@ -59,6 +61,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[RowReport]
     unknown_roles: list[str] = []
     skipped: list[str] = []
+    assumed: list[str] = []  # of rows that were predicted all the same
 
     def mape(self, table: str, role: str) -> float:
         """Mean absolute percentage error as a share. Raises KeyError where there are no such rows."""
@@ -94,7 +97,14 @@ def validate(folder: str | Path | None = None, calibration: Calibration | None =
     if folder is None:
         rows += _own_runs(skipped)
     roles = sorted({row.role for found in tables.values() for row in found} - set(ROLES))
-    return Report(tables=_summary(rows), rows=rows, unknown_roles=roles, skipped=skipped)
+    assumed = _assumed(tables["all_to_all"])
+    return Report(tables=_summary(rows), rows=rows, unknown_roles=roles, skipped=skipped, assumed=assumed)
+
+
+def _assumed(rows: Iterable[Row]) -> list[str]:
+    """Modes of an exchange that are not known by name."""
+    modes = Counter(row.mode for row in rows if isinstance(row, ExchangeRow) and mode_named(row.mode) is None)
+    return [f"all_to_all: mode {mode!r} counts as normal in {times} rows" for mode, times in modes.items()]
 
 
 def _own_runs(skipped: list[str]) -> Iterator[RowReport]:
