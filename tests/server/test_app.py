@@ -123,6 +123,21 @@ def test_logprobs_stand_beside_their_tokens(client, novels):
     assert bytes(entries[0].bytes).decode() == entries[0].token
 
 
+def test_a_token_stands_among_the_best_though_it_be_none_of_them(client):
+    """So do those of a prompt."""
+    odd = GREEDY["prompt"] + " house house house"
+    found = (
+        client.completions.create(**GREEDY | {"prompt": odd, "max_tokens": 4}, echo=True, logprobs=1)
+        .choices[0]
+        .logprobs
+    )
+    for token, logprob, top in list(zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[1:]:
+        assert top[token] == logprob
+        assert len(top) == (1 if logprob == max(top.values()) else 2)
+    none = client.completions.create(**GREEDY, logprobs=0).choices[0].logprobs
+    assert none.top_logprobs == [{t: v} for t, v in zip(none.tokens, none.token_logprobs, strict=True)]
+
+
 def test_a_prompt_is_echoed_with_its_log_probabilities(client):
     """What a model makes of a text that is given: of the answer sent back as a prompt, what it had as an answer."""
     answer = client.completions.create(**GREEDY, logprobs=1).choices[0]

@@ -112,9 +112,15 @@ class Form:
         return {
             "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{self.text_of(token): value for token, value in entry.top} for entry in entries],
+            "top_logprobs": [self._best(entry) for entry in entries],
             "text_offset": offsets,
         }
+
+    def _best(self, entry: TokenLogprob) -> dict[str, float]:
+        """With the token itself, as OpenAI has it, though it be none of the best."""
+        found = {self.text_of(token): value for token, value in entry.top}
+        found.setdefault(self.text_of(entry.token), entry.logprob)
+        return found
 
     def _from_the_prompt_on(self, index: int, request: Request, sequence: SequenceState) -> dict[str, Any]:
         """Nothing comes before a prompt's first token that could make it probable."""
