@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -100,7 +101,8 @@ def test_every_token_is_read_and_counted(fake, tmp_path):
         assert outcome.tokens == request.body["max_tokens"]
         assert outcome.text == "".join(f" {i}" for i in range(outcome.tokens))
         assert outcome.due_s <= outcome.first_s <= outcome.last_s
-    summary = summarise(outcomes, load)
+    summary = summarise(outcomes, load, Path("talks.json"))
+    assert summary["dataset"] == "talks.json"
     assert summary["tokens"] == sum(request.body["max_tokens"] for request in planned)
     assert summary["met_slo"] == 1.0
     assert "30 of 30" in table(summary).title

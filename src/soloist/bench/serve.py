@@ -97,8 +97,11 @@ async def send(client: Client, planned: Sequence[Planned], path: str) -> list[Ou
     return await asyncio.gather(*(one(request) for request in planned))
 
 
-def summarise(outcomes: Sequence[Outcome], load: Load) -> dict[str, Any]:
-    """One record of all outcomes. Rates count from the first due time to the last token."""
+def summarise(outcomes: Sequence[Outcome], load: Load, dataset: Path | None = None) -> dict[str, Any]:
+    """One record of all outcomes. Rates count from the first due time to the last token.
+
+    dataset: the file that prompts came from, whatever lengths the load names.
+    """
     good = [outcome for outcome in outcomes if outcome.error is None and outcome.tokens]
     begin = min(outcome.due_s for outcome in outcomes)
     wall_s = max((outcome.last_s for outcome in good), default=begin) - begin
@@ -108,6 +111,7 @@ def summarise(outcomes: Sequence[Outcome], load: Load) -> dict[str, Any]:
     return {
         "what": "serve",
         "load": str(load),
+        "dataset": dataset.name if dataset else None,
         "slo_s": {"ttft": load.ttft_s or None, "tpot": load.tpot_s or None},
         "requests": len(outcomes),
         "answered": len(good),

@@ -18,9 +18,10 @@ def plot_serve(requests: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
     """Four panels."""
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    source = f"prompts of {summary['dataset']}; " if summary["dataset"] else ""
     figure.suptitle(
         f"{summary['requests']} requests, {summary['tps']:.0f} tokens/s, "
-        f"{summary['met_slo']:.0%} within the SLO; {summary['load']}",
+        f"{summary['met_slo']:.0%} within the SLO; {source}{summary['load']}",
         fontsize=9,
     )
     answered = [request for request in requests if request["error"] is None and request["ttft_s"] is not None]

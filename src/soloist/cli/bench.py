@@ -142,7 +142,7 @@ def serve_(
     )
     path = "/v1/chat/completions" if chat else "/v1/completions"
     outcomes = run(bench.send(Client(url, api_key, timeout), planned, path))
-    summary = bench.summarise(outcomes, wanted)
+    summary = bench.summarise(outcomes, wanted, dataset)
     console = Console()
     console.print(bench.table(summary))
     for path in bench.write(outcomes, summary, out):
