@@ -75,6 +75,7 @@ class LocalDispatcher(Dispatcher):
         return Arriving(self, x_TD.contiguous(), choice)
 
     def make_index(self, x_TD: Tensor, choice: SlotChoice) -> ExpertBatch:
+        """This rank's own tokens as the batch of its experts; the batch is views of the one index."""
         index, (tokens, top_k) = self.index, choice.slot_TK.shape
         expanded = tokens * min(top_k, self.slots)
         slots_TK, out = choice.slot_TK.contiguous(), (index.row_X, index.weight_X, index.place_TK, index.offsets_S)

@@ -34,6 +34,7 @@ class Places:
 
     @classmethod
     def of(cls, group_TK: Tensor, groups: int, rounds: int, capacity: int) -> Places:
+        """`capacity`: rows that a round holds for each group."""
         group_TK = group_TK.where(group_TK >= 0, groups)
         one_TG = torch.zeros(len(group_TK), groups + 1, dtype=torch.int64, device=group_TK.device)
         one_TG.scatter_(1, group_TK, 1)

@@ -23,7 +23,7 @@ SLOW = {
 
 def check_environment(machine: Machine) -> Iterator[Finding]:
     """The variables that NCCL, MPI, CUDA and torch read."""
-    findings = [*_obsolete(machine), *_contradictions(machine), *_slow(machine)]
+    findings = [*_obsolete(machine), *_nccl(machine), *_ranks(machine), *_slow(machine)]
     yield from findings
     if not findings:
         count = len(machine.environment)
@@ -45,7 +45,8 @@ def _obsolete(machine: Machine) -> Iterator[Finding]:
         )
 
 
-def _contradictions(machine: Machine) -> Iterator[Finding]:
+def _nccl(machine: Machine) -> Iterator[Finding]:
+    """NCCL's variables against the links and devices of the machine."""
     env = machine.environment
     nvlink = any(gpu.nvlinks_up for gpu in machine.gpus)
     active = [nic.device for nic in machine.nics if nic.state == "ACTIVE"]
@@ -91,6 +92,11 @@ def _contradictions(machine: Machine) -> Iterator[Finding]:
             "NCCL's own choice depends on size; a forced one is wrong for most",
             "unset both and measure",
         )
+
+
+def _ranks(machine: Machine) -> Iterator[Finding]:
+    """Variables that say how many ranks there will be, and what each may use."""
+    env = machine.environment
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and machine.gpus:
         shown = [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]

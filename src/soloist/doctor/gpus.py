@@ -35,6 +35,12 @@ def check_gpus(machine: Machine) -> Iterator[Finding]:
 
 def _one(gpu: GpuFacts) -> Iterator[Finding]:
     who = f"GPU {gpu.index}"
+    yield from _fitness(gpu, who)
+    yield from _speed(gpu, who)
+
+
+def _fitness(gpu: GpuFacts, who: str) -> Iterator[Finding]:
+    """What keeps it from taking part at all."""
     if gpu.mig:
         yield error(
             "mig",
@@ -57,6 +63,10 @@ def _one(gpu: GpuFacts) -> Iterator[Finding]:
             "the plan counts on all of it",
             "end what runs there (nvidia-smi shows it), or plan with less",
         )
+
+
+def _speed(gpu: GpuFacts, who: str) -> Iterator[Finding]:
+    """What makes it slower than its kind, and with it all others."""
     if gpu.power_limit_W and gpu.power_default_W and gpu.power_limit_W < 0.99 * gpu.power_default_W:
         yield warning(
             "power limit",

@@ -38,6 +38,7 @@ class StepAnswer:
         return all(copy.is_here for copy in copies)
 
     def wait(self) -> list[Sampled]:
+        """What was chosen, in order of the chunks. Waits `deadline_s` at most; raises what `check` raises."""
         chosen = {answer.sequence: answer for drawn in self.drawn for answer in drawn.sampled(self.deadline_s)}
         scored = {sequence: scores.logprobs(self.deadline_s) for sequence, scores in self.scored.items()}
         self.check()

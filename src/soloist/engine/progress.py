@@ -37,6 +37,7 @@ class StartUp:
         self.reached_s: dict[str, float] = {}  # from the beginning on
 
     def update(self, ranks: Mapping[int, RankReport]) -> None:
+        """A phase is reached when the last rank has reached it."""
         for phase in next(iter(ranks.values())).phases:
             if phase not in self.reached_s and all(phase in report.phases for report in ranks.values()):
                 last_s = max(report.phases[phase] for report in ranks.values())

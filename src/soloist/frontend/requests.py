@@ -42,6 +42,7 @@ class SequenceState:
     last_token_s: float = float("nan")
 
     def apply(self, delta: Delta) -> None:
+        """Add what its leader sent; the last delta says why it ended."""
         if delta.tokens:
             self.last_token_s = time.monotonic()
             self.first_token_s = self.first_token_s if self.tokens else self.last_token_s

@@ -62,6 +62,7 @@ class Widths:
 
     @classmethod
     def of(cls, key: int, value: int, shared: bool) -> Widths:
+        """A key of 576 columns as 512 and 64, not as 1024."""
         whole = _power_of_two(key)
         first, rest = whole // 2, _power_of_two(max(1, key - whole // 2))
         if whole == key or first + rest >= whole:

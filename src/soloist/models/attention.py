@@ -67,6 +67,7 @@ class LayerCache:
     def allocate(
         cls, spec: ModelSpec, heads: Heads, slots: int, device: torch.device, dtype: torch.dtype
     ) -> LayerCache:
+        """Zeros for `slots` tokens and this rank's KV heads."""
         a = spec.attention
         if a.kind == "mla":
             keys = torch.zeros(slots, 1, a.kv_rank + a.rope_dim, device=device, dtype=dtype)

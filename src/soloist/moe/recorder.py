@@ -40,6 +40,7 @@ class RoutingRecorder:
         self._tokens.append(np.vstack([tokens, np.full(count, self.rank), np.arange(count)]))
 
     def record(self, layer: int, expert_ids_TK: Tensor) -> None:
+        """A layer's choices for the tokens that `begin` named."""
         if not self._listens:
             return
         if self.mode == "ids":

@@ -142,6 +142,7 @@ class Scheduler:
 
     @property
     def stats(self) -> SchedulerStats:
+        """How full it is now; preemptions and prefix tokens since the start."""
         return SchedulerStats(
             waiting=self._waiting_count,
             running=len(self._running),

@@ -33,6 +33,7 @@ class Details:
         return msgspec.json.encode(self.record() if rank is None else self.record() | {"pairs": self._pairs(rank)})
 
     def record(self) -> dict[str, Any]:
+        """What the page shows, in JSON's types."""
         served, window = self.desk.served, self.watch.window
         found: dict[str, Any] = {
             "time": time.time(),

@@ -60,6 +60,7 @@ class Tally:
         self.recent_tpot_s: deque[float] = deque(maxlen=RECENT)
 
     def observe(self, request: Request, sequence: SequenceState, delta: Delta, last_token_s: float) -> None:
+        """`last_token_s`: of the sequence before this delta; NaN before its first token."""
         if delta.tokens:
             self.generated += len(delta.tokens)
             if math.isnan(last_token_s):
