@@ -8,7 +8,7 @@ import pytest
 from soloist.errors import ConfigurationError
 from soloist.specs.cluster import ClusterSpec, cluster, load_clusters, preset_clusters, preset_gpus
 from soloist.specs.nccl_tests import parse_nccl_tests
-from soloist.specs.topology import from_nccl_xml, from_nvidia_smi
+from soloist.specs.topology import from_nccl_xml, from_nvidia_smi, read_topology
 
 TOPO = """
 \x1b[4mGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tNIC1\tCPU Affinity\tNUMA Affinity\x1b[0m
@@ -121,6 +121,17 @@ def test_nvidia_smi_matrix_with_unequal_links() -> None:
     assert (spec.gpus_per_node, spec.nics_per_node, spec.nic_GBps) == (4, 2, 12.5)
     assert spec.bandwidth_matrix(4)[0, 1] == 300e9
     assert spec.bandwidth_matrix(4)[0, 3] == 12e9
+
+
+def test_a_gpu_by_its_short_name_and_nics_by_their_devices(tmp_path: Path) -> None:
+    """As nvidia-smi prints it to a terminal: the header underlined. Older drivers name the devices."""
+    lines = ["\t\x1b[4mGPU0\tGPU1\tbnxt_re0\trocep12s0\tCPU Affinity\x1b[0m", "GPU0\t X \tNV18\tPIX\tSYS\t0-47"]
+    lines += ["GPU1\tNV18\t X \tSYS\tPIX\t0-47", "bnxt_re0\tPIX\tSYS\t X \tSYS", "rocep12s0\tSYS\tPIX\tSYS\t X "]
+    (tmp_path / "topo.txt").write_text("\n".join(lines))
+    spec = read_topology(tmp_path / "topo.txt", "h100", nic_GBps=25)
+    assert (spec.gpu.name, spec.nics_per_node, spec.nic_GBps, spec.nvlink_GBps) == ("H100-80GB", 2, 25, 450)
+    with pytest.raises(ConfigurationError, match="is no preset GPU"):
+        read_topology(tmp_path / "topo.txt", "H9000")
 
 
 def test_nvidia_smi_refuses_other_text() -> None:

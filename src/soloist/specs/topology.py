@@ -26,15 +26,18 @@ def is_topology(text: str) -> bool:
 
 
 def read_topology(path: str | Path, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
-    """A node from a file of either kind. `nic_GBps` of a NIC, where the file does not say it.
+    """A node from a file of either kind. `gpu`: a preset's name, or its part before the memory (`H100`). `nic_GBps` of
+    a NIC, where the file does not say it.
 
     Raises ConfigurationError for a file that cannot be read or is neither, and for an unknown GPU.
     """
     text = read_text(path, "topology")
-    if gpu not in preset_gpus():
-        remedy = f"the file does not say which GPU it is; write {path}#GPU with one of {', '.join(preset_gpus())}"
-        raise ConfigurationError.of("gpu", gpu or None, remedy)
-    return from_nccl_xml(text, gpu) if text.lstrip().startswith("<") else from_nvidia_smi(text, gpu, nic_GBps)
+    known = preset_gpus()
+    name = next((key for key in known if gpu.lower() in (key.lower(), key.split("-")[0].lower())), None)
+    if name is None:
+        missing = "is no preset GPU" if gpu else "the file does not say which GPU it is"
+        raise ConfigurationError.of("gpu", gpu or None, f"{missing}; write {path}#GPU with one of {', '.join(known)}")
+    return from_nccl_xml(text, name) if text.lstrip().startswith("<") else from_nvidia_smi(text, name, nic_GBps)
 
 
 def from_nvidia_smi(text: str, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
@@ -48,7 +51,8 @@ def from_nvidia_smi(text: str, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
     if header is None or not rows:
         raise ConfigurationError.of("topology", text[:40], "holds no GPU matrix; give the output of nvidia-smi topo -m")
     gpus = [name for name in header if re.fullmatch(r"GPU\d+", name)]
-    nics = [name for name in header if re.fullmatch(r"(NIC\d+|mlx\d+_\d+)", name)]
+    named = {line[0] for line in lines if "X" in line[1:]}  # older drivers print devices: mlx5_0, bnxt_re0
+    nics = [name for name in header if name not in gpus and (name in named or re.fullmatch(r"NIC\d+", name))]
     if len(rows) != len(gpus) or any(len(row) < 1 + len(gpus) for row in rows):
         raise ConfigurationError.of(
             "topology", f"{len(rows)} rows", f"the header names {len(gpus)} GPUs; is it cut off?"
