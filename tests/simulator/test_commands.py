@@ -183,6 +183,18 @@ def test_prefill_in_graphs_does_not_wait_for_the_host() -> None:
     assert quick.ttft_s.mean < 0.5 * plain.ttft_s.mean
 
 
+def test_a_trace_keeps_its_times_unless_a_rate_is_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "azure.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{30 * i},100,5\n" for i in range(4)))
+    common = {"model": preset("qwen3-30b-a3b"), "cluster": cluster("hgx-h100"), "layout": "ep2", "requests": 0}
+    seconds = []
+    for load in ("", "rate=4"):
+        run_simulate(**common, load=load, trace=path, as_json=True)
+        seconds.append(json.loads(capsys.readouterr().out)["duration_s"])
+    assert seconds[0] == pytest.approx(90, abs=1)
+    assert seconds[1] == pytest.approx(1, abs=0.5)
+
+
 def test_an_option_goes_before_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
     common = {"model": preset("qwen3-30b-a3b"), "cluster": cluster("hgx-h100"), "layout": "ep2", "requests": 5}
     means = []

@@ -73,7 +73,9 @@ def simulate(
     model: Annotated[str | None, typer.Option(help="Folder, hub id or preset.")] = None,
     cluster: Annotated[str | None, typer.Option(help="A preset (`soloist cluster` lists them), or a file.")] = None,
     layout: Annotated[str, typer.Option(help="ep16, tp8pp2, …")] = "",
-    load: LoadOption = "prompt=1000,output=200,rate=10",
+    load: Annotated[
+        str, typer.Option(help="By default prompt=1000,output=200,rate=10; of a trace its own times and lengths.")
+    ] = "",
     requests: Annotated[int, typer.Option(help="How many.")] = 1000,
     trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths: Azure CSV, ShareGPT JSON.")] = None,
     lose: Annotated[list[str] | None, typer.Option(help="A loss: gpu=3,at=60s,recovery=5s or node=1,at=120s.")] = None,

@@ -25,17 +25,20 @@ from soloist.specs.cluster import ClusterSpec
 from soloist.specs.model import ModelSpec
 from soloist.specs.workload import Load
 
+USUAL = "prompt=1000,output=200,rate=10"
+
 
 def run_simulate(
     plan: str | Path | None = None, model: ModelSpec | None = None, cluster: ClusterSpec | None = None,
-    layout: str = "", load: str = "rate=10", requests: int = 1000, seed: int = 0, precision: str = "",
+    layout: str = "", load: str = "", requests: int = 1000, seed: int = 0, precision: str = "",
     trace: str | Path | None = None, lose: Sequence[str] = (), drift: str = "", as_json: bool = False,
     perfetto: str | Path | None = None, picture: str | Path | None = None, out: str | Path | None = None,
     calibration: str | Path | None = None, mixed_graphs: str = "",
 ) -> int:  # fmt: skip
     """What the command line calls. Prints a table, or JSON; writes the files that are asked for. Returns the status.
 
-    `mixed_graphs`, as in the engine's option of this name, goes before what the plan says.
+    `load`: `USUAL` where it is empty, of a trace its own times. `mixed_graphs`, as in the engine's option
+    of this name, goes before what the plan says.
     """
     if plan:
         setup = Setup.of_plan(plan)
@@ -47,7 +50,7 @@ def run_simulate(
         setup = replace(setup, calibration=load_calibration(calibration))
     if mixed_graphs:
         setup = replace(setup, options=replace(setup.options, mixed_graphs=buckets_of(mixed_graphs)))
-    wanted, deployed = Load.parse(load), setup.deployment.layout
+    wanted, deployed = Load.parse(load or ("" if trace else USUAL)), setup.deployment.layout
     losses = [Loss.parse(text, setup.cluster.gpus_per_node) for text in lose]
     tracer = Tracer(deployed) if perfetto else None
     result, run = simulate(
