@@ -36,13 +36,13 @@ def test_ranks_hold_the_model_together(text: str) -> None:
 def test_kv_cache_of_the_scenario() -> None:
     """1.28 M tokens × 16 layers × 2 × 4096 × 2 bytes = 335.5 GB, 21 GB on each of 16 GPUs."""
     spec = preset("ref-16l")
-    load = MemoryLoad(sequences=8, longest=10_000)
+    load = MemoryLoad(sequences=8, longest=10_000, block=16)
     parts = memory_parts(spec, Layout(ep=16).at(0), BF16, load)
     assert parts["KV cache"] == pytest.approx(335.5e9 / 16, rel=0.001)
 
 
 def test_latent_cache_is_held_by_every_rank_of_an_attention_group() -> None:
-    spec, load = preset("deepseek-v3"), MemoryLoad(sequences=1, longest=1600)
+    spec, load = preset("deepseek-v3"), MemoryLoad(sequences=1, longest=1600, block=16)
     alone = memory_parts(spec, Layout(ep=8).at(0), BF16, load)["KV cache"]
     shared = memory_parts(spec, Layout(tp=8).at(3), BF16, load)["KV cache"]
     assert alone == shared == 61 * 576 * 2 * (1600 + 16)  # and the block that padding writes to

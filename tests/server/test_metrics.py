@@ -141,6 +141,7 @@ def test_what_the_model_did(server):
     assert {sum(tokens) for tokens in layers.values()} != {0}
     assert all(rank["weight_bytes"] > 0 for rank in record["ranks"])
     assert "<html" in http.get(f"{server.url}/dashboard").text
+    assert http.get(f"{server.url}/").headers["location"] == "dashboard"
 
 
 def test_the_terminal_shows_what_the_dashboard_shows(server):

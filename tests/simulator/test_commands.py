@@ -14,7 +14,7 @@ from soloist.errors import CapacityError, ConfigurationError
 from soloist.planner.plan import plan_of
 from soloist.planner.refit import load_calibration
 from soloist.planner.score import Options
-from soloist.simulator.commands import drift_of, run_simulate
+from soloist.simulator.commands import USUAL_RATE, drift_of, run_simulate, usual
 from soloist.simulator.deployment import Setup, simulate
 from soloist.simulator.perfetto import Tracer
 from soloist.specs.cluster import cluster
@@ -65,6 +65,13 @@ def test_a_plan_file(tmp_path: Path) -> None:
     out = json.loads((tmp_path / "out.json").read_bytes())
     assert (out["layout"], out["gpus"], out["finished"]) == ("ep8", 8, 50)
     assert 0 < out["tpot_s"]["p50"] < 1
+    assert run_simulate(tmp_path / "plan.json", requests=50, out=tmp_path / "again.json") == 0
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "out.json").read_bytes()  # the plan's own load
+
+
+def test_a_load_that_does_not_say_how_requests_arrive() -> None:
+    assert usual(Load(prompt=300, output=20, skew=1.0)) == Load(prompt=300, output=20, skew=1.0, rate=USUAL_RATE)
+    assert usual(Load(sequences=8)) == Load(sequences=8)
 
 
 def test_skew_slows_down_and_balancing_helps() -> None:

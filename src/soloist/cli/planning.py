@@ -74,7 +74,11 @@ def simulate(
     cluster: Annotated[str | None, typer.Option(help="A preset (`soloist cluster` lists them), or a file.")] = None,
     layout: Annotated[str, typer.Option(help="ep16, tp8pp2, …")] = "",
     load: Annotated[
-        str, typer.Option(help="By default prompt=1000,output=200,rate=10; of a trace its own times and lengths.")
+        str,
+        typer.Option(
+            help="By default the plan's, else prompt=1000,output=200; with rate=10 where it states neither rate nor "
+            "sequences. Of a trace its own times and lengths."
+        ),
     ] = "",
     requests: Annotated[int, typer.Option(help="How many.")] = 1000,
     trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths: Azure CSV, ShareGPT JSON.")] = None,

@@ -11,7 +11,7 @@ import msgspec
 from soloist.errors import ConfigurationError
 from soloist.placement.replicas import Closeness
 from soloist.planner.batching import Link
-from soloist.planner.memory import replicates_below
+from soloist.planner.memory import KV_BLOCK, replicates_below
 from soloist.specs.model import Dtype, ModelSpec, Spec
 from soloist.transport.mpi_options import MpiOptions
 
@@ -90,7 +90,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
             raise ConfigurationError.of("ahead", "on", "in a pipeline tokens come back over the host; leave it out")
         return msgspec.structs.replace(
             self,
-            block_size=self.block_size or (64 if is_gpu else 16),
+            block_size=self.block_size or (KV_BLOCK if is_gpu else 16),
             max_batch_tokens=self.max_batch_tokens or (8192 if is_gpu else 2048),
             micro_batches=self.micro_batches or stages,
             replicate_below=below if self.replicate_below < 0 else self.replicate_below,

@@ -11,13 +11,13 @@ import msgspec
 
 from soloist.engine.meeting import place_from
 from soloist.errors import ConfigurationError
+from soloist.planner.memory import KV_BLOCK
 from soloist.planner.plan import Plan
 from soloist.planner.precision import Precision
 from soloist.specs.cluster import ClusterSpec
 from soloist.specs.model import ModelSpec
 
 IGNORED = ("name", "eos_ids")  # in which the spec of a preset may differ from that of a checkpoint
-BLOCK = 16  # tokens of a KV block, as planner/memory.py counts them
 
 
 def planned_options(plan: Plan) -> dict[str, Any]:
@@ -102,4 +102,4 @@ def _first_difference(key: str, planned: Any, found: Any) -> tuple[str, Any, Any
 
 
 def _whole_blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK) * BLOCK
+    return -(-tokens // KV_BLOCK) * KV_BLOCK

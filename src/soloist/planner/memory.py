@@ -24,6 +24,7 @@ PUSHED_BYTES, FEWEST_PUSHED = 6e9, 512  # of a pushed call's expanded rows on a 
 # by arithmetic at 300 GB/s. The sharded form has a gather and a reduce-scatter instead, 17 + 15 µs by NCCL: replicate
 # in all captured decoding steps up to 256.
 REPLICATED, REPLICATED_NVLINK = 64, 257
+KV_BLOCK = 64  # tokens of a KV block on a GPU
 
 
 def replicates_below(is_gpu: bool, nvlink_sums: bool, gpus_per_node: int, attention_ranks: int) -> int:
@@ -40,7 +41,7 @@ class MemoryLoad(Spec, frozen=True, kw_only=True):
     step_tokens: int = 2048  # tokens of the largest step (prefill chunk)
     exchange_tokens: int = 128  # tokens of a rank that the decode exchange's buffers hold
     spare_slots: int = 0
-    block: int = 16  # tokens of a KV block
+    block: int = KV_BLOCK
     replicated: int = REPLICATED_NVLINK  # tokens of a step below which all ranks of an attention group have them all
     graph_rows: float = 0.0  # of the largest captured decoding step; 0: as many as sequences
 

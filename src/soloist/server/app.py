@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -81,6 +81,7 @@ def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()
         app.add_api_route(path, endpoint, methods=["POST"])
     for path, endpoint in (("/v1/models", models), ("/v1/models/{name:path}", model), ("/version", version)):
         app.add_api_route(path, endpoint)
+    app.add_api_route("/", home, include_in_schema=False)
     app.add_api_route("/dashboard", dashboard)
     for path, endpoint in (("/health", health), ("/metrics", metrics), ("/details", details)):
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"])
@@ -208,6 +209,11 @@ async def details(request: Request) -> Response:
         raise RequestError(f"rank = {given!r}: must lie between 0 and {len(ranks) - 1}")
     page = request.app.state.details.page(None if given is None else int(given))
     return Response(page, media_type="application/json")
+
+
+async def home() -> Response:
+    """Who opens the address that the server printed finds a page."""
+    return RedirectResponse("dashboard")  # relative: a proxy may serve all of this under a path of its own
 
 
 async def dashboard() -> Response:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from soloist.server.desk import Call
 from soloist.server.refusals import Refusal
 
-OPEN = ("/health", "/metrics", "/dashboard", "/docs", "/openapi.json")  # paths that need no key
+OPEN = ("/", "/health", "/metrics", "/dashboard", "/docs", "/openapi.json")  # paths that need no key
 QUIET = ("/health", "/metrics", "/details")  # paths that are asked for again and again
 log = logging.getLogger("soloist.server")
 

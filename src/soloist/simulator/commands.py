@@ -25,7 +25,7 @@ from soloist.specs.cluster import ClusterSpec
 from soloist.specs.model import ModelSpec
 from soloist.specs.workload import Load
 
-USUAL = "prompt=1000,output=200,rate=10"
+USUAL_RATE = 10.0  # requests/s
 
 
 def run_simulate(
@@ -37,8 +37,8 @@ def run_simulate(
 ) -> int:  # fmt: skip
     """What the command line calls. Prints a table, or JSON; writes the files that are asked for. Returns the status.
 
-    `load`: `USUAL` where it is empty, of a trace its own times. `mixed_graphs`, as in the engine's option
-    of this name, goes before what the plan says.
+    `load`: where it is empty the plan's, at `USUAL_RATE` if that states neither rate nor sequences; of a trace its own
+    times. `mixed_graphs`, as in the engine's option of this name, goes before what the plan says.
     """
     if plan:
         setup = Setup.of_plan(plan)
@@ -50,7 +50,7 @@ def run_simulate(
         setup = replace(setup, calibration=load_calibration(calibration))
     if mixed_graphs:
         setup = replace(setup, options=replace(setup.options, mixed_graphs=buckets_of(mixed_graphs)))
-    wanted, deployed = Load.parse(load or ("" if trace else USUAL)), setup.deployment.layout
+    wanted, deployed = Load.parse(load) if load or trace else usual(setup.load), setup.deployment.layout
     losses = [Loss.parse(text, setup.cluster.gpus_per_node) for text in lose]
     tracer = Tracer(deployed) if perfetto else None
     result, run = simulate(
@@ -64,6 +64,11 @@ def run_simulate(
         result.save(out)
     print(msgspec.json.encode(result).decode()) if as_json else show(result)
     return 0
+
+
+def usual(load: Load) -> Load:
+    """The same load with requests that arrive, if it does not say how."""
+    return load if load.rate or load.sequences else replace(load, rate=USUAL_RATE)
 
 
 def drift_of(text: str, skew: float) -> Drift:

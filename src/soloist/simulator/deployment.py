@@ -13,6 +13,7 @@ from soloist.placement.placement import Placement
 from soloist.planner.calibration import Calibration
 from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
+from soloist.planner.memory import KV_BLOCK
 from soloist.planner.plan import Plan, placement_of
 from soloist.planner.precision import Precision
 from soloist.planner.runtime import Runtime
@@ -31,8 +32,6 @@ from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec, Spec
 from soloist.specs.workload import Load
 
-BLOCK = 16  # tokens of a KV block
-
 
 class Setup(Spec, frozen=True, kw_only=True):
     """A deployment to simulate: what runs where, on what, and how much a group takes into a step."""
@@ -45,6 +44,7 @@ class Setup(Spec, frozen=True, kw_only=True):
     calibration: Calibration | None = None  # over the published one
     library: str = ""  # whose exchange kernels; the system's own by default
     system: str = "soloist"  # whose fixed costs and overlap
+    load: Load = Load()  # that the plan was made for
 
     @classmethod
     def of_plan(cls, path: str | Path) -> Setup:
@@ -58,7 +58,7 @@ class Setup(Spec, frozen=True, kw_only=True):
         most = max(256, -(-int(plan.batch) // plan.layout.pp))
         return cls(
             deployment=deployment, cluster=plan.cluster, placement=plan.placement, options=plan.options,
-            max_sequences=most,
+            max_sequences=most, load=plan.load,
         )  # fmt: skip
 
     @classmethod
@@ -115,12 +115,12 @@ def sizes_of(setup: Setup, load: Load, requests: Arrivals, scorer: Scorer) -> Sc
     """The scheduler's sizes: the KV cache that is left beside weights and buffers."""
     d, layout = setup.deployment, setup.deployment.layout
     most = scorer.most_sequences(d, setup.options)
-    blocks = int(most * load.longest / BLOCK)
+    blocks = int(most * -(-load.longest // KV_BLOCK))
     if blocks < 1:
         raise CapacityError(f"layout = {layout}: {d.model.name} leaves no memory for KV cache; use more GPUs")
     return SchedulerConfig(
         blocks=blocks,
-        block_size=BLOCK,
+        block_size=KV_BLOCK,
         max_batch_tokens=setup.options.chunk_tokens,
         max_sequences=setup.max_sequences,
         max_positions=min(d.model.max_positions, requests.longest + 1),
