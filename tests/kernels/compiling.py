@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from soloist.bench.attention import LATENT_FORMS, _changed
+from soloist.bench.attention import LATENT_FORMS, changed
 from soloist.kernels import grouped_gemm
 from soloist.kernels.choose_triton import choose_fused
 from soloist.kernels.compile_ahead import compile_ahead
@@ -130,7 +129,7 @@ def attention() -> None:
         replace(case, dtype=torch.bfloat16).run()
     latent = Case([0] * 64, 576, 512, ((1, 3000),), shared=True, block=64, dtype=torch.bfloat16)
     for changes in LATENT_FORMS.values():
-        latent.run(partial(_changed, changes))
+        latent.run(changed(**changes))
 
 
 def fp32_experts() -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +108,7 @@ LOADS = [
 # The copy of the next tile is given out only when this one's weights are known, so it waits for HBM all over again.
 LATENT_FORMS = {
     "two tiles of 32 keys on their way": {"keys": 32, "stages": 3},
-    "the next tiles in the L2": {"ahead": 2},
+    "the next tiles prefetched": {"prefetch": 2},
 }
 
 
@@ -133,11 +132,12 @@ def variants(load: AttentionLoad) -> Iterator[tuple[str, AttentionLoad, Choice]]
         yield "paged, in blocks of 64", replace(load, block_size=64), tiling
     if load.latent and load.tokens == 1 and load.heads > 16:
         for name, changes in LATENT_FORMS.items():
-            yield f"the same, {name}", replace(load, block_size=64), partial(_changed, changes)
+            yield f"the same, {name}", replace(load, block_size=64), changed(**changes)
 
 
-def _changed(changes: dict[str, int], *of: Any) -> Tiling:
-    return replace(tiling(*of), **changes)
+def changed(**changes: int) -> Choice:
+    """The usual choice with some fields of its `Tiling` replaced."""
+    return lambda *of: replace(tiling(*of), **changes)
 
 
 def triton_attention(load: AttentionLoad, choose: Choice, device: torch.device) -> Callable[[Inputs], Tensor]:

@@ -67,8 +67,8 @@ def _row(table_M, tile, end, PAGE: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _ask(where, BYTES: tl.constexpr):
-    """Has the lines of BYTES from `where` on brought into the L2. Nobody waits for them."""
+def _prefetch(where, BYTES: tl.constexpr):
+    """Has BYTES from `where` on brought into the L2. Nobody waits for them."""
     if COMPILED and cuda_capability_geq(9, 0):
         line = tl.minimum(tl.arange(0, 1024) * 128, BYTES - 128)
         tl.inline_asm_elementwise(
@@ -88,15 +88,15 @@ def _weigh(logit_RB, top_R, scale):
 def _over_keys(
     acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_cache, kx_cache, v_cache, table_M, first, last, end, scale,
     k_rows, k_slot, k_at, v_slot, v_at,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr, PREFETCH: tl.constexpr, APART: tl.constexpr,
     SHARED: tl.constexpr, PAGE: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr,
     V: tl.constexpr, VP: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys first…last into the running softmax: weighted sum, greatest logit (log2) and sum of weights.
 
     BULK: the caches are descriptors, a tile lies in one block, and the copy engine brings it; otherwise rows are read
-    one by one. SHARED: a value is the first VP columns of its key, and is read with it. AHEAD: the tile that lies so
-    many further on is asked for in the L2; rows of `k_rows` follow each other.
+    one by one. SHARED: a value is the first VP columns of its key, and is read with it. PREFETCH: the tile that lies
+    so many further on is brought into the L2; rows of `k_rows` follow each other.
 
     APART: products that feed one another get all warps along the rows, and work twice where rows are few. Sums outside
     the product, and a branch that is always taken, keep the compiler from seeing that they do: warps then divide the
@@ -104,12 +104,12 @@ def _over_keys(
     """
     # Where a tile lies is looked up one round ahead, so that no load waits for its address.
     at = _row(table_M, first, end, PAGE, B) if BULK else _slots(table_M, first * B + tl.arange(0, B), end, PAGE)
-    if AHEAD > 0:
-        far = _row(table_M, tl.minimum(first + AHEAD, last - 1), end, PAGE, B)
+    if PREFETCH > 0:
+        far = _row(table_M, tl.minimum(first + PREFETCH, last - 1), end, PAGE, B)
     for tile in range(first, last):
-        if AHEAD > 0:
-            _ask(k_rows + far.to(tl.int64) * k_slot, B * Q * k_rows.dtype.element_ty.primitive_bitwidth // 8)
-            far = _row(table_M, tl.minimum(tile + 1 + AHEAD, last - 1), end, PAGE, B)
+        if PREFETCH > 0:
+            _prefetch(k_rows + far.to(tl.int64) * k_slot, B * Q * k_rows.dtype.element_ty.primitive_bitwidth // 8)
+            far = _row(table_M, tl.minimum(tile + 1 + PREFETCH, last - 1), end, PAGE, B)
         key_B = tile * B + tl.arange(0, B)
         k_BA = k_cache.load([at, k_at]) if BULK else _rows(k_cache + k_at, at, k_slot, 0, Q, QA)
         logit_RB = tl.dot(q_RA, k_BA.T, input_precision="ieee")
@@ -146,7 +146,7 @@ def tile_kernel(
     q_THQ, k_cache, v_cache, k_bulk, kx_bulk, v_bulk, out_THV, sums, stats, starts_N, lengths_N, tables_NM, heads_CG,
     sinks_H, scale, sequences, blocks, splits, rows, heads, q_token, q_head, k_slot, k_head, v_slot, v_head,
     DECODE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
-    BULK: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr, PAGE: tl.constexpr, HEAD_TILES: tl.constexpr,
+    BULK: tl.constexpr, PREFETCH: tl.constexpr, APART: tl.constexpr, PAGE: tl.constexpr, HEAD_TILES: tl.constexpr,
     G: tl.constexpr, BQ: tl.constexpr, R: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr,
     QX: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
 ):  # fmt: skip
@@ -201,7 +201,8 @@ def tile_kernel(
         k_whole, kx_whole, v_whole = (k_bulk, kx_bulk, v_bulk) if BULK else (k_cache, k_cache, v_cache)
         acc_RV, top_R, sum_R = _over_keys(
             acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_whole, kx_whole, v_whole, table_M, first, edge, end, scale,
-            k_cache, k_slot, k_at, v_slot, v_at, WINDOW, False, BULK, AHEAD, APART, SHARED, PAGE, B, Q, QA, QX, V, VP,
+            k_cache, k_slot, k_at, v_slot, v_at,
+            WINDOW, False, BULK, PREFETCH, APART, SHARED, PAGE, B, Q, QA, QX, V, VP,
         )  # fmt: skip
         first = edge
     acc_RV, top_R, sum_R = _over_keys(

@@ -35,8 +35,8 @@ class Tiling:
     """How a launch is cut.
 
     `per_sm`: programs that keep an SM busy. `apart`: the warps of a product divide its columns. `bulk`: the copy engine
-    reads tiles that lie in one block. `ahead`: with it, of a latent cache, asks for the tile that lies so many further
-    on in the L2; 0: never.
+    reads tiles that lie in one block. `prefetch`: with it, of a latent cache, the tile that lies so many further on
+    is brought into the L2; 0: none.
     """
 
     rows: int
@@ -46,7 +46,7 @@ class Tiling:
     per_sm: int = 2
     apart: bool = False
     bulk: bool = False
-    ahead: int = 0
+    prefetch: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _Call:
             batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, rows, heads,
             *self.q_THQ.stride()[:2], *self.k_cache.stride()[:2], *self.v_cache.stride()[:2],
             DECODE=decode, SPLIT=splits > 1, SINKS=layer.sinks_H is not None, WINDOW=layer.window or 0,
-            SHARED=widths.shared, BULK=bulk[0] is not None, AHEAD=cut.ahead if self._is_dense(widths) else 0,
+            SHARED=widths.shared, BULK=bulk[0] is not None, PREFETCH=cut.prefetch if self._is_dense(widths) else 0,
             APART=cut.apart, PAGE=batch.block_size,
             HEAD_TILES=tiles.each, G=tiles.heads, BQ=queries, R=cut.rows, B=cut.keys, Q=widths.key, QA=widths.first,
             QX=widths.rest, V=widths.value, VP=widths.values,
