@@ -16,14 +16,13 @@ from torch import Tensor
 from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
 from soloist.dispatch.forms import STREAMING, cut
 from soloist.errors import CapacityError
-from soloist.kernels.experts import expand_rows
+from soloist.kernels.experts import PROGRAMS, expand_rows
 from soloist.kernels.follow import early
 from soloist.kernels.home import weigh_kernel
 from soloist.kernels.index import make_index
 from soloist.kernels.language import next_power
 
 BLOCK = 2048  # elements of a row that a program of the weighted sum takes
-PROGRAMS = 4224
 
 
 @dataclass(frozen=True)

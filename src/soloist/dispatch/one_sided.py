@@ -18,6 +18,7 @@ from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
 from soloist.dispatch.forms import STREAMING, Form, SideStream, choose_form, cut
 from soloist.dispatch.lane import ExchangeShape, Lane
 from soloist.dispatch.rows import phase
+from soloist.kernels.experts import PROGRAMS
 from soloist.kernels.flags import PHASES, await_kernel, signal_kernel
 from soloist.kernels.follow import early
 from soloist.kernels.home import home_kernel, weigh_kernel
@@ -27,7 +28,7 @@ from soloist.kernels.push import SPAN, push_kernel
 from soloist.transport.symmetric import Watch
 
 # What belongs to the experts: no limit for the exchange.
-WEIGH_PROGRAMS, SPREAD_PROGRAMS, SPREAD_BLOCK = 4224, 1 << 20, 2048
+SPREAD_PROGRAMS, SPREAD_BLOCK = 1 << 20, 2048
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ class OneSidedDispatcher(Dispatcher):
     def _weigh(self, ticket: Ticket, y: Tensor, weigh: bool, push: bool) -> None:
         lane, shape = ticket.lane, ticket.shape
         block, chunks, warps = cut(shape.d_model, self.form.weigh_block, self.form.weigh_warp)
-        weigh_kernel[(max(1, min(WEIGH_PROGRAMS, shape.rows * chunks)),)](
+        weigh_kernel[(max(1, min(PROGRAMS, shape.rows * chunks)),)](
             y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.calls, lane.y_RD(shape),
             shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags,
             D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), MOST=shape.most, RANKS=shape.ranks, BLOCK=block,

@@ -42,7 +42,7 @@ MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), gath
 # Where the inner dimension of down is short, storing results beside the next product pays.
 MANY_ROWS_NARROW = ExpertTiles(MANY_ROWS.gate_up, Tile(128, 256, 64, 8, 3, hopper=True), gather=False)
 NARROW = 1024
-PROGRAMS = 4224  # of a copy: 32 for each SM of an H100
+PROGRAMS = 4224  # of what copies or sums rows: 32 for each SM of an H100
 FP32_ROWS = ExpertTiles(Tile(32, 32, 32, 4, 3, 2), Tile(32, 64, 32, 4, 3, 2), gather=True)  # not measured: for tests
 # fp8 weights: few rows (not measured), and many, with a scale a row or one for a block.
 FP8_FEW_ROWS = ExpertTiles(Tile(64, 64, BLOCK, 4, 4), Tile(64, 128, BLOCK, 4, 4), gather=True)
