@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,12 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 from soloist.bench.figures import Run, Series, Timing
+from soloist.bench.plot import plot_compare
 from soloist.engine.console import read_prompts
 from soloist.engine.llm import LLM
 from soloist.engine.model import Model
 from soloist.engine.options import EngineOptions
 from soloist.engine.outputs import RequestOutput
 from soloist.errors import ConfigurationError, RequestError, SoloistError
+from soloist.planner.plots import drawn
 from soloist.scheduling.request import SamplingParams
 from soloist.specs.layout import Layout
 
@@ -130,19 +133,8 @@ def check_greedy(series: Sequence[Series]) -> str:
 
 
 def write(series: Sequence[Series], folder: Path) -> list[Path]:
-    """`compare.jsonl`, one record a layout, and `compare.png`. Returns what was written."""
+    """`compare.jsonl`, one record a layout, and, with matplotlib, `compare.png`. Returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "compare.jsonl"
     lines.write_bytes(b"".join(msgspec.json.encode(one.record()) + b"\n" for one in series))
-    return [lines, *_plot(series, folder / "compare.png")]
-
-
-def _plot(series: Sequence[Series], path: Path) -> list[Path]:
-    """Nothing where matplotlib is not installed: the records say it all."""
-    from soloist.bench.plot import plot_compare
-
-    try:
-        plot_compare([one.record() for one in series], path)
-    except ModuleNotFoundError:
-        return []
-    return [path]
+    return [lines, *drawn(partial(plot_compare, [one.record() for one in series]), folder / "compare.png")]

@@ -12,14 +12,17 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from soloist.bench.serve_plot import plot_serve
 from soloist.bench.sse import Client, Outcome
 from soloist.errors import ConfigurationError
+from soloist.planner.plots import drawn
 from soloist.simulator.arrivals import gaps, lengths
 from soloist.specs.workload import Load
 
@@ -203,15 +206,9 @@ def lines(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def write(outcomes: Sequence[Outcome], summary: Mapping[str, Any], folder: Path) -> list[Path]:
-    """requests.jsonl, serve.jsonl and, where matplotlib is installed, serve.png in a folder."""
-    from soloist.bench.serve_plot import plot_serve
-
+    """requests.jsonl, serve.jsonl and, with matplotlib, serve.png in a folder. Returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    requests, summed, picture = (folder / name for name in ("requests.jsonl", "serve.jsonl", "serve.png"))
+    requests, summed = (folder / name for name in ("requests.jsonl", "serve.jsonl"))
     requests.write_text("".join(json.dumps(line) + "\n" for line in lines(outcomes)))
     summed.write_text(json.dumps(summary) + "\n")
-    try:
-        plot_serve(lines(outcomes), summary, picture)
-    except ModuleNotFoundError:
-        return [requests, summed]
-    return [requests, summed, picture]
+    return [requests, summed, *drawn(partial(plot_serve, lines(outcomes), summary), folder / "serve.png")]

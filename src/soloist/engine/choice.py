@@ -3,7 +3,7 @@
 All ranks of an attention group choose the same from equal logits, so that each knows the next inputs on its own device;
 the leader's answer goes to the scheduler.
 
-Shape legend: C chunks that sample or score their prompts, V vocabulary.
+Shape legend: C tokens whose logits are wanted, or chunks that sample, V vocabulary.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from soloist.planner.validate import Report
+if TYPE_CHECKING:
+    from soloist.planner.validate import Report
 
 COLOURS = {"fit": "#7a8ba3", "check": "#d1495b", "left-out": "#edae49"}
 
@@ -18,6 +21,18 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def drawn(draw: Callable[[Path], None], path: Path) -> list[Path]:
+    """`[path]` when `draw` has made it. Without matplotlib there is none, and stderr says so."""
+    try:
+        draw(path)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print(f"no {path.name}: it needs matplotlib; in a checkout: pip install '.[plot]'", file=sys.stderr)
+        return []
+    return [path]
 
 
 def plot_validation(report: Report, path: str | Path) -> None:

@@ -176,6 +176,7 @@ def _own_gpu() -> torch.device:
 
 
 def gpus_here() -> int:
+    """CUDA devices of this host that this process sees."""
     return torch.cuda.device_count()
 
 
