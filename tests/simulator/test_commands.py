@@ -69,6 +69,16 @@ def test_a_plan_file(tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "out.json").read_bytes()  # the plan's own load
 
 
+def test_a_plan_made_for_another_engine_keeps_its_fixed_costs(tmp_path: Path) -> None:
+    given = setup()
+    score = given.scorer(LOAD).score(given.deployment, Options(), 8)
+    for system in ("soloist", "vllm"):
+        plan_of(score, given.cluster, LOAD, "published", system).save(tmp_path / f"{system}.json")
+    own, other = (Setup.of_plan(tmp_path / f"{system}.json") for system in ("soloist", "vllm"))
+    assert (own.system, other.system) == ("soloist", "vllm")
+    assert simulate(own, LOAD, 20)[0].tpot_s != simulate(other, LOAD, 20)[0].tpot_s
+
+
 def test_a_load_that_does_not_say_how_requests_arrive() -> None:
     assert usual(Load(prompt=300, output=20, skew=1.0)) == Load(prompt=300, output=20, skew=1.0, rate=USUAL_RATE)
     assert usual(Load(sequences=8)) == Load(sequences=8)

@@ -34,7 +34,9 @@ class Figure(Spec, frozen=True, kw_only=True):
 
 
 class Plan(Spec, frozen=True, kw_only=True):
-    """`batch`: sequences in flight an attention group; `predicted` and `parts` as computed when it was written."""
+    """`batch`: sequences in flight an attention group; `predicted` and `parts` as computed when it was written, for
+    the fixed costs and overlap of `system`.
+    """
 
     model: ModelSpec
     cluster: ClusterSpec
@@ -48,6 +50,7 @@ class Plan(Spec, frozen=True, kw_only=True):
     predicted: dict[str, Figure]
     parts: dict[str, Figure]
     calibration: str
+    system: str = "soloist"
     format: str = "soloist-plan/1"
 
     def __post_init__(self) -> None:
@@ -64,8 +67,8 @@ class Plan(Spec, frozen=True, kw_only=True):
         return read_record(path, cls, "plan")
 
 
-def plan_of(score: Score, cluster: ClusterSpec, load: Load, calibration: str) -> Plan:
-    """The plan of a scored deployment."""
+def plan_of(score: Score, cluster: ClusterSpec, load: Load, calibration: str, system: str = "soloist") -> Plan:
+    """The plan of a deployment that was scored as run by `system`."""
     d = score.deployment
     return Plan(
         model=d.model,
@@ -80,6 +83,7 @@ def plan_of(score: Score, cluster: ClusterSpec, load: Load, calibration: str) ->
         predicted=figures(score),
         parts={name: Figure.of(part, "ms", 1e3) for name, part in score.decode.parts.items()},
         calibration=calibration,
+        system=system,
     )
 
 

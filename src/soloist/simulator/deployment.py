@@ -58,7 +58,7 @@ class Setup(Spec, frozen=True, kw_only=True):
         most = max(256, -(-int(plan.batch) // plan.layout.pp))
         return cls(
             deployment=deployment, cluster=plan.cluster, placement=plan.placement, options=plan.options,
-            max_sequences=most, load=plan.load,
+            max_sequences=most, load=plan.load, system=plan.system,
         )  # fmt: skip
 
     @classmethod
