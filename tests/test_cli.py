@@ -148,6 +148,7 @@ def test_a_file_that_cannot_be_written_after_all_is_named(tmp_path):
         ("bench", "layer", "--model", "qwen3-30b-a3b", "--alone", "2", "--experts", "7"),
         ("bench", "layer", "--model", "qwen3-30b-a3b", "--chunks", "3"),
         ("bench", "layer", "--pause-s", "-1"),
+        ("bench", "layer", "--alone", "2", "--forms", "--explain"),
         ("placement", "solve", NOVELS, "--layout", "ep16", "--gpus-per-node", "0"),
         ("record", NOVELS, "--text", "x", "--window", "0"),
         ("cluster", "dgx-h100", "--gpus", "100000"),

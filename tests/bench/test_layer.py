@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 
+from soloist.bench import layer
 from soloist.bench.floors import Machine
 from soloist.bench.layer_parts import parts_of
 from soloist.bench.layer_run import LayerRun
 from soloist.bench.load import Load
 from soloist.bench.report import Ceilings
+from soloist.bench.shapes import Wanted
 from soloist.bench.shared_experts import SharedRun
+from soloist.bench.trace import Trace
 from soloist.dispatch.forms import COPY, LATENCY, Form
 from soloist.kernels.experts import ExpertTiles
 from soloist.kernels.grouped_gemm import Tile
 from soloist.kernels.language import AVAILABLE, INTERPRETED
-from soloist.probes.gpus import OneGpu
+from soloist.probes.gpus import Bench, OneGpu
+from soloist.transport.base import Transport
 from soloist.transport.symmetric import Watch
 
 pytestmark = pytest.mark.skipif(not (AVAILABLE and INTERPRETED), reason="needs Triton and TRITON_INTERPRET=1")
@@ -84,3 +89,24 @@ def test_every_part_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         "weighted sum",
     ]
     assert all(0 < point.ceiling_s < point.seconds for point in points)
+
+
+def test_every_form_is_measured_and_the_chosen_one_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times aside."""
+    run = run_of(0, LOAD, LATENCY, gather=True)
+    monkeypatch.setattr(layer, "LayerRun", lambda bench, load, form: replace(run, load=load, form=form))
+    monkeypatch.setattr(LayerRun, "check", lambda run: None)
+    monkeypatch.setattr(LayerRun, "measure", lambda run, *settings: (2e-6, 1e-6))
+    machine = Machine("machine", Ceilings())
+    measured = layer.Measured(cast(Bench, run.bench), 1, 0.0, Trace(None), machine, cast(Transport, None))
+    points = list(measured.by_form("case", LOAD))
+    assert [point.variant for point in points] == ["one-sided, latency, chosen", "one-sided, push", "one-sided, copy"]
+    assert points[0].shape["exposed"] == "50.0%"
+
+
+def test_forms_are_compared_by_tokens() -> None:
+    loads = [(name, load.tokens) for name, load in layer._by_tokens(Wanted(), 2)]
+    assert loads[:4] == [("prefill, two-expert", tokens) for tokens in layer.FORM_TOKENS]
+    assert len(loads) == 3 * len(layer.FORM_TOKENS)
+    asked = Wanted(model="qwen3-30b-a3b", tokens=768)
+    assert [(name, load.tokens) for name, load in layer._by_tokens(asked, 2)] == [("qwen3-30b-a3b", 768)]

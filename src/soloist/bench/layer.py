@@ -24,7 +24,7 @@ from soloist.bench.report import Point
 from soloist.bench.shapes import Wanted
 from soloist.bench.shared_experts import SharedRun, Sum
 from soloist.bench.trace import Trace
-from soloist.dispatch.forms import LATENCY_TOKENS, choose_form
+from soloist.dispatch.forms import COPY, LATENCY, LATENCY_TOKENS, PUSH, choose_form
 from soloist.errors import ConfigurationError
 from soloist.kernels.experts import FP8_BLOCKS, FP8_ROWS, Fp8Experts, choose_tiles, fits, swiglu_experts
 from soloist.kernels.grouped_gemm import BLOCK
@@ -42,6 +42,7 @@ CASES = {
 # All ranks share every expert: its width is cut.
 SHARED = ("decode, two-expert", "decode, fine-grained", "prefill, two-expert")
 FP8_CASE = "prefill, wide"
+FORM_TOKENS = (512, 1024, 2048, 4096)  # of a rank: where the forms of the exchange cross
 
 
 @dataclass
@@ -67,6 +68,16 @@ class Measured:
             yield from self._portable(name, run, floor)
         else:
             yield from self._replicated(name, run)
+
+    def by_form(self, name: str, load: Load) -> Iterator[Point]:
+        """By every form of the exchange, the chosen one marked."""
+        chosen = choose_form(load.shape(self.bench.size))
+        for form in (LATENCY, PUSH, COPY):
+            run = LayerRun(self.bench, load, form)
+            point = self._one_sided(name, run, run.floor(self.machine.ceilings))
+            yield replace(point, variant=f"{point.variant}{', chosen' if form == chosen else ''}")
+            del run
+            torch.cuda.empty_cache()
 
     def _one_sided(self, name: str, run: LayerRun, floor: tuple[float, str]) -> Point:
         """With the share of its time by which it takes longer than without its exchange."""
@@ -137,12 +148,18 @@ def _calls(load: Load) -> int:
     return 10 if _few(load) else 1
 
 
-def measure(wanted: Wanted, chunks: int, pause_s: float, parts: bool, trace_file: Path | None) -> Iterator[Point]:
+def measure(
+    wanted: Wanted, chunks: int, pause_s: float, parts: bool, forms: bool, trace_file: Path | None
+) -> Iterator[Point]:
     """Joins the world, checks and times each case; called by every rank."""
     bench = Bench.join()
     transport, machine = join_nccl(bench), Machine.measured(bench)
     yield from machine.points()
     measured = Measured(bench, chunks, pause_s, Trace.of(trace_file, bench.rank), machine, transport, parts)
+    if forms:
+        for name, load in _by_tokens(wanted, bench.size):
+            yield from measured.by_form(name, load)
+        return
     for name, load in _cases(wanted, bench.size).items():
         yield from measured.layer(name, load)
         torch.cuda.empty_cache()
@@ -184,3 +201,11 @@ def _cases(wanted: Wanted, ranks: int) -> dict[str, Load]:
         remedy = f"no kernel serves experts of {load.width} x {load.d_model}; take multiples of 256 for both"
         raise ConfigurationError.of("--width", load.width, remedy)
     return {wanted.model or "as asked": load}
+
+
+def _by_tokens(wanted: Wanted, ranks: int) -> Iterator[tuple[str, Load]]:
+    """The shapes of prefill, or the one that is asked for, with the tokens that are asked for or some of each size."""
+    sizes = FORM_TOKENS if wanted.tokens is None else (wanted.tokens,)
+    for name, load in _cases(wanted, ranks).items():
+        if not name.startswith("decode"):
+            yield from ((name, replace(load, tokens=tokens)) for tokens in sizes)

@@ -90,6 +90,9 @@ def layer(
         int | None, typer.Option(min=1, help="On one GPU what a rank of so many computes, nothing travelling.")
     ] = None,
     parts: Annotated[bool, typer.Option("--parts", help="Each kernel of the layer alone as well.")] = False,
+    forms: Annotated[
+        bool, typer.Option("--forms", help="Instead: each form of the exchange, for 512 to 4096 tokens of a rank.")
+    ] = False,
     lines: LinesOption = None,
     explain: ExplainOption = False,
     trace: TraceOption = None,
@@ -98,6 +101,8 @@ def layer(
     asked = locals()
     wanted = Wanted(model, tokens, d_model, width, experts, top_k, routing)
     _check(wanted, alone, with_experts=True, chunks=chunks)
+    if forms and alone is not None:
+        raise ConfigurationError.of("--forms", forms, "needs an exchange; leave out --alone")
     if "RANK" not in os.environ and alone is None:
         raise typer.Exit(_on_every_gpu("layer", asked))
     from soloist.bench.layer import measure, measure_alone
@@ -105,7 +110,7 @@ def layer(
     if alone is not None:
         points = measure_alone(wanted, alone, pause_s, parts)
     else:
-        points = measure(wanted, chunks, pause_s, parts, trace)
+        points = measure(wanted, chunks, pause_s, parts, forms, trace)
     _report_once(points, lines, explain)
 
 
