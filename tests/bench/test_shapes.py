@@ -19,6 +19,12 @@ def test_flags_go_before_the_preset() -> None:
 
 def test_nothing_asked_for() -> None:
     assert not Wanted()
+    assert not Wanted(routing="skewed")  # the table's shapes
+
+
+def test_a_routing_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="--routing = 'even': choose one of uniform"):
+        Wanted(routing="even")
 
 
 @pytest.mark.parametrize(
@@ -29,7 +35,6 @@ def test_nothing_asked_for() -> None:
         (Wanted(model="qwen3-30b-a3b", experts=7, top_k=2), "--experts = 7: must be a multiple of the 2 ranks"),
         (Wanted(model="qwen3-30b-a3b", top_k=129), "--top-k = 129"),
         (Wanted(model="qwen3-30b-a3b", routing="remote", top_k=65), "--top-k = 65"),
-        (Wanted(model="qwen3-30b-a3b", routing="even"), "--routing = 'even': choose one of uniform"),
         (Wanted(model="qwen3-30"), "near ones are"),
     ],
 )

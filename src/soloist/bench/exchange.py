@@ -6,7 +6,7 @@ Shape legend: T tokens of a rank, D model width, R rows, X expanded rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,12 +43,16 @@ def yardsticks(bench: Bench, load: Load) -> Iterator[tuple[str, float]]:
     yield "copy to the next rank", seconds
 
 
-FORMS = {
-    "push": Form("push", programs=264, stages=2),
-    "push, 32 SMs": Form("push", programs=32, stages=4),
-    "copy": COPY,
-    "copy, 32 SMs": Form("copy", programs=32, stages=4),
-}
+def forms(sms: int) -> dict[str, Form]:
+    """Those of prefill, with all SMs and with so many."""
+    return {
+        "push": Form("push", programs=264, stages=2),
+        f"push, {sms} SMs": Form("push", programs=sms, stages=4),
+        "copy": COPY,
+        f"copy, {sms} SMs": Form("copy", programs=sms, stages=4),
+    }
+
+
 PREFILL = [Load(4096, 7168, 8, 64), Load(4096, 7168, 8, 64, "skewed")]
 WIRE = Load(32768, 4096, 1, 2, "remote")
 DECODE = [Load(128, 7168, 8, 64), Load(16, 7168, 8, 64)]
@@ -61,6 +65,7 @@ class Measured:
     bench: Bench
     trace: Trace
     machine: Machine
+    sms: int = 32  # of the limited forms
 
     def point(self, what: str, variant: str, load: Load, seconds: float, row_bytes: int) -> Point:
         """Against the rows of the busiest rank over its link."""
@@ -73,7 +78,7 @@ class Measured:
         """Dispatch and combine apart, by every form, and the yardsticks."""
         dispatcher = one_sided(self.bench, load.shape(self.bench.size, fp8), COPY, lanes=1)
         sent = load.d_model * (1 if fp8 else load.dtype.itemsize)
-        for name, form in FORMS.items():
+        for name, form in forms(self.sms).items():
             run = ExchangeRun(self.bench, load, dispatcher.fit(load.tokens, form))
             run.check()
             dispatch, combine = run.halves(self.trace, f"{name} {load.routing}{' fp8' if fp8 else ''}")
@@ -108,20 +113,21 @@ class Measured:
             for what, seconds in run.halves():
                 yield self.point(what, name, load, seconds, sent)
 
-    def table(self, preset: str, transport: Transport) -> Iterator[Point]:
-        """What docs/benchmarks.md shows."""
+    def table(self, preset: str, routing: str | None, transport: Transport) -> Iterator[Point]:
+        """What docs/benchmarks.md shows; `routing`: of all its loads but that of the wire."""
+        many, few = _routed(PREFILL, routing), _routed(DECODE, routing)
         if preset in ("prefill", "all"):
-            for load in PREFILL:
+            for load in many:
                 yield from self.prefill(load)
-            yield from self.prefill(PREFILL[0], fp8=True)
-            yield from self.portable(PREFILL[0], transport)
+            yield from self.prefill(many[0], fp8=True)
+            yield from self.portable(many[0], transport)
         if preset in ("wire", "all"):
             yield from self.prefill(WIRE)
         if preset in ("decode", "all"):
-            for load in DECODE:
+            for load in few:
                 yield from self.decode(load, fp8=True)
                 yield from self.decode(load, fp8=False)
-            yield from self.portable(DECODE[0], transport)
+            yield from self.portable(few[0], transport)
         if preset == "forms":
             yield from crossovers(self.bench, self.point)
 
@@ -136,17 +142,22 @@ class Measured:
         yield from self.portable(load, transport)
 
 
-def measure(preset: str, wanted: Wanted, trace_file: Path | None, calls: int) -> Iterator[Point]:
+def _routed(loads: list[Load], routing: str | None) -> list[Load]:
+    """Each once, where they differ in nothing else."""
+    return loads if routing is None else list(dict.fromkeys(replace(load, routing=routing) for load in loads))
+
+
+def measure(preset: str, wanted: Wanted, trace_file: Path | None, calls: int, sms: int) -> Iterator[Point]:
     """Joins the world and measures; called by every rank. The calls that are compared come last."""
     bench = Bench.join()
     transport = join_nccl(bench)
     if preset != "none" or wanted:
         machine = Machine.measured(bench)
         yield from machine.points()
-        measured = Measured(bench, Trace.of(trace_file, bench.rank), machine)
+        measured = Measured(bench, Trace.of(trace_file, bench.rank), machine, sms)
         if wanted:
             yield from measured.case(Load(**wanted.sizes(bench.size)), transport)
         else:
-            yield from measured.table(preset, transport)
+            yield from measured.table(preset, wanted.routing, transport)
     if calls:
         soak(bench, transport, calls)

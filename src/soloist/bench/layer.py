@@ -164,7 +164,7 @@ def measure(
         yield from measured.layer(name, load)
         torch.cuda.empty_cache()
         dist.barrier()
-    if not wanted:
+    if not wanted and wanted.routing is None:
         yield from fp8_experts(bench, machine, FP8_CASE, CASES[FP8_CASE], pause_s)
         for name in SHARED:
             torch.cuda.empty_cache()
@@ -187,14 +187,14 @@ def measure_alone(wanted: Wanted, ranks: int, pause_s: float, parts: bool) -> It
             yield from parts_of(run, name, machine, pause, fp8=name == FP8_CASE)
         del run, work
         torch.cuda.empty_cache()
-    if not wanted:
+    if not wanted and wanted.routing is None:
         yield from fp8_experts(bench, machine, FP8_CASE, CASES[FP8_CASE], pause_s)
 
 
 def _cases(wanted: Wanted, ranks: int) -> dict[str, Load]:
     """Raises ConfigurationError for experts that the kernels' tiles do not divide."""
     if not wanted:
-        return CASES
+        return {name: replace(load, routing=wanted.routing or load.routing) for name, load in CASES.items()}
     load = Load(**wanted.sizes(ranks, with_experts=True))
     tiles = choose_tiles(ranks * load.tokens * load.top_k / load.experts, load.width)
     if not fits(tiles, load.d_model, load.width):

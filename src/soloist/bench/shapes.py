@@ -24,7 +24,10 @@ RoutingOption = Annotated[str | None, typer.Option("--routing", help="uniform, s
 
 @dataclass(frozen=True)
 class Wanted:
-    """The flags, None where not given. Flags go before what the preset says."""
+    """The flags, None where not given. Flags go before what the preset says.
+
+    Raises ConfigurationError for a routing that does not exist.
+    """
 
     model: str | None = None
     tokens: int | None = None
@@ -34,9 +37,13 @@ class Wanted:
     top_k: int | None = None
     routing: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.routing not in (None, *ROUTINGS):
+            raise ConfigurationError.of("--routing", self.routing, f"choose one of {', '.join(ROUTINGS)}")
+
     def __bool__(self) -> bool:
-        """Whether a shape is asked for, and not the table that comes with the benchmark."""
-        return any(value is not None for value in vars(self).values())
+        """Whether a shape is asked for, and not the table that comes with the benchmark, in whatever routing."""
+        return any(value is not None for key, value in vars(self).items() if key != "routing")
 
     def flags(self) -> list[str]:
         """As given on the command line."""
@@ -64,6 +71,4 @@ class Wanted:
             raise ConfigurationError.of("--experts", sizes["experts"], f"must be a multiple of the {ranks} ranks")
         if sizes["top_k"] > sizes["experts"] // (ranks if sizes["routing"] == "remote" else 1):
             raise ConfigurationError.of("--top-k", sizes["top_k"], "must not be more than the experts to choose from")
-        if sizes["routing"] not in ROUTINGS:
-            raise ConfigurationError.of("--routing", sizes["routing"], f"choose one of {', '.join(ROUTINGS)}")
         return sizes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def measure_vdev(wanted: Wanted) -> Iterator[Point]:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     try:
-        yield measure(Load(**wanted.sizes(size)) if wanted else LOAD, rank, size, device)
+        load = Load(**wanted.sizes(size)) if wanted else replace(LOAD, routing=wanted.routing or LOAD.routing)
+        yield measure(load, rank, size, device)
     except RuntimeError as error:
         if rank == 0:
             print(f"torch all_to_all_vdev does not run here: {error}", flush=True)

@@ -48,6 +48,7 @@ def exchange(
     lines: LinesOption = None,
     explain: ExplainOption = False,
     trace: TraceOption = None,
+    sms: Annotated[int, typer.Option(min=1, help="Of the forms that are limited to so many.")] = 32,
     calls: Annotated[int, typer.Option(min=0, help="Compare this many calls in each form with NCCL.")] = 0,
     alone: Annotated[
         int | None, typer.Option(min=2, help="Those calls on one GPU, so many ranks on streams of it.")
@@ -60,6 +61,7 @@ def exchange(
         raise ConfigurationError.of("--preset", preset, f"choose one of {', '.join(PRESETS)}")
     _check(wanted, alone)
     if alone is not None:
+        _only_calls(wanted, calls, lines, trace)
         from soloist.bench.soak import soak_alone
 
         soak_alone(alone, calls)
@@ -72,7 +74,7 @@ def exchange(
     from soloist.bench.exchange import measure
     from soloist.bench.vdev import measure_vdev
 
-    points = measure_vdev(wanted) if preset == "vdev" else measure(preset, wanted, trace, calls)
+    points = measure_vdev(wanted) if preset == "vdev" else measure(preset, wanted, trace, calls, sms)
     _report_once(points, lines, explain)
 
 
@@ -101,8 +103,10 @@ def layer(
     asked = locals()
     wanted = Wanted(model, tokens, d_model, width, experts, top_k, routing)
     _check(wanted, alone, with_experts=True, chunks=chunks)
-    if forms and alone is not None:
-        raise ConfigurationError.of("--forms", forms, "needs an exchange; leave out --alone")
+    if alone is not None:
+        for option, value in {"--forms": forms, "--trace": trace, "--chunks": chunks if chunks > 1 else None}.items():
+            if value:
+                raise ConfigurationError.of(option, value, "needs an exchange; leave out --alone")
     if "RANK" not in os.environ and alone is None:
         raise typer.Exit(_on_every_gpu("layer", asked))
     from soloist.bench.layer import measure, measure_alone
@@ -112,6 +116,15 @@ def layer(
     else:
         points = measure(wanted, chunks, pause_s, parts, forms, trace)
     _report_once(points, lines, explain)
+
+
+def _only_calls(wanted: Wanted, calls: int, lines: Path | None, trace: Path | None) -> None:
+    """Raises ConfigurationError where something else is asked of one GPU, or nothing."""
+    if not calls:
+        raise ConfigurationError.of("--calls", calls, "with --alone, say how many calls are compared")
+    for option, value in {"a shape": wanted.flags(), "--lines": lines, "--trace": trace}.items():
+        if value:
+            raise ConfigurationError.of(option, value, "--alone compares calls and measures nothing; leave it out")
 
 
 def _check(wanted: Wanted, alone: int | None, with_experts: bool = False, chunks: int = 1) -> None:
