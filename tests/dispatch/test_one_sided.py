@@ -170,3 +170,13 @@ def test_form_follows_size_and_spread() -> None:
     assert choose_form(shape).name == "latency"
     assert choose_form(replace(shape, capacity=4096)).name == "copy"
     assert choose_form(replace(shape, capacity=4096, top_k=1)).name == "push"
+
+
+def test_a_limit_of_sms_is_kept_by_every_form() -> None:
+    case = typical(2, node_of_group=(0, 0), tokens=(4, 3))
+    one = world(shape_of(case), LATENCY)[0]
+    limited = replace(one, sms=20).fit(2)
+    assert (limited.form.name, limited.form.programs) == ("latency", 20)
+    large = replace(shape_of(case), capacity=4096)
+    assert [choose_form(replace(large, top_k=k), sms=32).programs for k in (1, 8)] == [32, 32]
+    assert choose_form(large, sms=10**6).programs == PUSH.programs

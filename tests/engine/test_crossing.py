@@ -115,6 +115,7 @@ def test_chunks_can_be_set(capfd: pytest.CaptureFixture[str]) -> None:
         ({"exchange": "tree"}, "exchange"),
         ({"exchange_chunks": "0"}, "exchange_chunks"),
         ({"exchange_buffer_MB": "0"}, "exchange_buffer_MB"),
+        ({"exchange_sms": "-1"}, "exchange_sms"),
         ({"network_link": "fast"}, "network_link"),
     ],
 )

@@ -14,7 +14,7 @@ the last ones travel.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,7 +26,7 @@ STREAMING = 256  # elements a warp: many small programs, where a kernel is bound
 
 @dataclass(frozen=True)
 class Form:
-    """How a call is carried out. No kernel takes more SMs than `programs`."""
+    """How a call is carried out. What only moves or sums tokens takes at most as many SMs as `programs`."""
 
     name: str  # latency, push, copy
     programs: int = 528
@@ -54,12 +54,11 @@ COPY = Form("copy", pieces=2)
 LATENCY_TOKENS = 512  # up to which one kernel a direction is faster
 
 
-def choose_form(shape: ExchangeShape) -> Form:
-    """By size, and by the share of groups that a token goes to under uniform routing."""
-    if shape.capacity <= LATENCY_TOKENS:
-        return LATENCY
+def choose_form(shape: ExchangeShape, sms: int = 0) -> Form:
+    """By size, and by the share of groups that a token goes to under uniform routing. `sms`: a limit; 0: none."""
     visited = 1 - (1 - 1 / shape.groups) ** shape.top_k
-    return COPY if visited > 0.8 else PUSH
+    form = LATENCY if shape.capacity <= LATENCY_TOKENS else COPY if visited > 0.8 else PUSH
+    return replace(form, programs=min(form.programs, sms)) if sms else form
 
 
 class SideStream:

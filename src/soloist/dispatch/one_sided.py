@@ -50,7 +50,8 @@ class OneSidedDispatcher(Dispatcher):
     """Dispatcher over the windows of one NVLink domain; the groups lie on one node.
 
     Consecutive calls take the lanes in turn, so as many dispatches as there are lanes may be open at once. All ranks
-    use the same shape and form. `fit` gives the same dispatcher for smaller calls.
+    use the same shape and form. `fit` gives the same dispatcher for smaller calls. `sms`: the most that a kernel of a
+    chosen form takes which only moves or sums tokens; 0: no limit.
     """
 
     shape: ExchangeShape
@@ -59,16 +60,17 @@ class OneSidedDispatcher(Dispatcher):
     form: Form
     side: SideStream
     turn: cycle[int] = field(repr=False)
+    sms: int = 0
 
     @classmethod
-    def of(cls, shape: ExchangeShape, lanes: tuple[Lane, ...], watch: Watch, form: Form | None = None):
+    def of(cls, shape: ExchangeShape, lanes: tuple[Lane, ...], watch: Watch, form: Form | None = None, sms: int = 0):
         side = SideStream(lanes[0].window.device)
-        return cls(shape, lanes, watch, form or choose_form(shape), side, cycle(range(len(lanes))))
+        return cls(shape, lanes, watch, form or choose_form(shape, sms), side, cycle(range(len(lanes))), sms)
 
     def fit(self, tokens: int, form: Form | None = None) -> OneSidedDispatcher:
         """For calls of at most `tokens` tokens a rank; agreed by all ranks."""
         shape = self.shape.fit(tokens)
-        return replace(self, shape=shape, form=form or choose_form(shape))
+        return replace(self, shape=shape, form=form or choose_form(shape, self.sms))
 
     def with_slots(self, slots: int) -> OneSidedDispatcher:
         """For a layer in which this rank's group has as many slots or fewer; the lanes are the same."""
@@ -252,7 +254,8 @@ class OneSidedDispatcher(Dispatcher):
     def _weigh(self, ticket: Ticket, y: Tensor, weigh: bool, push: bool) -> None:
         lane, shape = ticket.lane, ticket.shape
         block, chunks, warps = cut(shape.d_model, self.form.weigh_block, self.form.weigh_warp)
-        weigh_kernel[(max(1, min(PROGRAMS, shape.rows * chunks)),)](
+        most = self.sms if self.sms and not weigh else PROGRAMS  # a weighted sum is the experts'
+        weigh_kernel[(max(1, min(most, shape.rows * chunks)),)](
             y, lane.slots_RK, lane.place_RK, lane.weight_X, lane.window.bases, lane.calls, lane.y_RD(shape),
             shape.rows, shape.capacity, self.rank, shape.groups, shape.tp, lane.at.home, lane.at.flags,
             D=shape.d_model, K=shape.top_k, KP=next_power(shape.top_k), MOST=shape.most, RANKS=shape.ranks, BLOCK=block,

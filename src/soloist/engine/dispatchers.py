@@ -45,7 +45,7 @@ class Dispatchers:
         device: torch.device,
     ) -> None:
         """`slots`: of this rank's group, in each of its layers. Collective where windows are opened."""
-        self.spec, self.world, self.dtype = spec, world, dtype
+        self.spec, self.world, self.dtype, self.sms = spec, world, dtype, options.exchange_sms
         self.device, self.most = device, max(slots, default=0)
         layout, seat = world.seat.layout, world.seat
         self.tokens = -(-options.max_batch_tokens // layout.attention_ranks)
@@ -115,7 +115,8 @@ class Dispatchers:
             len(ranks), tp, self.most, self.spec.router.top_k, self.spec.d_model, capacity, self.dtype
         )  # fmt: skip
         watch = self.world.watch(ranks)
-        return OneSidedDispatcher.of(shape, (Lane(group.window(WindowPlan(shape).size), shape),), watch)
+        lane = Lane(group.window(WindowPlan(shape).size), shape)
+        return OneSidedDispatcher.of(shape, (lane,), watch, sms=self.sms)
 
     def _railed(self, tokens: int) -> RailedExpandedDispatcher | None:
         """For calls of at most `tokens` tokens a rank; None on one node, and without NVLink.

@@ -33,6 +33,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     exchange_chunks: int | None = None  # of a hierarchical call; None: by the links
     exchange_buffer_MB: float = 64.0  # of a chunk under way, on a rank
     exchange_captured: bool = False  # decoding steps across nodes of GPUs in graphs (dispatch/railed.py); untried there
+    exchange_sms: int = 0  # SMs that kernels take which move tokens between GPUs; 0: no limit
     network_link: str | None = None  # "MB/s,µs" of a rank's exchange across nodes; None: measured at the start
     inside_link: str | None = None  # the same inside a node
     keep_fp8: bool = True  # experts of an fp8 checkpoint stay in fp8 where a GPU's kernels serve them
@@ -66,6 +67,8 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
         for key in ("block_size", "max_batch_tokens", "micro_batches"):
             if getattr(self, key) < 0:
                 raise ConfigurationError.of(key, getattr(self, key), "must be positive, or 0 for what suits the device")
+        if self.exchange_sms < 0:
+            raise ConfigurationError.of("exchange_sms", self.exchange_sms, "must be positive, or 0 for no limit")
         for key in ("exchange_chunks", "kv_tokens"):
             if (number := getattr(self, key)) is not None and number < 1:
                 raise ConfigurationError.of(key, number, "must be 1 or more")
