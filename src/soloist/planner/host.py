@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from statistics import NormalDist
 
 from soloist.errors import ConfigurationError
+from soloist.planner.routing import highest
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
 
@@ -42,8 +42,8 @@ def launches(model: ModelSpec, layout: Layout) -> int:
 
 
 def slowest(ranks: int) -> float:
-    """Expected time of the slowest of as many hosts over the mean one's (Blom 1958, for normal variates)."""
-    return 1 + SPREAD * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 1.0
+    """Expected time of the slowest of as many hosts over the mean one's."""
+    return 1 + SPREAD * highest(ranks)
 
 
 def bucket_of(buckets: Sequence[int], tokens: float) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import exp, lgamma, log, sqrt
+from statistics import NormalDist
 
 import numpy as np
 
@@ -62,10 +63,14 @@ def activated(slots: float, experts: int, top_k: int, tokens: float) -> float:
 def busiest(slots: int, active: float, ranks: int) -> float:
     """Expected maximum over `ranks` ranks of the experts that tokens chose among a rank's `slots`, `active` on average.
 
-    Taken as independent choices, which a rank's slots nearly are: the sum over m of 1 − P(fewer than m) ^ ranks.
+    Of two ranks each has what the other lacks. More of them are taken as independent, their slots, too: the sum over
+    m of 1 − P(fewer than m) ^ ranks.
     """
     if ranks <= 1 or active <= 0 or active >= slots - 1e-6:
         return active
+    if ranks == 2:
+        below, part = int(2 * active), 2 * active % 1
+        return (1 - part) * _fuller_half(slots, below) + (part * _fuller_half(slots, below + 1) if part else 0.0)
     share = active / slots
     chance, below, expected = (1 - share) ** slots, 0.0, 0.0
     for m in range(slots):
@@ -75,9 +80,22 @@ def busiest(slots: int, active: float, ranks: int) -> float:
     return expected
 
 
+def _fuller_half(slots: int, chosen: int) -> float:
+    """Expected experts on that of two ranks of `slots` each which has more of `chosen` different ones."""
+    ways = _log_choose(2 * slots, chosen)
+    here = range(max(0, chosen - slots), min(slots, chosen) + 1)
+    chances = (exp(_log_choose(slots, n) + _log_choose(slots, chosen - n) - ways) for n in here)
+    return sum(chance * max(n, chosen - n) for n, chance in zip(here, chances, strict=True))
+
+
 def straggler(ranks: int, pairs: float) -> float:
     """Expected max/mean of token-expert pairs over `ranks` ranks of uniform routing, `pairs` on each on average."""
-    return 1.0 + sqrt(2.0 * log(ranks) / pairs) if ranks > 1 and pairs > 0 else 1.0
+    return 1.0 + highest(ranks) / sqrt(pairs) if ranks > 1 and pairs > 0 else 1.0
+
+
+def highest(number: int) -> float:
+    """Expected maximum of as many standard normal variates (Blom 1958)."""
+    return NormalDist().inv_cdf((number - 0.375) / (number + 0.25)) if number > 1 else 0.0
 
 
 @lru_cache(maxsize=256)
