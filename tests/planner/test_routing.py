@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soloist.planner.routing import activated, distinct, imbalance, limited_distinct, power_law_loads, straggler
+from soloist.planner.routing import (
+    activated,
+    busiest,
+    distinct,
+    highest,
+    imbalance,
+    limited_distinct,
+    power_law_loads,
+    straggler,
+)
 
 
 @pytest.mark.parametrize(("nodes", "wanted"), [(2, 1.99), (4, 3.61), (8, 5.30), (16, 6.52), (32, 7.27), (128, 7.89)])
@@ -38,6 +47,23 @@ def test_a_token_touches_its_top_k_and_a_batch_touches_all() -> None:
 def test_stragglers_shrink_with_rows() -> None:
     assert straggler(64, 128) > straggler(64, 1024) > 1
     assert straggler(1, 10) == 1
+
+
+def test_of_two_ranks_each_has_what_the_other_lacks() -> None:
+    """One token chooses two of sixteen experts: both are on one rank with a chance of 7 in 15."""
+    assert busiest(8, 1.0, 2) == pytest.approx(1 + 7 / 15)
+    rng = np.random.default_rng(0)
+    on_first = np.array([(rng.choice(128, 9, replace=False) < 64).sum() for _ in range(4000)])
+    assert busiest(64, 4.5, 2) == pytest.approx(np.maximum(on_first, 9 - on_first).mean(), rel=0.01)
+    assert busiest(64, 4.2, 2) == pytest.approx(0.6 * busiest(64, 4.0, 2) + 0.4 * busiest(64, 4.5, 2))
+    assert busiest(8, 8.0, 2) == busiest(8, 8.0, 1) == 8
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_the_fullest_rank_is_as_random_choices_have_it(ranks: int) -> None:
+    pairs = np.random.default_rng(0).multinomial(200 * ranks, [1 / ranks] * ranks, size=2000)
+    assert straggler(ranks, 200) == pytest.approx(pairs.max(axis=1).mean() / 200, rel=0.02)
+    assert highest(1) == 0
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from soloist.errors import CapacityError, ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.commands import run_plan
-from soloist.planner.explain import one_expert_per_gpu, why
+from soloist.planner.explain import one_expert_per_gpu, ties, why
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import Plan, placement_of, plan_of
@@ -76,6 +76,18 @@ def test_explanations_name_the_parts(found: Found) -> None:
     other = found.scores[-1]
     assert "GPU time of a token" in why(found.best, other)
     assert "ep >= 256" in one_expert_per_gpu(found.best, None)
+
+
+def test_layouts_that_predictions_do_not_tell_apart_are_named() -> None:
+    best, load = find("ref-16l", 8, "sequences=8", "bf16").best, Load.parse("prompt=100,output=100")
+    near, far = (best._replace(output_rate=best.output_rate.times(share)) for share in (0.97, 0.8))
+    assert ties([best, far], load) == ties([best], load) == []
+    (line,) = ties([best, near, far], load)
+    assert line.startswith(f"A tie: {best.deployment.layout} (-3.0%) within")
+    (line,) = ties([best, *[near] * 6], load)
+    assert "and 2 more within" in line
+    served = Load.parse("prompt=100,output=100,rate=1")  # the least latency wins
+    assert "(+0.0%)" in ties([best, far], served)[0]
 
 
 def test_one_expert_per_gpu_is_compared() -> None:

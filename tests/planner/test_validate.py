@@ -32,12 +32,20 @@ def test_fit_rows_are_explained(report: Report, table: str) -> None:
 
 
 def test_runs_of_our_own_engine(report: Report) -> None:
-    """Points that no constant was fitted to; of a single sequence the small kernels' times are overestimated."""
+    """Points that no constant was fitted to; those beyond 10 % are of engines older than the calibration."""
     (runs,) = (table for table in report.tables if (table.table, table.role) == ("runs", "check"))
     assert runs.median <= 0.05
     rows = [row for row in report.rows if (row.table, row.role) == ("runs", "check")]
-    known = ("sequences=1 ",)
-    assert max(abs(row.error) for row in rows if not any(text in f"{row.label} " for text in known)) <= 0.09
+    assert max(abs(row.error) for row in rows) <= 0.13
+    known = [row for row in rows if abs(row.error) > 0.1]
+    assert all("sequences=1 " in f"{row.label} " for row in known)
+    assert len(known) <= 3
+
+
+def test_our_own_engine_has_the_same_fastest_layouts(report: Report) -> None:
+    decided = [one for one in report.winners if one.verdict != "tie"]
+    assert len(decided) >= 8
+    assert all(one.verdict == "same" for one in decided)
 
 
 def test_left_out_rows_are_still_predicted() -> None:

@@ -14,7 +14,7 @@ from soloist.placement.trace import RoutingTrace
 from soloist.planner import crossovers
 from soloist.planner.calibration import Calibration
 from soloist.planner.claims import Finding, findings
-from soloist.planner.explain import exchange_lines, headline, name_of, one_expert_per_gpu, why
+from soloist.planner.explain import exchange_lines, headline, name_of, one_expert_per_gpu, ties, why
 from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import plan_of
@@ -127,7 +127,7 @@ def _conclusions(found: Found, baseline: Score | None, load: Load) -> list[str]:
     best, rivals = found.best, [s for s in found.scores if s.deployment.layout != found.best.deployment.layout]
     lines = ["", f"Best: {headline(best)}"]
     lines += [f"Why: {why(best, rivals[0])}"] if rivals else []
-    lines += [one_expert_per_gpu(best, found.single)]
+    lines += [one_expert_per_gpu(best, found.single), *ties(found.scores, load)]
     if baseline:
         total, per_gpu = best.output_rate.value / baseline.output_rate.value, best.rate_per_gpu / baseline.rate_per_gpu
         lines += [
@@ -318,9 +318,22 @@ def _print_validation(report: Report, out: Console) -> None:
         shares = (f"{value:.1%}" for value in (table.mape, table.median, table.worst))
         summary.add_row(table.table, table.role, str(table.rows), *shares, bar)
     out.print(summary)
+    if report.winners:
+        out.print(_winners_table(report))
     if report.unknown_roles:
         out.print(f"Roles other than fit and check: {', '.join(report.unknown_roles)}")
     for line in report.skipped:
         out.print(f"Not modelled: {line}")
     for line in report.assumed:
         out.print(f"Assumed: {line}")
+
+
+def _winners_table(report: Report) -> Table:
+    columns = ("runs", "layouts", "fastest", "by", "predicted", "by", "verdict")
+    rows = Table(title="Fastest layout, measured and predicted", title_justify="left")
+    for name in columns:
+        rows.add_column(name, justify="right" if name == "by" else "left")
+    for one in report.winners:
+        leads = f"{one.lead:.1%}", f"{one.predicted_lead:.1%}"
+        rows.add_row(one.at, " ".join(one.layouts), one.measured, leads[0], one.predicted, leads[1], one.verdict)
+    return rows

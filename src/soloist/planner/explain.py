@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from soloist.planner.batching import Traffic, choose, links_of
 from soloist.planner.exchange import row_bytes
 from soloist.planner.layer import Deployment
 from soloist.planner.score import Score
+from soloist.planner.winners import TIE, tied
 from soloist.specs.cluster import ClusterSpec
+from soloist.specs.workload import Load
+
+MOST_TIES = 4  # that are named
 
 
 def name_of(deployment: Deployment) -> str:
@@ -58,6 +64,17 @@ def one_expert_per_gpu(best: Score, single: Score | None) -> str:
     verdict = f"gives {abs(change):.0%} {'more' if change > 0 else 'less'} per GPU than the best"
     slower = single.tpot.value / best.tpot.value - 1
     return f"One expert per GPU ({name_of(single.deployment)}) {verdict}, its TPOT is {slower:+.0%}."
+
+
+def ties(scores: Sequence[Score], load: Load) -> list[str]:
+    """The layouts, best first, that predictions do not tell from the best one; nothing where there is none."""
+    worth = [1 / score.tpot.value if load.rate else score.rate_per_gpu for score in scores]
+    near = range(1, tied(worth))
+    if not near:
+        return []
+    names = ", ".join(f"{name_of(scores[i].deployment)} ({worth[i] / worth[0] - 1:+.1%})" for i in near[:MOST_TIES])
+    more = f" and {len(near) - MOST_TIES} more" if len(near) > MOST_TIES else ""
+    return [f"A tie: {names}{more} within {TIE:.0%} of the best, which predictions do not tell apart."]
 
 
 def headline(score: Score) -> str:

@@ -21,6 +21,7 @@ from soloist.planner.domains import Domain, domains
 from soloist.planner.exchange import mode_named
 from soloist.planner.refit import load_calibration
 from soloist.planner.tables import PUBLISHED, TABLES, ExchangeRow, Row, RunRow, read_measurements, read_table
+from soloist.planner.winners import Winner, winners
 
 ROLES = ("fit", "check")
 OWN_RUNS = "runs-"  # what our engine did on a machine, beside that machine's calibration
@@ -62,6 +63,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     unknown_roles: list[str] = []
     skipped: list[str] = []
     assumed: list[str] = []  # of rows that were predicted all the same
+    winners: list[Winner] = []  # of the layouts of our own engine's runs
 
     def mape(self, table: str, role: str) -> float:
         """Mean absolute percentage error as a share. Raises KeyError where there are no such rows."""
@@ -70,7 +72,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     def json(self) -> bytes:
         """One JSON document; `tables` holds objects with table, role, rows and mape."""
         rows = [{**msgspec.to_builtins(row), "error": row.error} for row in self.rows]
-        document: dict[str, Any] = {**msgspec.to_builtins(self), "rows": rows}
+        winners = [{**msgspec.to_builtins(one), "verdict": one.verdict} for one in self.winners]
+        document: dict[str, Any] = {**msgspec.to_builtins(self), "rows": rows, "winners": winners}
         return msgspec.json.encode(document)
 
 
@@ -90,15 +93,20 @@ def validate(folder: str | Path | None = None, calibration: Calibration | None =
         raise ConfigurationError.of("data", str(folder), f"holds none of {', '.join(f'{n}.csv' for n in TABLES)}")
     rows: list[RowReport] = []
     skipped: list[str] = []
+    best: list[Winner] = []
     for name, found in tables.items():
         for domain in domains_of(name, calibration):
             rows += _predicted(name, domain, found, calibration, skipped)
             rows += _left_out(name, domain, found) if cross and name != "runs" else []
     if folder is None:
-        rows += _own_runs(skipped)
+        for used, found in _own_runs():
+            rows += _predicted("runs", own_runs(used), found, used, skipped)
+            best += _winners(found, used)
+    elif tables["runs"] and calibration.machine:
+        best += _winners(tables["runs"], calibration)
     roles = sorted({row.role for found in tables.values() for row in found} - set(ROLES))
     assumed = _assumed(tables["all_to_all"])
-    return Report(tables=_summary(rows), rows=rows, unknown_roles=roles, skipped=skipped, assumed=assumed)
+    return Report(tables=_summary(rows), rows=rows, unknown_roles=roles, skipped=skipped, assumed=assumed, winners=best)
 
 
 def _assumed(rows: Iterable[Row]) -> list[str]:
@@ -107,10 +115,16 @@ def _assumed(rows: Iterable[Row]) -> list[str]:
     return [f"all_to_all: mode {mode!r} counts as normal in {times} rows" for mode, times in modes.items()]
 
 
-def _own_runs(skipped: list[str]) -> Iterator[RowReport]:
+def _own_runs() -> Iterator[tuple[Calibration, list[Row]]]:
+    """The runs that come with Soloist, with the calibration of the machine that they ran on."""
     for path in sorted(PUBLISHED.glob(f"{OWN_RUNS}*.jsonl")):
-        used = load_calibration(path.stem.removeprefix(OWN_RUNS))
-        yield from _predicted("runs", own_runs(used), read_measurements(path)["runs"], used, skipped)
+        yield load_calibration(path.stem.removeprefix(OWN_RUNS)), read_measurements(path)["runs"]
+
+
+def _winners(rows: Iterable[Row], calibration: Calibration) -> list[Winner]:
+    domain = own_runs(calibration)
+    checked = [row for row in rows if isinstance(row, RunRow) and row.role != "fit"]
+    return winners((row, calibrated(domain, calibration, row)) for row in checked)
 
 
 def domains_of(table: str, calibration: Calibration) -> tuple[Domain, ...]:
