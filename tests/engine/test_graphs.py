@@ -93,9 +93,8 @@ def test_buckets() -> None:
     assert EngineOptions().graph_buckets(is_gpu=False) == ()
     assert EngineOptions(max_sequences=20).graph_buckets(is_gpu=True) == (1, 2, 4, 8, 16, 20)
     assert EngineOptions(cuda_graphs="8,1,512").graph_buckets(is_gpu=True) == (1, 8)
-    assert EngineOptions().mixed_buckets(is_gpu=True) == EngineOptions(mixed_graphs="auto").mixed_buckets(False) == ()
-    assert EngineOptions(mixed_graphs="auto", max_batch_tokens=300).mixed_buckets(is_gpu=True) == (64, 128, 256)
-    assert EngineOptions(mixed_graphs="8,2,9000").mixed_buckets(is_gpu=False) == (2, 8)
+    assert EngineOptions().mixed_buckets() == EngineOptions(mixed_graphs="off").mixed_buckets() == ()
+    assert EngineOptions(mixed_graphs="8,2,9000").mixed_buckets() == (2, 8)
     for wrong in ("0,4", "some"):
         with pytest.raises(ConfigurationError, match="cuda_graphs"):
             EngineOptions(cuda_graphs=wrong)

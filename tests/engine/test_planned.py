@@ -43,7 +43,7 @@ def test_steps_are_captured_as_planned():
     assert planned_options(made)["mixed_graphs"] == "off"
     captured = msgspec.structs.replace(made.options, mixed_graphs=(256, 4096))
     options = EngineOptions.of(planned_options(msgspec.structs.replace(made, options=captured)))
-    assert options.on("cuda").mixed_buckets(is_gpu=True) == (256, 4096)
+    assert options.on("cuda").mixed_buckets() == (256, 4096)
 
 
 def test_a_plan_is_for_one_model():

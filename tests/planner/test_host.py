@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 
@@ -7,9 +9,10 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, fit_machine
 from soloist.planner.deployments import predict_run
 from soloist.planner.domains import domains
-from soloist.planner.host import bucket_of, buckets_of, is_captured, launches, slowest
+from soloist.planner.host import KEPT_BYTES, WASTE, bucket_of, buckets_of, is_captured, launches, sizes, slowest
 from soloist.planner.kernels import OWN_LIBRARY, Kernels
 from soloist.planner.layer import Deployment
+from soloist.planner.memory import MemoryLoad, activation_bytes
 from soloist.planner.precision import Precision
 from soloist.planner.refit import load_calibration
 from soloist.planner.runtime import Runtime
@@ -88,3 +91,21 @@ def test_a_measured_launch_takes_the_place_of_the_guess() -> None:
     slow = prefill("tp2", used=fitted.over(OWN))
     assert slow.seconds.value > 1.3 * prefill("tp2").seconds.value
     assert slow.parts["host"].band < prefill("tp2").parts["host"].band
+
+
+def test_sizes_left_to_the_engine() -> None:
+    """All steps of thin layers; of thick ones those whose kernels the host takes longer to start."""
+    thin, thick = (sizes(preset(model), Layout.parse("ep2"), 8192) for model in ("qwen3-30b-a3b", "ref-16l"))
+    assert (thin[0], thin[-1], thick[-1] < 2048) == (64, 8192, True)
+    assert all(bucket_of(thin, tokens) for tokens in (1, 700, 1100, 1500, 3000, 5400, 8192))
+    assert max(above / below for below, above in pairwise(thin) if below >= 1024) < WASTE + 0.01
+    assert sizes(preset("qwen3-30b-a3b"), Layout.parse("ep2"), 300) == (64, 128, 256)
+
+
+def test_no_step_keeps_more_than_it_may() -> None:
+    """DeepSeek-V3 on 8 GPUs: rows of all eight, each at all of its choices."""
+    spec, layout = preset("deepseek-v3"), Layout.parse("ep8")
+    found = sizes(spec, layout, 8192)
+    assert found == (64, 128, 256, 512)
+    load = MemoryLoad(sequences=1, longest=1, step_tokens=512, graph_rows=1)
+    assert activation_bytes(spec, layout, load, "pushed", 32, "fp8") < KEPT_BYTES

@@ -72,6 +72,7 @@ class Load:
         longest = max([p.tokens + 2 for p in self.prefills] + [self.context + self.tokens + 2])
         groups = layout.attention_groups * layout.dp
         rows = sorted({_share(n, groups) for n in self.decodes})
+        graphs = ",".join(map(str, _rows(rows or [1], layout)))
         held = [_share(p.count, groups) * (p.tokens + 65) for p in self.prefills]
         held += [_share(n, groups) * (self.context + self.tokens + 65) for n in self.decodes]
         return msgspec.structs.replace(
@@ -79,7 +80,7 @@ class Load:
             kv_tokens=given.kv_tokens or max(held),
             max_positions=longest,
             max_sequences=max([*rows, *(_share(p.count, groups) for p in self.prefills)]),
-            cuda_graphs=",".join(map(str, _rows(rows, layout))) if given.cuda_graphs == "auto" and rows else "off",
+            cuda_graphs=graphs if given.cuda_graphs == "auto" else given.cuda_graphs,
             prefix_caching=False,
         )
 

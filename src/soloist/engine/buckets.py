@@ -11,13 +11,9 @@ from soloist.engine.dispatchers import Dispatchers
 from soloist.engine.options import EngineOptions
 from soloist.kernels.paged_attention_triton import TritonPagedAttention
 from soloist.models.decoder import Decoder
-from soloist.planner.memory import MemoryLoad, activation_bytes
-from soloist.planner.precision import Precision
-from soloist.planner.weights import expert_slots
+from soloist.planner.host import sizes
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
-
-KEPT_BYTES = 2e9  # of the largest step's activations, for it to have a graph: they stay with it
 
 
 @dataclass(frozen=True)
@@ -45,15 +41,11 @@ class Buckets:
 
     @property
     def mixed(self) -> list[int]:
-        """Tokens of other steps; where it is left to us also of the largest, unless its activations are."""
-        options, spec, layout = self.options, self.spec, self.layout
-        found, most = options.mixed_buckets(self.is_gpu), options.max_batch_tokens
-        if options.mixed_graphs != "auto" or not found or most in found:
-            return self._taken(found)
-        load = MemoryLoad(sequences=1, longest=1, step_tokens=most, graph_rows=1)
-        experts = Precision.of(spec, keep_fp8=options.keep_fp8).experts_on(spec, layout.tp)
-        held = activation_bytes(spec, layout, load, "pushed", expert_slots(spec, layout, 0), experts)
-        return self._taken((*found, most) if held < KEPT_BYTES else found)
+        """Tokens of other steps."""
+        options = self.options
+        if options.mixed_graphs != "auto" or options.record or options.cuda_graphs == "off" or not self.is_gpu:
+            return self._taken(options.mixed_buckets())
+        return self._taken(sizes(self.spec, self.layout, options.max_batch_tokens, options.keep_fp8))
 
     def _taken(self, sizes: tuple[int, ...]) -> list[int]:
         return [rows for rows in sizes if not self.is_gpu or self.captures(rows)]

@@ -16,7 +16,6 @@ from soloist.specs.model import Dtype, ModelSpec, Spec
 from soloist.transport.mpi_options import MpiOptions
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-_MIXED = (64, 128, 256, 512, 1024)  # tokens of mixed steps
 
 
 class EngineOptions(Spec, frozen=True, kw_only=True):
@@ -49,7 +48,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     micro_batches: int = 0  # batches in flight in a pipeline; 0: one for each stage
     rehearse: bool = False  # on a GPU run steps of all sizes at the start, so that no request waits for a compiler
     cuda_graphs: str = "auto"  # sequences of the decoding steps that are captured: auto, off, or like 1,8,64
-    mixed_graphs: str = "off"  # tokens of the other steps that are captured: off, auto, or like 256,8192
+    mixed_graphs: str = "auto"  # the same for tokens of the other steps: auto, off, or like 256,8192
     ahead: Literal["auto", "on", "off"] = "auto"  # make up a step before the last is back; auto: on GPUs, save pp > 1
     random_weights: int | None = None  # a seed: make weights up instead of reading them
     measure: bool = False  # time the phases of every step
@@ -81,7 +80,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
         if self.ahead == "on" and self.record:
             raise ConfigurationError.of("ahead", "on", "a record needs every token on the host; leave one of them out")
         self.graph_buckets(is_gpu=True)
-        self.mixed_buckets(is_gpu=True)
+        self.mixed_buckets()
 
     def on(self, device: str, stages: int = 1, attention_ranks: int = 1) -> EngineOptions:
         """With everything filled in that depends on the kind of device, the stages, and the attention groups."""
@@ -109,14 +108,12 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
             return (*(rows for rows in (*_BUCKETS, *range(320, most, 64)) if rows < most), most)
         return _numbers("cuda_graphs", self.cuda_graphs, 1, most)
 
-    def mixed_buckets(self, is_gpu: bool) -> tuple[int, ...]:
-        """The same for tokens of steps in which some sequences have several."""
-        if self.mixed_graphs == "off" or self.record:
+    def mixed_buckets(self) -> tuple[int, ...]:
+        """The same for tokens of steps in which some sequences have several; none where that is left to the engine,
+        which goes by model and layout (engine/buckets.py)."""
+        if self.mixed_graphs in ("off", "auto") or self.record:
             return ()
-        most = self.max_batch_tokens or 8192
-        if self.mixed_graphs == "auto":
-            return tuple(tokens for tokens in _MIXED if tokens <= most) if is_gpu else ()
-        return _numbers("mixed_graphs", self.mixed_graphs, 2, most)
+        return _numbers("mixed_graphs", self.mixed_graphs, 2, self.max_batch_tokens or 8192)
 
     def longest(self, spec: ModelSpec) -> int:
         """Tokens that a sequence may reach."""

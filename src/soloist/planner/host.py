@@ -17,7 +17,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from soloist.errors import ConfigurationError
+from soloist.planner.bounds import flops_per_token
+from soloist.planner.memory import MemoryLoad, activation_bytes
+from soloist.planner.precision import Precision
 from soloist.planner.routing import highest
+from soloist.planner.weights import expert_slots
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
 
@@ -29,6 +33,9 @@ SPREAD = 0.13  # of hosts: in the profiles one rank waited for the other for 3, 
 # Of the engine's graphs, too (engine/graphs.py).
 WASTE, FEW = 1.25, 1024  # tokens of a prefill step's bucket over its own; up to FEW of them the host is what takes long
 SHORT_CONTEXT = 4096  # tokens: what a program of the attention takes without a split
+SIZES = (64, 128, 256, 512, 1024)  # of steps in graphs: with so few tokens the host takes longer
+THIN_FLOPS = 2e12  # of a layer on one GPU: some 3 ms, which is what the host takes to start it with an exchange
+KEPT_BYTES = 2e9  # of a step's activations, for it to have a graph: they stay with it
 
 
 def launches(model: ModelSpec, layout: Layout) -> int:
@@ -55,6 +62,28 @@ def bucket_of(buckets: Sequence[int], tokens: float) -> int | None:
 def is_captured(buckets: Sequence[int], tokens: float, longest: float) -> bool:
     """Whether the engine replays a graph for a step of so many tokens, with contexts of up to `longest`."""
     return longest <= SHORT_CONTEXT and bucket_of(buckets, tokens) is not None
+
+
+def sizes(model: ModelSpec, layout: Layout, most: int, keep_fp8: bool = True) -> tuple[int, ...]:
+    """Ascending tokens of the steps that the engine holds in graphs where that is left to it (`mixed_graphs=auto`).
+
+    Up to FEW tokens, and above where layers are thin: then up to `most`, each size WASTE times the one below at most,
+    while its activations do not take too much memory.
+    """
+    flops = flops_per_token(model, 0) / model.layers / layout.attention_ranks
+    found, size = [tokens for tokens in SIZES if tokens <= most], most
+    while size > FEW:
+        if size * flops <= THIN_FLOPS:
+            found.append(size)
+        size = -(-int(size / WASTE) // 64) * 64
+    return tuple(tokens for tokens in sorted(found) if _kept(model, layout, tokens, keep_fp8) <= KEPT_BYTES)
+
+
+def _kept(model: ModelSpec, layout: Layout, tokens: int, keep_fp8: bool) -> float:
+    """Bytes of the activations of a step."""
+    load = MemoryLoad(sequences=1, longest=1, step_tokens=tokens, graph_rows=1)
+    experts = Precision.of(model, keep_fp8=keep_fp8).experts_on(model, layout.tp)
+    return activation_bytes(model, layout, load, "pushed", expert_slots(model, layout, 0), experts)
 
 
 def buckets_of(text: str) -> tuple[int, ...]:
