@@ -227,7 +227,7 @@ def main(
     bench, points = Bench.join(), []
     options = EngineOptions(
         replicate_below=replicate_below, nvlink_sums=nvlink_sums, max_batch_tokens=1024, max_sequences=256,
-        kv_tokens=1024, block_size=64,
+        kv_tokens=1024, block_size=64, cuda_graphs="off",
     )  # fmt: skip
     with torch.inference_mode():
         for name in model:
