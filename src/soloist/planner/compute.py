@@ -149,16 +149,21 @@ def small_seconds(
 def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float:
     """Seconds for a row of the `moe_gemm` table. Rows measured with ep = 1 time one grouped matrix multiplication."""
     pairs = row.group_tokens * row.top_k / row.ep
-    slots, dtype = row.experts / row.ep, dtype_named(row.dtype)
+    dtype = dtype_named(row.dtype)
     if row.ep == 1:
         return grouped_seconds(pairs, row.experts, row.ffn, row.hidden, dtype, gpu, constants)
     alpha = _exponent(row.routing)
     fullest = pairs * imbalance(alpha, row.experts, row.ep, row.group_tokens, top_k=row.top_k)
     work = ExpertWork(
-        pairs=fullest, active=activated(slots, row.experts, row.top_k, row.group_tokens), hidden=row.hidden,
-        width=row.ffn, dtype=dtype, gathered=row.group_tokens / row.ep > PADDED_TOKENS, fused=row.library == "soloist",
+        pairs=fullest, active=active_experts(row), hidden=row.hidden, width=row.ffn, dtype=dtype,
+        gathered=row.group_tokens / row.ep > PADDED_TOKENS, fused=row.library == "soloist",
     )  # fmt: skip
     return experts_seconds(work, gpu, constants)
+
+
+def active_experts(row: ExpertRow) -> float:
+    """Experts of the row's rank that had rows."""
+    return row.active or activated(row.experts / row.ep, row.experts, row.top_k, row.group_tokens)
 
 
 def _exponent(routing: str) -> float:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from soloist.errors import ConfigurationError
 from soloist.planner import collectives, compute, exchange
 from soloist.planner.fitting import Constants, Prior
-from soloist.planner.routing import activated
 from soloist.planner.tables import (
     AttentionRow,
     CollectiveRow,
@@ -150,8 +149,8 @@ def expert_coordinates(pairs: float, active: float, hidden: int, width: float) -
 
 def _experts(known: Hardware) -> Domain:
     def coordinates(row: ExpertRow) -> dict[str, float]:
-        active = activated(row.experts / row.ep, row.experts, row.top_k, row.group_tokens)
-        return expert_coordinates(row.group_tokens * row.top_k / row.ep, active, row.hidden, row.ffn)
+        pairs = row.group_tokens * row.top_k / row.ep
+        return expert_coordinates(pairs, compute.active_experts(row), row.hidden, row.ffn)
 
     return Domain(
         name="experts",

@@ -6,6 +6,8 @@ uses; activations are what was found alive at once in the largest step, workspac
 
 from __future__ import annotations
 
+import msgspec
+
 from soloist.planner.compute import BYTES
 from soloist.planner.exchange import Mode, row_bytes
 from soloist.planner.precision import Precision
@@ -18,6 +20,7 @@ NCCL_BYTES = 0.4e9  # communicators' own buffers, where there are any
 RESIDUALS = 6  # tensors as large as the residual stream that were found alive at once
 LIBRARY_BYTES = 50e6  # that cuBLAS and the sampler keep
 GEMM_WORKSPACE_BYTES = 32e6 * 2
+RECEIVED, SENT = 2, 5  # messages of a pipeline that a stage holds: 4 that may be under way, and the one being sent
 PUSHED_BYTES, FEWEST_PUSHED = 6e9, 512  # of a pushed call's expanded rows on a rank; tokens that go whatever they take
 # Tokens of a step below which all ranks of an attention group have all of them instead of a share: usually, and where
 # our own kernels sum. Inside a node of GPUs a one-shot sum of 256 rows of 4096 in bf16 sends 2 MB to each peer, 6–8 µs
@@ -44,6 +47,8 @@ class MemoryLoad(Spec, frozen=True, kw_only=True):
     block: int = KV_BLOCK
     replicated: int = REPLICATED_NVLINK  # tokens of a step below which all ranks of an attention group have them all
     graph_rows: float = 0.0  # of the largest captured decoding step; 0: as many as sequences
+    captured: int = 0  # tokens of the largest prefill step in a graph, whose activations stay with it
+    eager: int | None = None  # tokens of the largest prefill step without a graph; None: step_tokens
 
 
 def memory_parts(
@@ -61,7 +66,7 @@ def memory_parts(
         **rank_weights(spec, seat, held, precision),
         "KV cache": kv_bytes(spec, seat, precision, load),
         "exchange buffers": exchange_bytes(spec, layout, precision, load, mode, held),
-        "activations": activation_bytes(spec, layout, load, mode, held, precision.experts_on(spec, layout.tp)),
+        "activations": _activations(spec, seat, load, mode, held, precision.experts_on(spec, layout.tp)),
         "workspace": CONTEXT_BYTES + GEMM_WORKSPACE_BYTES + (NCCL_BYTES if layout.size > 1 else 0.0),
     }
 
@@ -144,10 +149,25 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
     return found
 
 
+def _activations(spec: ModelSpec, seat: Seat, load: MemoryLoad, mode: Mode, slots: int, experts: str) -> float:
+    """Of the largest step without a graph and of the largest with one, which are kept apart; messages, logits."""
+    eager = load.step_tokens if load.eager is None else load.eager
+    steps = (msgspec.structs.replace(load, step_tokens=tokens) for tokens in (eager, load.captured) if tokens)
+    live = sum(activation_bytes(spec, seat.layout, step, mode, slots, experts) for step in steps)
+    logits = _logits(spec, seat.layout, load) if seat.is_last_stage else 0.0
+    return live + _message_bytes(spec, seat, load) + logits + LIBRARY_BYTES
+
+
+def _message_bytes(spec: ModelSpec, seat: Seat, load: MemoryLoad) -> float:
+    """Of a pipeline: a message that came and where the graphs read it; copies of those that left (transport/nccl.py)."""
+    each = 2 * -(-load.step_tokens // seat.layout.attention_ranks) * spec.d_model
+    return each * ((0 if seat.is_first_stage else RECEIVED) + (0 if seat.is_last_stage else SENT))
+
+
 def activation_bytes(
     spec: ModelSpec, layout: Layout, load: MemoryLoad, mode: Mode, slots: int, experts: str = "bf16"
 ) -> float:
-    """Live tensors of the largest step: residual stream, queries, keys and values, expert rows; and logits.
+    """Live tensors of the largest step: residual stream, queries, keys and values, expert rows.
 
     Our own exchange makes room for every row that could come, and its experts keep the hidden rows alone; others keep
     what comes, with a margin, and every matrix's result. `experts`: their data type. Those in fp8 have their rows and
@@ -164,7 +184,7 @@ def activation_bytes(
     attention = 2 * tokens * (2 * heads + 2 * d)
     quantised = BYTES["fp8"] if experts == "fp8" else 0.0
     rows = pairs * (2 * d + (quantised or 2) * d + (2 + quantised) * wide * width)
-    return RESIDUALS * 2 * own * d + max(attention, rows) + _logits(spec, layout, load) + LIBRARY_BYTES
+    return RESIDUALS * 2 * own * d + max(attention, rows)
 
 
 def _logits(spec: ModelSpec, layout: Layout, load: MemoryLoad) -> float:

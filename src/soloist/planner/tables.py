@@ -73,7 +73,8 @@ class CollectiveRow(Row, frozen=True, kw_only=True):
 class ExpertRow(Row, frozen=True, kw_only=True):
     """The experts of one rank: `group_tokens` tokens of all `ep` ranks, routed as `routing` says.
 
-    `library`: whose kernels; ours stand for two products that hold everything but what the exchange does.
+    `library`: whose kernels; ours stand for two products that hold everything but what the exchange does. `active`:
+    experts of the rank that had rows, where they were counted; as uniform routing has them otherwise.
     """
 
     gpu: str
@@ -87,6 +88,7 @@ class ExpertRow(Row, frozen=True, kw_only=True):
     routing: str
     us: float
     library: str = ""
+    active: float | None = None
 
 
 class MatmulRow(Row, frozen=True, kw_only=True):

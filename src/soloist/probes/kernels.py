@@ -6,7 +6,7 @@ Q and V widths of keys and values, N sequences, M blocks of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -105,7 +105,7 @@ def experts(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Reco
             columns = {
                 "gpu": gpu, "dtype": NAMES[dtype], "hidden": shape.d_model, "ffn": shape.width,
                 "experts": SPREAD * shape.local, "top_k": shape.top_k, "ep": SPREAD, "group_tokens": tokens,
-                "routing": "uniform", "library": "soloist",
+                "routing": "uniform", "library": "soloist", "active": _active(batches),
             }  # fmt: skip
             works = [_feed_forward(shape, batch, gate_up, down) for batch in batches]
             taken = probe.seconds(lambda works=works: [work() for work in works], device)
@@ -124,6 +124,12 @@ def _routed(tokens: int, shape: ExpertShape, device: torch.device, dtype: torch.
     rows_RD = torch.randn(tokens, shape.d_model, device=device).to(dtype)
     weight_X = torch.full((len(row_X),), 1.0 / shape.top_k, device=device)
     return ExpertBatch(rows_RD, row_X.to(device), weight_X, offsets_S.to(device), None, dense=False)
+
+
+def _active(batches: Sequence[ExpertBatch]) -> float:
+    """Experts that had rows, on average of the batches."""
+    counts = [batch.offsets_S.diff(prepend=batch.offsets_S.new_zeros(1)).count_nonzero() for batch in batches]
+    return sum(map(int, counts)) / len(batches)
 
 
 def _typical(tokens: int, shape: ExpertShape, generator: torch.Generator) -> Tensor:
