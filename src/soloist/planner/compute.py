@@ -27,6 +27,7 @@ SPELLINGS = {
 PADDED_TOKENS = 512  # tokens of a rank up to which engines pad to experts instead of gathering
 SMALL_PASSES = 9  # twice a sum and its norm: read two, write two; and the router reads
 EVEN = ("uniform", "balanced")  # routing of a table
+PRODUCTS = ("soloist", "deepgemm", "infersim")  # libraries and sources of which tables have the experts' products alone
 TILE = 64  # rows of a GEMM tile: fewer cost as much
 
 GEMM: dict[str, Prior] = {
@@ -156,7 +157,7 @@ def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float
     fullest = pairs * imbalance(alpha, row.experts, row.ep, row.group_tokens, top_k=row.top_k)
     work = ExpertWork(
         pairs=fullest, active=active_experts(row), hidden=row.hidden, width=row.ffn, dtype=dtype,
-        gathered=row.group_tokens / row.ep > PADDED_TOKENS, fused=row.library == "soloist",
+        gathered=row.group_tokens / row.ep > PADDED_TOKENS, fused=has_products_alone(row),
     )  # fmt: skip
     return experts_seconds(work, gpu, constants)
 
@@ -164,6 +165,11 @@ def predict_experts(row: ExpertRow, gpu: GpuSpec, constants: Constants) -> float
 def active_experts(row: ExpertRow) -> float:
     """Experts of the row's rank that had rows."""
     return row.active or activated(row.experts / row.ep, row.experts, row.top_k, row.group_tokens)
+
+
+def has_products_alone(row: ExpertRow) -> bool:
+    """Whether the row times the two products and nothing around them, by its library, or its source if it has none."""
+    return (row.library or row.source).lower().startswith(PRODUCTS)
 
 
 def _exponent(routing: str) -> float:

@@ -73,8 +73,9 @@ class CollectiveRow(Row, frozen=True, kw_only=True):
 class ExpertRow(Row, frozen=True, kw_only=True):
     """The experts of one rank: `group_tokens` tokens of all `ep` ranks, routed as `routing` says.
 
-    `library`: whose kernels; ours stand for two products that hold everything but what the exchange does. `active`:
-    experts of the rank that had rows, where they were counted; as uniform routing has them otherwise.
+    `library`: whose kernels, the source's where none is named; ours are two products that hold everything but what the
+    exchange does, DeepGEMM's and InferSim's figures are products alone (`compute.PRODUCTS`), others whole layers.
+    `active`: experts of the rank that had rows, where they were counted; as uniform routing has them otherwise.
     """
 
     gpu: str
