@@ -169,7 +169,10 @@ def test_dumps_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="6 experts"):
         read_sglang_dumps(SPEC, [tmp_path / "d.npz"])
     (tmp_path / "d.json").write_text('{"records": [{}], "last_physical_to_logical_map": [[0]]}')
-    with pytest.raises(ConfigurationError, match="per_token"):
+    with pytest.raises(ConfigurationError, match="no choices, as mode per_pass"):
+        read_sglang_dumps(SPEC, [tmp_path / "d.json"])
+    (tmp_path / "d.json").write_text('{"records": [], "last_physical_to_logical_map": [[0]]}')
+    with pytest.raises(ConfigurationError, match="no records"):
         read_sglang_dumps(SPEC, [tmp_path / "d.json"])
 
 

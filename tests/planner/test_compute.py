@@ -4,7 +4,15 @@ import pytest
 
 from soloist.planner.calibration import Calibration
 from soloist.planner.collectives import collective_seconds
-from soloist.planner.compute import DecodeAttention, ExpertWork, decode_attention_seconds, experts_seconds
+from soloist.planner.compute import (
+    DecodeAttention,
+    ExpertWork,
+    active_experts,
+    decode_attention_seconds,
+    experts_seconds,
+    predict_experts,
+)
+from soloist.planner.tables import ExpertRow
 from soloist.specs.cluster import cluster, preset_gpus
 
 PUBLISHED = Calibration.published()
@@ -59,3 +67,26 @@ def test_crossing_nodes_costs_more_than_staying_inside() -> None:
 
 def test_one_gpu_needs_no_collective() -> None:
     assert collective_seconds("all_reduce", 1, 1 << 20, cluster("dgx-h100"), NCCL) == 0
+
+
+def expert_row(group_tokens: int, source: str = "aiconfigurator", active: float | None = None) -> ExpertRow:
+    return ExpertRow(
+        role="check", source=source, gpu="H800", dtype="fp8", hidden=7168, ffn=2048, experts=256, top_k=8, ep=64,
+        group_tokens=group_tokens, routing="uniform", us=1.0, active=active,
+    )  # fmt: skip
+
+
+def test_rows_of_deepgemm_are_products_alone() -> None:
+    """Four experts with 8192 rows each: 1443 GFLOP of gate and up at 1297 TFLOP/s, 481 of down at 1099, by DeepGEMM's
+    own figures. A whole layer has passes over 32768 rows besides."""
+    alone, whole = (predict_experts(expert_row(262144, source), H100, GEMM) for source in ("DeepGEMM H800", "a layer"))
+    measured = 4 * 8192 * 2 * 7168 * (4096 / 1297e12 + 2048 / 1099e12)
+    assert alone == pytest.approx(measured, rel=0.15)
+    assert whole > 1.3 * alone
+
+
+def test_experts_that_were_counted_take_the_place_of_those_expected() -> None:
+    assert active_experts(expert_row(8)) == pytest.approx(4 * (1 - (1 - 8 / 256) ** 8))
+    assert active_experts(expert_row(8, active=2.5)) == 2.5
+    one, two = (predict_experts(expert_row(8, active=active), H100, GEMM) for active in (1.0, 2.0))
+    assert two > one

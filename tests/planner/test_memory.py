@@ -128,3 +128,41 @@ def test_what_a_gpu_held(model: str, graph_rows: int, kv_tokens: int, activation
     whole = sum(size for name, size in parts.items() if name != "workspace")
     assert parts["activations"] / 1e9 == pytest.approx(activations - logits, rel=0.05)
     assert whole / 1e9 == pytest.approx(reserved - logits, rel=0.05)
+
+
+# What the ranks of two H200 held (the memory records of soloist bench offline, 7e64d56), Qwen3's shape: layout, rank,
+# tokens of the step in a graph and of that without, rows of the largest decoding step, KV cache in tokens, activations
+# and what PyTorch had reserved, windows beside it, in GB.
+ON_TWO_GPUS = [
+    ("tp2", 0, 8192, 0, 32, 66080, 0.7694, 35.4403), ("ep2", 0, 8192, 0, 16, 33040, 1.5194, 37.3996),
+    ("ep2", 1, 8192, 0, 16, 33040, 1.5194, 37.3661), ("pp2", 0, 0, 8192, 256, 66080, 1.0460, 35.1934),
+    ("pp2", 1, 0, 8192, 256, 66080, 1.0237, 35.2772),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "rank", "captured", "eager", "rows", "kv_tokens", "activations", "reserved"), ON_TWO_GPUS
+)
+def test_what_two_gpus_held(
+    text: str, rank: int, captured: int, eager: int, rows: int, kv_tokens: int, activations: float, reserved: float
+) -> None:
+    spec = preset("qwen3-30b-a3b")
+    load = MemoryLoad(
+        sequences=1, longest=kv_tokens, step_tokens=8192, graph_rows=rows, captured=captured, eager=eager
+    )  # fmt: skip
+    parts = memory_parts(spec, Layout.parse(text).at(rank), Precision.of(spec), load, "pushed")
+    whole = sum(size for name, size in parts.items() if name != "workspace")
+    assert parts["activations"] / 1e9 == pytest.approx(activations, rel=0.03)
+    assert whole / 1e9 == pytest.approx(reserved, rel=0.025)
+
+
+def test_steps_in_graphs_and_without_keep_their_activations_apart() -> None:
+    spec, layout = preset("qwen3-30b-a3b"), Layout()
+
+    def activations(captured: int, eager: int | None) -> float:
+        load = MemoryLoad(sequences=1, longest=64, step_tokens=8192, captured=captured, eager=eager)
+        return memory_parts(spec, layout.at(0), Precision.of(spec), load, "pushed")["activations"]
+
+    assert activations(8192, 0) == activations(0, None) == activations(0, 8192)
+    assert activations(8192, None) == pytest.approx(2 * activations(0, None), rel=0.1)
+    assert activations(1024, None) < 1.2 * activations(0, None)

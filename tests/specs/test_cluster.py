@@ -147,6 +147,36 @@ def test_nccl_xml_over_a_switch() -> None:
     assert spec.nvlink == 450e9
 
 
+def test_nccl_xml_of_two_hosts_with_equal_bus_ids() -> None:
+    """As of trays of one NVLink domain."""
+    inside = XML[XML.index("<pci") : XML.index("</cpu>")]
+    hosts = "".join(f'<cpu host_hash="0x{host}" numaid="0">{inside}</cpu>' for host in (1, 2))
+    spec = from_nccl_xml(f'<system version="1">{hosts}</system>', "GB200")
+    assert (spec.gpus_per_node, spec.nics_per_node, spec.nic_GBps, spec.nvlink) == (4, 4, 50.0, 900e9)
+
+
+def test_nccl_xml_with_links_from_gpu_to_gpu() -> None:
+    """A bridge joins two; bus ids in either case. The third is reached over PCIe."""
+    gpus = "".join(
+        f'<pci busid="0000:{own}:00.0"><gpu dev="{i}">{link}</gpu></pci>'
+        for i, (own, link) in enumerate(
+            [
+                ("3b", '<nvlink target="0000:5E:00.0" count="4" tclass="0x030200"/>'),
+                ("5e", '<nvlink target="0000:3B:00.0" count="4" tclass="0x030200"/>'),
+                ("af", ""),
+            ]
+        )
+    )
+    spec = from_nccl_xml(f'<system version="1"><cpu numaid="0">{gpus}</cpu></system>', "A100-80GB")
+    assert spec.links_GBps == ((0, 100, 20), (100, 0, 20), (20, 20, 0))
+
+
+@pytest.mark.parametrize(("was", "wrong"), [('speed="400000"', 'speed="fast"'), ('count="18"', 'count="-1"')])
+def test_nccl_xml_whose_numbers_are_none(was: str, wrong: str) -> None:
+    with pytest.raises(ConfigurationError, match="must be a number"):
+        from_nccl_xml(XML.replace(was, wrong), "H100-80GB")
+
+
 def test_nccl_xml_refuses_other_files() -> None:
     with pytest.raises(ConfigurationError, match="not XML"):
         from_nccl_xml("<system", "H100-80GB")

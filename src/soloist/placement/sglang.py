@@ -33,7 +33,8 @@ def read_sglang_dumps(spec: ModelSpec, paths: Sequence[str | Path]) -> RoutingTr
             return _from_counts(spec, [np.asarray(dump["logical_count"]) for dump in dumps])
         return _from_records(spec, dumps)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        remedy = f"is no dump of {spec.name} in mode stat, stat_approx or per_token: {error!r}"
+        why = error if isinstance(error, ValueError) else repr(error)
+        remedy = f"is no dump of {spec.name} in mode stat, stat_approx or per_token: {why}"
         raise ConfigurationError.of("dump", ", ".join(map(str, paths)), remedy) from error
 
 
@@ -62,6 +63,10 @@ def _from_counts(spec: ModelSpec, counts: list[Array]) -> RoutingTrace:
 
 
 def _from_records(spec: ModelSpec, dumps: list[dict[str, Any]]) -> RoutingTrace:
+    if not any(dump["records"] for dump in dumps):
+        raise ValueError("it holds no records; was anything asked of the server between start and dump?")
+    if not all("topk_ids_of_layer" in record for dump in dumps for record in dump["records"]):
+        raise ValueError("its records have no choices, as mode per_pass has none; take per_token, or stat for counts")
     parts: list[Sample] = []
     for dump in dumps:
         logical_LP = _moe_rows(spec, np.asarray(dump["last_physical_to_logical_map"]))

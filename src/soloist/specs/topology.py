@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -64,32 +65,52 @@ def from_nvidia_smi(text: str, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
 def from_nccl_xml(text: str, gpu: str) -> ClusterSpec:
     """The file that NCCL writes to `NCCL_TOPO_DUMP_FILE`. `gpu` names a preset GPU.
 
-    NVLinks to a switch join every GPU to every other; links that name another GPU's bus id join only these two.
+    NVLinks to a switch join every GPU to every other, of several hosts, too, where the dump has them; links that name
+    another GPU's bus id join only these two.
     """
     try:
         system = ET.fromstring(text)
     except ET.ParseError as error:
         raise ConfigurationError.of("NCCL topology", text[:40], f"is not XML: {error}") from error
-    buses = {pci.get("busid", ""): pci for pci in system.iter("pci") if pci.find("gpu") is not None}
-    if system.tag != "system" or not buses:
+    found = [
+        _XmlGpu(host.get("host_hash", ""), pci.get("busid", "").lower(), device)
+        for host in (system.findall("cpu") or [system])
+        for pci in host.iter("pci")
+        if (device := pci.find("gpu")) is not None
+    ]
+    if system.tag != "system" or not found:
         raise ConfigurationError.of("NCCL topology", system.tag, "holds no GPU; give a dump of NCCL_TOPO_DUMP_FILE")
-    links = tuple(tuple(_xml_rate(buses, one, other, gpu) for other in buses) for one in buses)
-    speeds = [float(net.get("speed", "0")) for net in system.iter("net") if net.get("dev") is not None]
-    per_gpu = sum(speeds) / 8e3 / len(buses)  # Mb/s → GB/s
+    links = tuple(tuple(_xml_rate(one, other, gpu) for other in found) for one in found)
+    speeds = [_number(net, "speed", 0) for net in system.iter("net") if net.get("dev") is not None]
+    per_gpu = sum(speeds) / 8e3 / len(found)  # Mb/s → GB/s
     return _node(gpu, links, nics=len(speeds), nic_GBps=per_gpu, source="NCCL topology")
 
 
-def _xml_rate(buses: dict[str, ET.Element], one: str, other: str, gpu: str) -> float:
+class _XmlGpu(NamedTuple):
+    """Hosts of one NVLink domain may stand in one dump, with equal bus ids."""
+
+    host: str
+    bus: str
+    device: ET.Element
+
+
+def _xml_rate(one: _XmlGpu, other: _XmlGpu, gpu: str) -> float:
     if one == other:
         return 0.0
-    device = buses[one].find("gpu")
-    assert device is not None
     direct = switched = 0
-    for link in device.findall("nvlink"):
-        count = int(link.get("count", "1"))
-        direct += count * (link.get("target") == other)
-        switched += count * (link.get("tclass", "").startswith("0x0680"))  # PCI class of an NVSwitch bridge
+    for link in one.device.findall("nvlink"):
+        count = int(_number(link, "count", 1))
+        direct += count * (one.host == other.host and link.get("target", "").lower() == other.bus)
+        switched += count * link.get("tclass", "").startswith("0x0680")  # PCI class of an NVSwitch bridge
     return _nvlinks(direct or switched, gpu) or PATH_GBPS["PHB"]
+
+
+def _number(element: ET.Element, key: str, missing: float) -> float:
+    """An attribute that counts something. Raises ConfigurationError for anything but a number of zero or more."""
+    text = element.get(key, str(missing))
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise ConfigurationError.of(f"NCCL topology, {key} of {element.tag}", text, "must be a number")
+    return float(text)
 
 
 def _rate(cell: str, gpu: str) -> float:
