@@ -159,7 +159,7 @@ def _activations(spec: ModelSpec, seat: Seat, load: MemoryLoad, mode: Mode, slot
 
 
 def _message_bytes(spec: ModelSpec, seat: Seat, load: MemoryLoad) -> float:
-    """Of a pipeline: a message that came and where the graphs read it; copies of those that left (transport/nccl.py)."""
+    """Of a pipeline: a message that came and where graphs read it; copies of those that left (transport/nccl.py)."""
     each = 2 * -(-load.step_tokens // seat.layout.attention_ranks) * spec.d_model
     return each * ((0 if seat.is_first_stage else RECEIVED) + (0 if seat.is_last_stage else SENT))
 
