@@ -38,7 +38,7 @@ class Live:
     """A running server."""
 
     def __init__(self, served: Served, limits: Limits, listening: Listening) -> None:
-        self.app = make_app(served, limits, listening.keys)
+        self.app = make_app(served, limits, listening.keys, listening.origins)
         self.desk = self.app.state.desk
         self.server = uvicorn.Server(configured(self.app, listening))
         self.thread = threading.Thread(target=self.server.run)

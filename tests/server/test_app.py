@@ -11,6 +11,7 @@ import openai
 import pytest
 
 import soloist
+from soloist.errors import ConfigurationError
 from soloist.server.run import Listening
 from tests.server.live import http, live, patient
 
@@ -329,6 +330,25 @@ def test_keys(fake):
         assert http.head(f"{server.url}/health").status_code == 200
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="second", http_client=patient()) as client:
             assert client.completions.create(**body).choices[0].text == " 0 1 2"
+
+
+def test_pages_of_other_origins_are_let_in_where_named(fake):
+    """A browser asks first, without a key; it shows a page the answer only if the page's origin is named in it."""
+    page, other = {"Origin": "https://chat.example.org"}, {"Origin": "https://elsewhere.example.org"}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    body, key = {"model": "fake", "prompt": [1], "max_tokens": 3}, {"Authorization": "Bearer one"}
+    named = "access-control-allow-origin"
+    with live(fake.served, Listening(port=0, keys=("one",), origins=(page["Origin"],))) as server:
+        asked = http.options(f"{server.url}/v1/completions", headers=page | asks)
+        assert (asked.status_code, asked.headers[named]) == (200, page["Origin"])
+        assert "authorization" in asked.headers["access-control-allow-headers"].lower()
+        assert post(server, body, headers=page | key).headers[named] == page["Origin"]
+        assert post(server, body, headers=page).headers[named] == page["Origin"]  # a page may read why it was refused
+        assert named not in post(server, body, headers=other | key).headers
+    with live(fake.served) as server:
+        assert named not in post(server, body, headers=page).headers
+    with pytest.raises(ConfigurationError, match="cors_origin = 'chat.example.org': write"):
+        Listening(origins=("chat.example.org",))
 
 
 def test_bodies_are_bounded(fake):

@@ -53,6 +53,10 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate: serve https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="Authorities that must have signed clients.")] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Of web pages whose scripts may call this server, like https://chat.example.org; * for all."),
+    ] = None,
     log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log.")] = "info",
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
@@ -74,7 +78,9 @@ def serve(
     promised = Slo.parse(slo) if slo else Slo.of(made.load) if made else Slo()
     most = max_waiting or (admitted(made, promised) if made else None) or MAX_WAITING
     limits = Limits(most, request_timeout, int(max_body_mb * 1e6))
-    listening = Listening(host, port, tuple(api_key or ()), drain, tls_cert, tls_key, tls_client_ca)
+    listening = Listening(
+        host, port, tuple(api_key or ()), drain, tls_cert, tls_key, tls_client_ca, tuple(cors_origin or ())
+    )
     watched = [f"count_experts={details}", f"measure={details}"]
     options = engine_options(device, dtype, transport, kv_tokens, random_weights, [*watched, *(settings or [])], made)
     model, cut, held = deployment(model, layout, placement, made, options)

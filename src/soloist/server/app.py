@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from soloist import __version__
@@ -52,8 +53,13 @@ class Limits:
     max_body_bytes: int = 8 * 2**20
 
 
-def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()) -> FastAPI:  # noqa: B008
-    """The application; `app.state.desk` takes its calls while it runs."""
+def make_app(
+    served: Served,
+    limits: Limits = Limits(),  # noqa: B008
+    keys: Sequence[str] = (),
+    origins: Sequence[str] = (),
+) -> FastAPI:
+    """The application; `app.state.desk` takes its calls while it runs. `origins`: of web pages that may."""
     desk = Desk(served, limits.max_waiting, limits.request_timeout_s)
 
     tally, watch = Tally(served.slo), Watch(served.front, served.gpus_per_node)
@@ -72,6 +78,11 @@ def make_app(served: Served, limits: Limits = Limits(), keys: Sequence[str] = ()
     app.state.desk, app.state.limits = desk, limits
     app.state.metrics, app.state.details = Metrics(desk, tally, watch), Details(desk, tally, watch)
     app.add_middleware(Gate, keys=keys)
+    if origins:  # around the gate: a browser asks beforehand, without a key
+        told = ("X-Request-Id", "Retry-After")
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told
+        )
     for path, endpoint in (
         ("/v1/completions", completions),
         ("/v1/chat/completions", chat),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
 import socket
 import ssl
@@ -40,10 +41,14 @@ class Listening:
     certificate: Path | None = None
     private_key: Path | None = None
     client_authorities: Path | None = None  # clients must show a certificate signed by one of these
+    origins: Sequence[str] = ()  # of pages elsewhere whose scripts browsers let call this server; * for all
 
     def __post_init__(self) -> None:
         if not all(key.strip() for key in self.keys):
             raise ConfigurationError.of("api_key", "", "would let everybody in; give a key, or leave it out")
+        for origin in self.origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ConfigurationError.of("cors_origin", origin, "write * or an origin like https://chat.example.org")
         for key in ("certificate", "private_key", "client_authorities"):
             path: Path | None = getattr(self, key)
             if path is not None and not path.is_file():
@@ -82,7 +87,7 @@ def _no_password() -> str:
 def serve(served: Served, limits: Limits, listening: Listening, port: socket.socket, level: str = "info") -> None:
     """Answer requests at `port`, which `listening` has bound, until SIGTERM or SIGINT."""
     set_up_logging(level)
-    app = make_app(served, limits, listening.keys)
+    app = make_app(served, limits, listening.keys, listening.origins)
     DrainingServer(configured(app, listening), app.state.desk, listening.drain_s).run([port])
 
 
