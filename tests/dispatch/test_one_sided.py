@@ -166,8 +166,9 @@ def test_too_many_tokens_are_refused() -> None:
 
 
 def test_form_follows_size_and_spread() -> None:
-    shape = ExchangeShape(ranks=2, tp=1, slots=8, top_k=8, d_model=64, capacity=128, dtype=torch.bfloat16)
+    shape = ExchangeShape(ranks=2, tp=1, slots=8, top_k=8, d_model=2048, capacity=2048, dtype=torch.bfloat16)
     assert choose_form(shape).name == "latency"
+    assert choose_form(replace(shape, dtype=torch.float32)).name == "copy"
     assert choose_form(replace(shape, capacity=4096)).name == "copy"
     assert choose_form(replace(shape, capacity=4096, top_k=1)).name == "push"
 
@@ -177,6 +178,6 @@ def test_a_limit_of_sms_is_kept_by_every_form() -> None:
     one = world(shape_of(case), LATENCY)[0]
     limited = replace(one, sms=20).fit(2)
     assert (limited.form.name, limited.form.programs) == ("latency", 20)
-    large = replace(shape_of(case), capacity=4096)
+    large = replace(shape_of(case), capacity=4096, d_model=4096)
     assert [choose_form(replace(large, top_k=k), sms=32).programs for k in (1, 8)] == [32, 32]
     assert choose_form(large, sms=10**6).programs == PUSH.programs

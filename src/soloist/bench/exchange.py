@@ -22,7 +22,7 @@ from soloist.bench.report import Point
 from soloist.bench.shapes import Wanted
 from soloist.bench.soak import soak
 from soloist.bench.trace import Trace
-from soloist.dispatch.forms import COPY, LATENCY, LATENCY_TOKENS, Form
+from soloist.dispatch.forms import COPY, LATENCY, Form
 from soloist.probes.gpus import Bench
 from soloist.transport.base import Transport
 
@@ -133,7 +133,7 @@ class Measured:
 
     def case(self, load: Load, transport: Transport) -> Iterator[Point]:
         """Everything that there is to say of one load."""
-        if load.tokens <= LATENCY_TOKENS:
+        if load.is_decode:
             yield from self.decode(load, fp8=True)
             yield from self.decode(load, fp8=False)
         else:

@@ -24,7 +24,7 @@ from soloist.bench.report import Point
 from soloist.bench.shapes import Wanted
 from soloist.bench.shared_experts import SharedRun, Sum
 from soloist.bench.trace import Trace
-from soloist.dispatch.forms import COPY, LATENCY, LATENCY_TOKENS, PUSH, choose_form
+from soloist.dispatch.forms import COPY, LATENCY, PUSH, choose_form
 from soloist.errors import ConfigurationError
 from soloist.kernels.experts import FP8_BLOCKS, FP8_ROWS, Fp8Experts, choose_tiles, fits, swiglu_experts
 from soloist.kernels.grouped_gemm import BLOCK
@@ -59,7 +59,7 @@ class Measured:
 
     def layer(self, name: str, load: Load) -> Iterator[Point]:
         """Over NVLink, and over NCCL; where all ranks share the experts, also for tokens that all of them have."""
-        run = LayerRun(self.bench, load, choose_form(load.shape(self.bench.size)), 1 if _few(load) else self.chunks)
+        run = LayerRun(self.bench, load, choose_form(load.shape(self.bench.size)), 1 if load.is_decode else self.chunks)
         floor = run.floor(self.machine.ceilings)
         yield self._one_sided(name, run, floor)
         if self.parts:
@@ -103,7 +103,7 @@ class Measured:
         return ways
 
     def _pause_s(self, load: Load) -> float:
-        return 0.0 if _few(load) else self.pause_s
+        return 0.0 if load.is_decode else self.pause_s
 
     def _portable(self, name: str, run: LayerRun, floor: tuple[float, str]) -> Iterator[Point]:
         """The same over NCCL with `F.grouped_mm`."""
@@ -139,13 +139,9 @@ def fp8_experts(bench: OneGpu, machine: Machine, name: str, load: Load, pause_s:
         yield machine.point(f"experts of {name}", variant, shape, each, *floor)
 
 
-def _few(load: Load) -> bool:
-    return load.tokens <= LATENCY_TOKENS
-
-
 def _calls(load: Load) -> int:
     """In a graph."""
-    return 10 if _few(load) else 1
+    return 10 if load.is_decode else 1
 
 
 def measure(
@@ -179,7 +175,7 @@ def measure_alone(wanted: Wanted, ranks: int, pause_s: float, parts: bool) -> It
     for name, load in _cases(wanted, ranks).items():
         run = LayerRun(bench, load, choose_form(load.shape(ranks)))
         work = repeated(run.without_exchange(), _calls(load))
-        pause = 0.0 if _few(load) else pause_s
+        pause = 0.0 if load.is_decode else pause_s
         (seconds,) = bench.seconds(work, repeats=15, pause_s=pause)
         seconds /= _calls(load)
         yield machine.point(name, f"a rank of {ranks}, no exchange", load.named, seconds, *run.floor(machine.ceilings))

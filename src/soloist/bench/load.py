@@ -14,6 +14,7 @@ from soloist.dispatch.base import Dispatcher, ExpertBatch, SlotChoice
 from soloist.dispatch.lane import ExchangeShape
 
 Inputs = tuple[Tensor, SlotChoice]  # x_TD and the choice of a rank
+DECODE_TOKENS = 512  # of a rank, at most
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Load:
     dtype: torch.dtype = torch.bfloat16
     width: int = 0
     tp: int = 1
+
+    @property
+    def is_decode(self) -> bool:
+        """So short that many calls are timed in one graph, one after the other."""
+        return self.tokens <= DECODE_TOKENS
 
     @property
     def named(self) -> dict[str, object]:

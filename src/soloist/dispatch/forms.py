@@ -51,13 +51,14 @@ def cut(d_model: int, block: int, per_warp: int = 1024) -> tuple[int, int, int]:
 LATENCY = Form("latency", programs=1056, block=2048, weigh_warp=1024)
 PUSH = Form("push", pieces=2)
 COPY = Form("copy", pieces=2)
-LATENCY_TOKENS = 512  # up to which one kernel a direction is faster
+LATENCY_BYTES = 8 << 20  # of a rank's tokens: up to which one kernel a direction is faster
 
 
 def choose_form(shape: ExchangeShape, sms: int = 0) -> Form:
     """By size, and by the share of groups that a token goes to under uniform routing. `sms`: a limit; 0: none."""
     visited = 1 - (1 - 1 / shape.groups) ** shape.top_k
-    form = LATENCY if shape.capacity <= LATENCY_TOKENS else COPY if visited > 0.8 else PUSH
+    sent = shape.capacity * shape.d_model * shape.dtype.itemsize
+    form = LATENCY if sent <= LATENCY_BYTES else COPY if visited > 0.8 else PUSH
     return replace(form, programs=min(form.programs, sms)) if sms else form
 
 

@@ -19,6 +19,7 @@ from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.dispatch.ragged import RaggedDispatcher
 from soloist.kernels.experts import choose_tiles
 from soloist.kernels.language import AVAILABLE
+from soloist.planner.compute import PADDED_TOKENS
 from soloist.probes.device import seconds
 from soloist.probes.gpus import Bench, captured
 from soloist.probes.links import slowest
@@ -27,7 +28,6 @@ from soloist.timing import HostClock
 from soloist.transport.base import Transport
 from soloist.transport.symmetric import Watch
 
-LATENCY_TOKENS = 512  # up to which the one-sided exchange is one kernel each way (dispatch/forms.py)
 CALLS = 10  # of both halves in one graph
 REPEATS = 12
 
@@ -79,7 +79,7 @@ def one_sided(bench: Bench, fabric: str, dtype: torch.dtype) -> Iterator[Record]
         lane = Lane(bench.group.window(WindowPlan(shape).size), shape)
         whole = OneSidedDispatcher.of(shape, (lane,), watch)
         for tokens in TOKENS["cuda"]:
-            mode = "pushed" if tokens <= LATENCY_TOKENS else "ragged"
+            mode = "pushed" if tokens <= PADDED_TOKENS else "ragged"  # as the planner calls them
             columns = _columns(routed, tokens, bench.size, mode, fabric, dtype)
             for phase, taken in _halves(bench, whole.fit(tokens), tokens, routed, dtype).items():
                 yield Record("all_to_all", {**columns, "phase": phase}, taken)
@@ -95,7 +95,7 @@ def _halves(
     """Seconds of dispatch and of combine, captured one after the other on the one lane."""
     x_TD = torch.randn(tokens, routed.d_model, device=bench.device, dtype=dtype)
     choice = choice_of(tokens, routed, bench.size // routed.tp, bench.rank, bench.device)
-    shape, expand = dispatcher.shape, tokens > LATENCY_TOKENS
+    shape, expand = dispatcher.shape, tokens > PADDED_TOKENS
     y_XD = torch.randn(shape.rows * shape.most, routed.d_model, device=bench.device, dtype=dtype)
     state: dict[str, Any] = {}
 
