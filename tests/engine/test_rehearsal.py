@@ -18,8 +18,9 @@ from tests.ranks import run_threads
 from tests.specs.models import tiny_spec
 
 OPTIONS = EngineOptions(
-    device="cpu", max_batch_tokens=20, max_sequences=4, max_positions=12, block_size=4, count_experts=True
-)
+    device="cpu", max_batch_tokens=20, max_sequences=4, max_positions=12, block_size=4, count_experts=True, cuda_graphs="2",
+    mixed_graphs="8",
+)  # fmt: skip
 PROMPT = tuple(range(1, 8))
 
 
@@ -41,14 +42,14 @@ def test_a_single_sequence_bounds_the_steps() -> None:
     assert {batch.tokens for batch in rehearsals(8192, longest=100, max_sequences=1, block=0, block_size=16)} == {1}
 
 
-def answer(transport: Transport, layout: Layout, rehearse: bool) -> tuple[torch.Tensor | None, list[int]]:
-    """Logits of a step, and how often its layers chose each expert."""
+def answer(transport: Transport, layout: Layout, rehearsed: bool | None) -> tuple[torch.Tensor | None, list[int]]:
+    """Logits of a step, and how often its layers chose each expert. rehearsed: steps, or (False) graphs alone."""
     spec, source = tiny_spec(), RandomWeights(tiny_spec(), 0, torch.float32)
     world = World.build(transport, layout, gpus_per_node=8)
     runner = Runner(spec, layout, Placement.linear(spec, layout.ep), world, source, OPTIONS)
     runner.allocate(6)
-    if rehearse:
-        runner.rehearse()
+    if rehearsed is not None:
+        runner.rehearse(rehearsed)
     with torch.inference_mode():
         logits = runner.logits(StepBatch(1, (Chunk(0, PROMPT, 0, (0, 1), samples=True),), len(PROMPT)))
     chosen = [count for counts in runner.figures().chosen.values() for count in counts]
@@ -56,10 +57,12 @@ def answer(transport: Transport, layout: Layout, rehearse: bool) -> tuple[torch.
     return logits, chosen
 
 
+@pytest.mark.parametrize("rehearsed", [False, True])
 @pytest.mark.parametrize("text", ["ep1", "tp2", "pp2", "ep2"])
-def test_what_was_rehearsed_leaves_no_trace(text: str) -> None:
+def test_what_was_rehearsed_leaves_no_trace(text: str, rehearsed: bool) -> None:
     layout = Layout.parse(text)
-    plain, after = (run_threads(layout.size, answer, layout, rehearse) for rehearse in (False, True))
+    plain = run_threads(layout.size, answer, layout, None)
+    after = run_threads(layout.size, answer, layout, rehearsed)
     for (expected, chosen), (found, chosen_then) in zip(plain, after, strict=True):
         assert chosen == chosen_then
         assert (expected is None and found is None) or torch.equal(expected, found)

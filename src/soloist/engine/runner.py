@@ -99,8 +99,8 @@ class Runner:
         is_gpu = self.device.type == "cuda"
         self.buckets = Buckets(self.spec, self.world.seat.layout, options, self.decoder, self.dispatchers, is_gpu)
         self.static = self._static_steps(self.buckets.decodes, self.buckets.mixed)
-        if is_gpu and options.rehearse and not self.recorder:
-            self.rehearse()
+        if is_gpu and not self.recorder and (options.rehearse or self.static.steps):
+            self.rehearse(options.rehearse)
         self.static.capture()
         self.watch.enabled = is_enabled
 
@@ -130,28 +130,30 @@ class Runner:
         return StaticStep(rows, sequences, shape, replicated, self.rope, self.feedback, self._stage, x_tD, logits_BV)
 
     @torch.inference_mode()
-    def rehearse(self) -> None:
-        """Run steps of all sizes through a layer of each kind (engine/rehearsal.py). Nothing of them is counted.
-
-        Where no step asks the host for what a kernel wrote, they are gone through without their kernels first.
+    def rehearse(self, steps: bool = True) -> None:
+        """Run all graphs' steps, and steps of all sizes (engine/rehearsal.py), through a layer of each kind. Nothing of
+        them is counted. Where no step asks the host for what a kernel wrote, their kernels are compiled first, side by
+        side; without `steps` that is all.
         """
         blocks, caches = self.decoder.blocks, self.caches
         kept = kinds(self.spec, self.placement, self.decoder.layers)
         asks_nothing = self.buckets.captures(1) and self.buckets.captures(self.options.max_batch_tokens)
         self.decoder.blocks, self.caches = [blocks[index] for index in kept], [caches[index] for index in kept]
-        if asks_nothing:
+        if asks_nothing or not steps:
             with compile_ahead(torch.get_num_threads()):
-                self._rehearse()
-        self._rehearse()
+                self._rehearse(steps)
+        if steps:
+            self._rehearse(steps)
         self.decoder.blocks, self.caches = blocks, caches
         self.world.check()
         self.stats.forget()
         self.world.take_traffic()
 
-    def _rehearse(self) -> None:
+    def _rehearse(self, steps: bool) -> None:
         options = self.options
         longest, sequences = options.longest(self.spec), options.max_sequences
-        for batch in rehearsals(options.max_batch_tokens, longest, sequences, self.kv_blocks, options.block_size):
+        sizes = rehearsals(options.max_batch_tokens, longest, sequences, self.kv_blocks, options.block_size)
+        for batch in sizes if steps else ():
             sources, places = self.feedback.sources(batch), self.feedback.begin(batch)
             out = self._forward(batch, sources, places, None)
             if self.choice:
