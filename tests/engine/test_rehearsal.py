@@ -18,8 +18,8 @@ from tests.ranks import run_threads
 from tests.specs.models import tiny_spec
 
 OPTIONS = EngineOptions(
-    device="cpu", max_batch_tokens=20, max_sequences=4, max_positions=12, block_size=4, count_experts=True, cuda_graphs="2",
-    mixed_graphs="8",
+    device="cpu", max_batch_tokens=20, max_sequences=4, max_positions=12, block_size=4, count_experts=True,
+    cuda_graphs="2", mixed_graphs="8",
 )  # fmt: skip
 PROMPT = tuple(range(1, 8))
 

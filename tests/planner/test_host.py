@@ -79,7 +79,7 @@ def test_buckets_are_those_of_the_engine() -> None:
     assert bucket_of((256, 1024, 8192), 300) == 1024
     assert is_captured((1024, 8192), 100, 500)
     assert is_captured((8192,), 7000, 500)
-    assert not is_captured((8192,), 6000, 500)  # more than a quarter would be padding
+    assert not is_captured((8192,), 5000, 500)  # more than a third would be padding
     assert not is_captured((8192,), 9000, 500)
     assert not is_captured((8192,), 8000, 5000)
 
@@ -96,9 +96,9 @@ def test_a_measured_launch_takes_the_place_of_the_guess() -> None:
 def test_sizes_left_to_the_engine() -> None:
     """All steps of thin layers; of thick ones those whose kernels the host takes longer to start."""
     thin, thick = (sizes(preset(model), Layout.parse("ep2"), 8192) for model in ("qwen3-30b-a3b", "ref-16l"))
-    assert (thin[0], thin[-1], thick[-1] < 2048) == (64, 8192, True)
+    assert (thin[0], thin[-1], thick[-1]) == (64, 8192, 2048)
     assert all(bucket_of(thin, tokens) for tokens in (1, 700, 1100, 1500, 3000, 5400, 8192))
-    assert max(above / below for below, above in pairwise(thin) if below >= 1024) < WASTE + 0.01
+    assert max(above / below for below, above in pairwise(thin) if below >= 1024) <= WASTE
     assert sizes(preset("qwen3-30b-a3b"), Layout.parse("ep2"), 300) == (64, 128, 256)
 
 

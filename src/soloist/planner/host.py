@@ -13,6 +13,7 @@ ep1, 23 in ep2, 23 and two of NCCL's collectives in tp2.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ LATENT, SHARED = 4, 5  # more of MLA's projections and norms; of shared experts:
 COLLECTIVE = 3  # launches that a call of NCCL is worth: 330 µs with torch's bookkeeping, 250 to 420 in the profile
 SPREAD = 0.13  # of hosts: in the profiles one rank waited for the other for 3, 10, 20 and 41 % of a layer
 # Of the engine's graphs, too (engine/graphs.py).
-WASTE, FEW = 1.25, 1024  # tokens of a prefill step's bucket over its own; up to FEW of them the host is what takes long
+WASTE, FEW = 1.5, 1024  # tokens of a prefill step's bucket over its own; up to FEW of them the host is what takes long
 SHORT_CONTEXT = 4096  # tokens: what a program of the attention takes without a split
 SIZES = (64, 128, 256, 512, 1024)  # of steps in graphs: with so few tokens the host takes longer
 THIN_FLOPS = 2e12  # of a layer on one GPU: some 3 ms, which is what the host takes to start it with an exchange
@@ -67,16 +68,15 @@ def is_captured(buckets: Sequence[int], tokens: float, longest: float) -> bool:
 def sizes(model: ModelSpec, layout: Layout, most: int, keep_fp8: bool = True) -> tuple[int, ...]:
     """Ascending tokens of the steps that the engine holds in graphs where that is left to it (`mixed_graphs=auto`).
 
-    Up to FEW tokens, and above where layers are thin: then up to `most`, each size WASTE times the one below at most,
-    while its activations do not take too much memory.
+    Up to FEW tokens, and above where layers are thin: then up to `most`, each size WASTE times the one below at most.
+    Only while activations do not take too much memory.
     """
     flops = flops_per_token(model, 0) / model.layers / layout.attention_ranks
-    found, size = [tokens for tokens in SIZES if tokens <= most], most
-    while size > FEW:
-        if size * flops <= THIN_FLOPS:
-            found.append(size)
-        size = -(-int(size / WASTE) // 64) * 64
-    return tuple(tokens for tokens in sorted(found) if _kept(model, layout, tokens, keep_fp8) <= KEPT_BYTES)
+    steps = math.ceil(math.log(max(most / FEW, 1.0), WASTE))
+    larger = [FEW * (most / FEW) ** (step / steps) for step in range(1, steps + 1)]
+    found = [tokens for tokens in SIZES if tokens <= most]
+    found += [min(most, -(-int(size) // 64) * 64) for size in larger if size * flops <= THIN_FLOPS]
+    return tuple(tokens for tokens in found if _kept(model, layout, tokens, keep_fp8) <= KEPT_BYTES)
 
 
 def _kept(model: ModelSpec, layout: Layout, tokens: int, keep_fp8: bool) -> float:
