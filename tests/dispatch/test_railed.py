@@ -14,7 +14,7 @@ from soloist.dispatch.hierarchical import Rails
 from soloist.dispatch.local import Done
 from soloist.dispatch.padded import PaddedDispatcher
 from soloist.dispatch.ragged import RaggedDispatcher
-from soloist.dispatch.railed import RailedDispatcher, RailedExpandedDispatcher, Returning, require_equal_nodes
+from soloist.dispatch.railed import RailedDispatcher, RailedExpandedDispatcher, require_equal_nodes
 from soloist.errors import CapacityError, ConfigurationError
 from soloist.transport.base import Transport
 from soloist.transport.connect import local_world
@@ -79,8 +79,8 @@ def shares_of_one_sided(case: Case, nodes: int, form: Form) -> list[RailedExpand
     return found
 
 
-def last_part(t: Transport, returning: list[Returning]) -> Tensor:
-    return returning[t.rank].wait()
+def last_part(t: Transport, dispatchers: list[RailedExpandedDispatcher], sums: list[Tensor], case: Case) -> Tensor:
+    return dispatchers[t.rank].cross_back(Done(sums[t.rank]), case.tokens[t.rank], "layer 0").wait()
 
 
 @pytest.mark.parametrize("form", [LATENCY, replace(COPY, pieces=2)])
@@ -94,9 +94,8 @@ def test_one_sided_inside_the_nodes(form: Form) -> None:
     returning = []
     for rank, (dispatcher, pending) in enumerate(zip(dispatchers, arriving, strict=True)):
         batch, x_XD = pending.wait_expanded()
-        returning.append(dispatcher.start_combine_expanded(x_XD * 2.0**rank, batch, "layer 0"))
-    done = [replace(pending, inside=Done(pending.inside.wait())) for pending in returning]
-    found = run_threads(4, last_part, done)
+        returning.append(dispatcher.inside.start_combine_expanded(x_XD * 2.0**rank, batch.ticket.inside, "layer 0"))
+    found = run_threads(4, last_part, dispatchers, [pending.wait() for pending in returning], case)
     for rank, wanted in enumerate(run_threads(4, weighed, case)):
         assert torch.allclose(found[rank].float(), wanted.float(), rtol=0.02, atol=0.02)
 

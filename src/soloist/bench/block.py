@@ -97,7 +97,7 @@ class BlockRun:
         )
         batch = StepBatch(0, chunks, self.tokens)
         replicated = self.tokens < runner.options.replicate_below
-        made = StepInput.of(batch, self.options.block_size, runner.rope, replicated, self.bench.device, torch.bfloat16)
+        made = StepInput.of(batch, self.options.block_size, runner.rope, self.bench.device, torch.bfloat16, replicated)
         return replace(made, static=True)
 
     def prepare(self) -> None:
@@ -110,11 +110,11 @@ class BlockRun:
     def parts(self) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
         """The layers, and what stands before and behind them."""
         decoder, step, caches = self.runner.decoder, self.step(), self.runner.caches
-        split = decoder.split(step)
-        x_tD = decoder.embed(step, split).clone()
+        (whole,) = batches = decoder.micro_batches(step)
+        x_tD = decoder.embed(whole).clone()
         return (
-            lambda: decoder.forward(x_tD, step, split, caches),
-            lambda: decoder.logits(decoder.embed(step, split), step, split),
+            lambda: decoder.forward([x_tD], batches, caches)[0],
+            lambda: decoder.logits([decoder.embed(whole)], step, batches),
         )
 
     def error(self) -> tuple[float, float, int]:

@@ -29,6 +29,7 @@ from soloist.transport.base import Pending, Transport
 
 TAG_BITS = 16  # of a row's slots: the group inside its node while the row crosses, the source's group while it fans out
 MOST = 1 << (TAG_BITS - 1)
+Rows = Pending[tuple[Tensor, list[int]]]  # on their way, with how many come from each member
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Crossing:
     leaving: Departures  # by node
     sent: list[int]  # rows to each member of the rail
     received: list[int]
-    pending: Pending[tuple[Tensor, list[int]]]
+    pending: Rows
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class FanOut:
     """The rows of a chunk that came over the rail, on their way to the groups of this node."""
 
     leaving: Departures  # by group of the node
-    pending: Pending[tuple[Tensor, list[int]]]
+    pending: Rows
 
 
 @dataclass(frozen=True)
@@ -174,15 +175,18 @@ class HierarchicalDispatcher(Dispatcher):
         as_came_RD = torch.empty_like(y_RD)
         as_came_RD[ticket.order_R] = y_RD
         parts = as_came_RD.split([sum(received) for received in ticket.received])
-        return Returning(
-            self,
-            ticket,
-            [
-                self.node.start_rows(part_RD.contiguous(), received, fan.counts, phase(where, "inside the node"))
-                for part_RD, received, fan in zip(parts, ticket.received, ticket.fans, strict=True)
-            ],
-            where,
-        )
+        inside = [
+            self.node.start_rows(part_RD.contiguous(), received, fan.counts, phase(where, "inside the node"))
+            for part_RD, received, fan in zip(parts, ticket.received, ticket.fans, strict=True)
+        ]
+        chunks = zip(inside, ticket.fans, ticket.crossings, strict=True)
+        return Returning(self, ticket, [self._cross_back(*chunk, where) for chunk in chunks])
+
+    def _cross_back(self, pending: Rows, fan: Departures, crossing: Crossing, where: str) -> Rows:
+        """Await a chunk's results of the node's groups, and send their sums home over the rail."""
+        y_PD, _ = pending.wait()
+        partial_RD = sum_rows(y_PD, fan.token_R, fan.tokens, min(fan.top_k, len(self.rails.node)))
+        return self.rail.start_rows(partial_RD, crossing.received, crossing.sent, phase(where, "across nodes"))
 
 
 @dataclass(frozen=True)
@@ -221,24 +225,17 @@ class Arriving:
 
 @dataclass(frozen=True)
 class Returning:
-    """A combine under way."""
+    """A combine under way: the chunks are crossing to their nodes."""
 
     dispatcher: HierarchicalDispatcher
     ticket: Ticket
-    pending: list[Pending[tuple[Tensor, list[int]]]]
-    where: str
+    pending: list[Rows]
 
     def wait(self) -> Tensor:
-        rail, rails, crossings = self.dispatcher.rail, self.dispatcher.rails, self.ticket.crossings
-        going_home = []
-        for pending, fan, crossing in zip(self.pending, self.ticket.fans, crossings, strict=True):
-            y_PD, _ = pending.wait()
-            partial_RD = sum_rows(y_PD, fan.token_R, fan.tokens, min(fan.top_k, len(rails.node)))
-            where = phase(self.where, "across nodes")
-            going_home.append(rail.start_rows(partial_RD, crossing.received, crossing.sent, where))
+        nodes, crossings = len(self.dispatcher.rails.nodes), self.ticket.crossings
         summed = [
-            sum_rows(home.wait()[0], leaving.token_R, leaving.tokens, min(leaving.top_k, len(rails.nodes)))
-            for home, leaving in zip(going_home, (crossing.leaving for crossing in crossings), strict=True)
+            sum_rows(home.wait()[0], leaving.token_R, leaving.tokens, min(leaving.top_k, nodes))
+            for home, leaving in zip(self.pending, (crossing.leaving for crossing in crossings), strict=True)
         ]
         return torch.cat(summed)
 

@@ -240,8 +240,12 @@ class OneSidedDispatcher(Dispatcher):
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
         ticket = replace(ticket, number=self.watch.number(phase(where, "combine")))
         if expanded or self.form.name == "latency":
-            self._weigh(ticket, y, weigh=expanded, push=True)
-            return Returning(self, ticket, pulled=False)
+            if len(self.lanes) == 1 or self.form.name == "latency":
+                self._weigh(ticket, y, weigh=expanded, push=True)
+                return Returning(self, ticket, pulled=False)
+            with self.side.fork():
+                self._weigh(ticket, y, weigh=expanded, push=True)
+            return Returning(self, ticket, False, self.side.mark(), y)
         room = self.room(batch)
         if y.data_ptr() != room.data_ptr():
             room.copy_(y)
@@ -353,12 +357,13 @@ class Arriving:
 
 @dataclass(frozen=True)
 class Returning:
-    """A combine under way."""
+    """A combine under way. `y`: what the side stream still reads."""
 
     dispatcher: OneSidedDispatcher
     ticket: Ticket
     pulled: bool
     sent: torch.Event | None = None
+    y: Tensor | None = None
 
     def wait(self) -> Tensor:
         return self.dispatcher._sum(self.ticket, self.pulled, self.sent)

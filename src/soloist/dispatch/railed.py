@@ -106,7 +106,12 @@ class RailedDispatcher(Dispatcher):
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
         ticket = batch.ticket
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
-        return Returning(self, self.inside.start_combine(y_RD, ticket.inside, where), ticket.tokens, where)
+        return self.cross_back(self.inside.start_combine(y_RD, ticket.inside, where), ticket.tokens, where)
+
+    def cross_back(self, pending: PendingTokens, tokens: int, where: str) -> Returning:
+        """Await the results of the node's groups, and send their sums home over the rail."""
+        counts, where = [self.capacity] * self.rail.size, phase(phase(where, "combine"), "across nodes")
+        return Returning(self, self.rail.start_rows(pending.wait().contiguous(), counts, counts, where), tokens)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class RailedExpandedDispatcher(RailedDispatcher):
     def start_combine_expanded(self, y_XD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
         ticket = batch.ticket
         assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
-        return Returning(self, self.inside.start_combine_expanded(y_XD, ticket.inside, where), ticket.tokens, where)
+        return self.cross_back(self.inside.start_combine_expanded(y_XD, ticket.inside, where), ticket.tokens, where)
 
 
 @dataclass
@@ -161,19 +166,15 @@ class Arriving:
 
 @dataclass(frozen=True)
 class Returning:
-    """A combine under way."""
+    """A combine under way: the node's sums are crossing to their nodes."""
 
     dispatcher: RailedDispatcher
-    inside: PendingTokens
+    crossing: Pending[tuple[Tensor, list[int]]]
     tokens: int
-    where: str
 
     def wait(self) -> Tensor:
-        rail, capacity = self.dispatcher.rail, self.dispatcher.capacity
-        counts, partial_RD = [capacity] * rail.size, self.inside.wait()
-        where = phase(phase(self.where, "combine"), "across nodes")
-        home_RD, _ = rail.start_rows(partial_RD.contiguous(), counts, counts, where).wait()
+        home_RD, _ = self.crossing.wait()
         total_TD = torch.zeros(self.tokens, home_RD.shape[1], device=home_RD.device)
-        for part_CD in home_RD.split(capacity):
+        for part_CD in home_RD.split(self.dispatcher.capacity):
             total_TD += part_CD[: self.tokens].float()
         return total_TD.to(home_RD.dtype)

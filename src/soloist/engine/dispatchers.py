@@ -48,7 +48,9 @@ class Dispatchers:
         self.spec, self.world, self.dtype, self.sms = spec, world, dtype, options.exchange_sms
         self.device, self.most = device, max(slots, default=0)
         layout, seat = world.seat.layout, world.seat
-        self.tokens = -(-options.max_batch_tokens // layout.attention_ranks)
+        halves = options.halves(layout)
+        most = halves.largest(options.max_batch_tokens, options.max_sequences)
+        self.tokens, self.lanes = -(-most // layout.attention_ranks), 2 if halves else 1
         few = min(options.max_batch_tokens, options.replicate_below)
         # All ranks of the stage have the same replicated tokens, and only one group the expert of a choice.
         whole = layout.ep > 1 and layout.attention_ranks == layout.stage_ranks
@@ -61,7 +63,7 @@ class Dispatchers:
             self.index = LocalIndex.of(tokens, spec.router.top_k, self.most, device)
         stage = tuple(range(seat.stage_start, seat.stage_start + layout.stage_ranks))
         self.sharded = self._one_sided(
-            stage, layout.tp, pushed_tokens(spec, layout, self.tokens, dtype.itemsize)
+            stage, layout.tp, pushed_tokens(spec, layout, self.tokens, dtype.itemsize), self.lanes
         )  # fmt: skip
         self.railed = None if self.sharded else self._railed(-(-captured // layout.attention_ranks))
         self.replicated = None
@@ -106,8 +108,11 @@ class Dispatchers:
         index = sum(value.nbytes for value in vars(self.index).values()) if self.index else 0
         return index + sum(lane_bytes(lane) for lane in lanes)
 
-    def _one_sided(self, ranks: tuple[int, ...], tp: int, capacity: int) -> OneSidedDispatcher | None:
-        """For calls of at most `capacity` tokens a rank between these ranks, groups of `tp`; None without NVLink."""
+    def _one_sided(
+        self, ranks: tuple[int, ...], tp: int, capacity: int, lanes: int = 1
+    ) -> OneSidedDispatcher | None:  # fmt: skip
+        """For calls of at most `capacity` tokens a rank between these ranks, groups of `tp`, as many of them at once as
+        there are lanes; None without NVLink."""
         group = self.world.nvlink(ranks) if len(ranks) > 1 else None
         if group is None:
             return None
@@ -115,8 +120,8 @@ class Dispatchers:
             len(ranks), tp, self.most, self.spec.router.top_k, self.spec.d_model, capacity, self.dtype
         )  # fmt: skip
         watch = self.world.watch(ranks)
-        lane = Lane(group.window(WindowPlan(shape).size), shape)
-        return OneSidedDispatcher.of(shape, (lane,), watch, sms=self.sms)
+        windows = [group.window(WindowPlan(shape).size) for _ in range(lanes)]
+        return OneSidedDispatcher.of(shape, tuple(Lane(window, shape) for window in windows), watch, sms=self.sms)
 
     def _railed(self, tokens: int) -> RailedExpandedDispatcher | None:
         """For calls of at most `tokens` tokens a rank; None on one node, and without NVLink.

@@ -97,6 +97,7 @@ class StaticStep:
         sequences: int,
         shape: Shape,
         replicated: bool,
+        halved: bool,
         rope: Rope,
         feedback: Feedback,
         stage: Callable[[StepInput, Tensor | None, Tensor | None], Tensor],
@@ -105,7 +106,8 @@ class StaticStep:
     ) -> None:
         """`x_tD`: where the stage before leaves its result, None on the first stage. logits_BV: where this stage leaves
         its logits, None if it is not the last."""
-        self.tokens, self.sequences, self.shape, self.replicated = tokens, sequences, shape, replicated
+        self.tokens, self.sequences, self.shape = tokens, sequences, shape
+        self.replicated, self.halved = replicated, halved
         self.rope, self.feedback, self.stage, self.x_tD, self.logits_BV = rope, feedback, stage, x_tD, logits_BV
         blocks = shape.blocks_per_sequence
         self._host, self._numbers = (_Numbers(tokens, sequences, blocks, device) for device in (_CPU, shape.device))
@@ -178,7 +180,7 @@ class StaticStep:
         ids_T = torch.where(source_T < 0, numbers["id"], self.feedback.ids[source_T.clamp(min=0)])
         cos, sin = self.rope.angles(numbers["position"], self.shape.dtype)
         return StepInput(
-            ids_T, numbers["slot"], self.paged, cos, sin, numbers["row"], self.replicated,
+            ids_T, numbers["slot"], self.paged, cos, sin, numbers["row"], self.replicated, self.halved,
             f"a step of {tokens} rows", tokens, live_T=numbers["live"].bool(), static=True,
         )  # fmt: skip
 

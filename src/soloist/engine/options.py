@@ -11,7 +11,9 @@ import msgspec
 from soloist.errors import ConfigurationError
 from soloist.placement.replicas import Closeness
 from soloist.planner.batching import Link
+from soloist.planner.halves import Halves
 from soloist.planner.memory import KV_BLOCK, replicates_below
+from soloist.specs.layout import Layout
 from soloist.specs.model import Dtype, ModelSpec, Spec
 from soloist.transport.mpi_options import MpiOptions
 
@@ -44,6 +46,9 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     max_positions: int | None = None  # None: the model's own limit
     prefix_caching: bool = True
     replicate_below: int = -1  # tokens of a step under which an attention group replicates them; -1: by the device
+    overlap: str = (
+        "off"  # steps as two halves, one computing while the other travels: off, on, or prefill=4096,decode=512
+    )
     nvlink_sums: bool = True  # small sums of an attention group in a node of GPUs by kernels, not NCCL
     micro_batches: int = 0  # batches in flight in a pipeline; 0: one for each stage
     rehearse: bool = False  # on a GPU run steps of all sizes at the start, so that no request waits for a compiler
@@ -79,6 +84,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
             raise ConfigurationError.of("gpu_memory_fraction", self.gpu_memory_fraction, "must lie in (0, 1]")
         if self.ahead == "on" and self.record:
             raise ConfigurationError.of("ahead", "on", "a record needs every token on the host; leave one of them out")
+        Halves.parse(self.overlap)
         self.graph_buckets(is_gpu=True)
         self.mixed_buckets()
 
@@ -98,6 +104,13 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
             replicate_below=below if self.replicate_below < 0 else self.replicate_below,
             ahead="on" if self.ahead == "on" or (self.ahead == "auto" and runs_beside) else "off",
         )
+
+    def halves(self, layout: Layout) -> Halves:
+        """The steps that go as two halves: not those whose tokens stay on their rank, are the same on all ranks of an
+        attention group, or are recorded. Of options that `on` has filled in."""
+        if layout.ep == 1 or self.record:
+            return Halves()
+        return Halves.parse(self.overlap).at_least(self.replicate_below if layout.attention_ranks > 1 else 0)
 
     def graph_buckets(self, is_gpu: bool) -> tuple[int, ...]:
         """Numbers of sequences that decoding steps are captured for, ascending. On a CPU only where asked for."""

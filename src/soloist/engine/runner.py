@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -37,6 +38,7 @@ from soloist.models.weights import WeightSource
 from soloist.moe.recorder import RoutingRecorder
 from soloist.moe.stats import LoadStats
 from soloist.placement.placement import Placement
+from soloist.planner.halves import first_half
 from soloist.scheduling.request import StepBatch
 from soloist.specs.layout import Layout, share
 from soloist.specs.model import ModelSpec
@@ -63,7 +65,7 @@ class Runner:
         self.watch, self.recorder = Stopwatch(self.device, options.measure), self._recorder()
         every = options.replicas_every if placement.has_replicas else 0
         self.stats = LoadStats(spec.experts, options.count_experts or every > 0, self.recorder)
-        self.steps = 0
+        self.steps, self.halves = 0, options.halves(layout)
         self.rope = Rope(spec.rope, self.device)
         slots = [len(expert_ids) for expert_ids in slots_of(spec, placement, world.seat).values()]
         self.dispatchers = Dispatchers(spec, placement, slots, world, options, self.dtype, self.device)
@@ -119,15 +121,23 @@ class Runner:
         return StaticSteps(buckets, mixed, held, most, self._static_step, self.device)
 
     def _static_step(self, rows: int, sequences: int, width: int) -> StaticStep:
-        seat, replicated = self.world.seat, rows < self.options.replicate_below
+        replicated, halved = self._form(rows, decodes=rows == sequences)
         shape = Shape(width, self.options.block_size, self.kv_blocks, self.device, self.dtype)
-        x_tD = None
-        if not seat.is_first_stage:
-            split = TokenSplit(self.world.attention, rows, replicated, self.watch, rows)
-            tokens = split.tokens_here(seat.attention_index)
-            x_tD = torch.zeros(tokens, self.spec.d_model, dtype=self.dtype, device=self.device)
-        logits_BV = None if self.logits_BV is None else self.logits_BV[:sequences]
-        return StaticStep(rows, sequences, shape, replicated, self.rope, self.feedback, self._stage, x_tD, logits_BV)
+        make = partial(StaticStep, rows, sequences, shape, replicated, halved, self.rope, self.feedback, self._stage)
+        x_tD = self._taken_over(rows, replicated, halved).zero_() if not self.world.seat.is_first_stage else None
+        return make(x_tD, None if self.logits_BV is None else self.logits_BV[:sequences])
+
+    def _form(self, tokens: int, decodes: bool) -> tuple[bool, bool]:
+        """Whether an attention group replicates the tokens of a step, and whether it goes as two halves; `tokens` of
+        the group that has most."""
+        return tokens < self.options.replicate_below, self.halves.takes(tokens, decodes)
+
+    def _taken_over(self, tokens: int, replicated: bool, halved: bool) -> Tensor:
+        """Room for what this rank holds of a step's tokens: of their first half, then of the second."""
+        cut = first_half(tokens) if halved else tokens
+        splits = [TokenSplit(self.world.attention, part, replicated, self.watch, part) for part in (cut, tokens - cut)]
+        rows = sum(split.tokens_here(self.world.seat.attention_index) for split in splits)
+        return torch.empty(rows, self.spec.d_model, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
     def rehearse(self, steps: bool = True) -> None:
@@ -199,16 +209,12 @@ class Runner:
             static.fill(batch, sources, places)
             return self._pass(static.x_tD, lambda _: self._replay(static), f"step {batch.step}")
         batch = msgspec.structs.replace(batch, peak=self.static.bucket(batch) or max(batch.peak, batch.tokens))
-        replicated = batch.peak < self.options.replicate_below
-        step = StepInput.of(batch, self.options.block_size, self.rope, replicated, self.device, self.dtype)
+        form = self._form(batch.peak, batch.decodes)
+        step = StepInput.of(batch, self.options.block_size, self.rope, self.device, self.dtype, *form)
         step = replace(step, ids_T=self.feedback.fill(step.ids_T, batch, sources))
-        split = self.decoder.split(step)
         if self.recorder:
-            self.recorder.begin(batch, self._dispatched(split))
-        x_tD = None
-        if not self.world.seat.is_first_stage:
-            shape = (split.tokens_here(self.world.seat.attention_index), self.spec.d_model)
-            x_tD = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.recorder.begin(batch, self._dispatched(self.decoder.micro_batches(step)[0].split))
+        x_tD = None if self.world.seat.is_first_stage else self._taken_over(step.tokens, *form)
         return self._pass(x_tD, lambda x_tD: self._stage(step, x_tD), step.name)
 
     def _pass(self, x_tD: Tensor | None, compute: Callable[[Tensor | None], Tensor], name: str) -> Tensor:
@@ -225,13 +231,18 @@ class Runner:
     def _stage(self, step: StepInput, x_tD: Tensor | None, logits_CV: Tensor | None = None) -> Tensor:
         """The layers of this stage: from ids or `x_tD` to logits (in `logits_CV`, if given), or to what the next stage
         takes."""
-        split = self.decoder.split(step)
-        x_tD = self.decoder.forward(self.decoder.embed(step, split) if x_tD is None else x_tD, step, split, self.caches)
+        decoder, batches = self.decoder, self.decoder.micro_batches(step)
+        if x_tD is None:
+            xs_tD = [decoder.embed(batch) for batch in batches]
+        else:
+            rows = [batch.split.tokens_here(self.world.seat.attention_index) for batch in batches]
+            xs_tD = [*x_tD.split(rows)]
+        xs_tD = decoder.forward(xs_tD, batches, self.caches)
         if self.choice is None:
-            return x_tD
+            return xs_tD[0] if len(xs_tD) == 1 else torch.cat(xs_tD)
         self.choice.history.write(step.cache_slots_T, step.ids_T)
         with self.watch("logits"):
-            return self.decoder.logits(x_tD, step, split, logits_CV)
+            return decoder.logits(xs_tD, step, batches, logits_CV)
 
     def _replay(self, static: StaticStep) -> Tensor:
         with self.watch("graph"):

@@ -6,12 +6,21 @@ D model width, C tokens whose logits are wanted, V vocabulary.
     ids ─ embed ─┬─ norm ─ attention ─ + ─ norm ─ feed-forward (experts, shared experts or dense) ─ + ─┬─ norm ─ logits
                  └──────────────────────────────── × layers of this stage ─────────────────────────────┘
 
+A step goes through the layers whole, or as two halves (models/step.py), each of which computes while the other one's
+tokens travel (moe/pauses.py):
+
+    first     attention, router ┐              ┌ experts ┐               ┌ sum, attention, router ┐
+    second                      └ attention, … ┘         └ experts ──────┘                        └ sum, attention, …
+    travel                        first to experts, second to experts, first home, second home, …
+
 Every rank holds its share of the embedding and of the output head (rows of the vocabulary), of the heads, and of the
 dense and shared feed-forward, cut over its attention group; and the slots that the placement gives its expert group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +34,7 @@ from soloist.models.rope import Rope
 from soloist.models.step import StepInput
 from soloist.models.weights import WeightSource
 from soloist.moe.layer import MoELayer
+from soloist.moe.pauses import Pausing, in_turn
 from soloist.specs.layout import Seat, share
 from soloist.specs.model import ModelSpec
 from soloist.specs.parameters import Param
@@ -65,8 +75,8 @@ class Block:
 
     def __call__(
         self, x_tD: Tensor, added: Added | None, step: StepInput, split: TokenSplit, cache: LayerCache
-    ) -> tuple[Tensor, Added]:
-        """The residual stream behind the attention, and what the feed-forward adds to it.
+    ) -> Pausing[tuple[Tensor, Added]]:
+        """The residual stream behind the attention, and what the feed-forward adds to it. Pauses while tokens travel.
 
         `x_tD` and `added` are those of the layer before: sums are made together with the norm that follows them.
         """
@@ -76,14 +86,14 @@ class Block:
             partial_TD = self.attention(h_TD, step, cache)
         mixed = Added(partial_TD, partial=True, where=self.where)
         x_tD, h_tD = split.add_norm(x_tD, mixed, self.mlp_norm, self.eps, self.fused)
-        return x_tD, self._feed_forward(h_tD, split)
+        return x_tD, (yield from self._feed_forward(h_tD, split))
 
-    def _feed_forward(self, h_tD: Tensor, split: TokenSplit) -> Added:
+    def _feed_forward(self, h_tD: Tensor, split: TokenSplit) -> Pausing[Added]:
         if self.moe is None:
             return Added(self._in_group(self.dense, h_tD, split), partial=True, where=self.where)
         if split.replicated:
             return Added(self._replicated(h_tD, split), partial=True, where=self.where)
-        return Added(self._sharded(h_tD, split), partial=False, where=self.where)
+        return Added((yield from self._sharded(h_tD, split)), partial=False, where=self.where)
 
     def fuse(self, fused: bool) -> None:
         """See `Decoder.fuse`."""
@@ -91,12 +101,12 @@ class Block:
         if self.moe is not None:
             self.moe.fuse(fused)
 
-    def _sharded(self, h_tD: Tensor, split: TokenSplit) -> Tensor:
+    def _sharded(self, h_tD: Tensor, split: TokenSplit) -> Pausing[Tensor]:
         """Each rank dispatches its own tokens; the shared experts run while they travel."""
         network = self.shared
         shared = network and (lambda: split.reduce(self._in_group(network, h_tD, split), self.where))
         live_t = split.live(split.size, self.seat.attention_index)
-        return self.moe(h_tD, meanwhile=shared, live_T=live_t, most=split.most(split.size))
+        return self.moe.travel(h_tD, meanwhile=shared, live_T=live_t, most=split.most(split.size))
 
     def _in_group(self, network: FeedForward, h_tD: Tensor, split: TokenSplit) -> Tensor:
         """Partial sums [T, D] of a feed-forward whose width is cut over the attention group."""
@@ -120,6 +130,14 @@ class Block:
             partial_TD = self.shared(h_TD) if self.shared else torch.zeros_like(h_TD)
             partial_TD[start:stop] += part_tD
         return partial_TD
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A step or a half of one, and how its tokens lie over the attention group."""
+
+    step: StepInput
+    split: TokenSplit
 
 
 class Decoder:
@@ -176,13 +194,17 @@ class Decoder:
         for block in self.blocks:
             block.fuse(fused)
 
-    def split(self, step: StepInput) -> TokenSplit:
-        """How this step's tokens lie over the attention group."""
+    def micro_batches(self, step: StepInput) -> list[MicroBatch]:
+        """What goes through the layers by itself."""
+        return [MicroBatch(part, self._split(part)) for part in step.micro_batches()]
+
+    def _split(self, step: StepInput) -> TokenSplit:
         replicated = step.replicated and self.group is not None
         return TokenSplit(self.group, step.tokens, replicated, self.watch, step.peak, step.live_T)
 
-    def embed(self, step: StepInput, split: TokenSplit) -> Tensor:
+    def embed(self, batch: MicroBatch) -> Tensor:
         """x_tD of the first stage: each rank looks up the ids of its share of the vocabulary."""
+        step, split = batch.step, batch.split
         if self.group is None:
             return F.embedding(step.ids_T, self.embedding)
         start, stop = self.vocab
@@ -191,22 +213,30 @@ class Decoder:
         partial_TD = F.embedding(local_T.where(mine_T, 0), self.embedding) * mine_T[:, None]
         return split.reduce(partial_TD, f"{step.name}, embedding")
 
-    def forward(self, x_tD: Tensor, step: StepInput, split: TokenSplit, caches: list[LayerCache]) -> Tensor:
-        """Through this stage's layers."""
+    def forward(self, xs_tD: Sequence[Tensor], batches: Sequence[MicroBatch], caches: list[LayerCache]) -> list[Tensor]:
+        """Through this stage's layers: each micro-batch's residual stream."""
+        parts = zip(xs_tD, batches, strict=True)
+        return in_turn([self._through_layers(x_tD, batch, caches) for x_tD, batch in parts])
+
+    def _through_layers(self, x_tD: Tensor, batch: MicroBatch, caches: list[LayerCache]) -> Pausing[Tensor]:
         added = None
         for block, cache in zip(self.blocks, caches, strict=True):
-            x_tD, added = block(x_tD, added, step, split, cache)
-        return x_tD if added is None else split.add(x_tD, added)
+            x_tD, added = yield from block(x_tD, added, batch.step, batch.split, cache)
+        return x_tD if added is None else batch.split.add(x_tD, added)
 
-    def logits(self, x_tD: Tensor, step: StepInput, split: TokenSplit, out_CV: Tensor | None = None) -> Tensor:
+    def logits(
+        self, xs_tD: Sequence[Tensor], step: StepInput, batches: Sequence[MicroBatch], out_CV: Tensor | None = None
+    ) -> Tensor:
         """logits_CV of the tokens in `step.logits_rows`, on every rank of the last stage's attention group.
 
         In the model's dtype, and in `out_CV`, if given.
         """
-        x_CD = split.gather(x_tD, f"{step.name}, output head")[step.logits_rows]
+        where = f"{step.name}, output head"
+        parts = [batch.split.gather(x_tD, where) for x_tD, batch in zip(xs_tD, batches, strict=True)]
+        x_CD = (parts[0] if len(parts) == 1 else torch.cat(parts))[step.logits_rows]
         _, h_CD = add_norm(x_CD, None, self.final_norm, self.spec.norm_eps)
         if self.group is None:
             return product(h_CD, self.head, out_CV)
         shares = [share(self.spec.vocab, self.group.size, index) for index in range(self.group.size)]
         counts = [stop - start for start, stop in shares]
-        return self.group.gather_columns(linear(h_CD, self.head), counts, f"{step.name}, output head", out_CV)
+        return self.group.gather_columns(linear(h_CD, self.head), counts, where, out_CV)

@@ -6,7 +6,7 @@ Shape legend: T tokens of the step, N sequences (chunks), M blocks of the longes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from soloist.kernels.paged_attention import PagedBatch
 from soloist.models.rope import Rope
+from soloist.planner.halves import first_half
 from soloist.scheduling.request import Chunk, StepBatch
 
 
@@ -28,6 +29,7 @@ class StepInput:
     sin: Tensor
     logits_rows: Tensor  # int64: tokens whose logits are wanted
     replicated: bool  # the form of the step (models/layers.py, TokenSplit)
+    halved: bool  # also of its form: it goes as two halves, one of which computes while the other one travels
     name: str  # "step 17", for errors
     peak: int  # the most tokens of any attention group in the step
     live_T: Tensor | None = None  # bool: False where a row is padding; None: no row is
@@ -39,7 +41,14 @@ class StepInput:
 
     @classmethod
     def of(
-        cls, batch: StepBatch, block_size: int, rope: Rope, replicated: bool, device: torch.device, dtype: torch.dtype
+        cls,
+        batch: StepBatch,
+        block_size: int,
+        rope: Rope,
+        device: torch.device,
+        dtype: torch.dtype,
+        replicated: bool = False,
+        halved: bool = False,
     ) -> StepInput:
         """The batch's chunks, one after the other. `dtype` is that of the activations."""
         chunks = batch.chunks
@@ -60,8 +69,24 @@ class StepInput:
         paged = PagedBatch(starts, lengths, tables_NM, block_size, starts_N, lengths_N)
         cos, sin = rope.angles(positions_T.long(), dtype)
         return cls(
-            ids_T.long(), slots_T.long(), paged, cos, sin, rows_C.long(), replicated, f"step {batch.step}",
+            ids_T.long(), slots_T.long(), paged, cos, sin, rows_C.long(), replicated, halved, f"step {batch.step}",
             max(batch.peak, batch.tokens),
+        )  # fmt: skip
+
+    def micro_batches(self) -> list[StepInput]:
+        """What goes through the layers by itself: the step, or its halves. Halves have no rows for logits."""
+        if not self.halved:
+            return [self]
+        cut, peak = first_half(self.tokens), first_half(self.peak)
+        return [self._rows(0, cut, peak), self._rows(cut, self.tokens, peak)]
+
+    def _rows(self, first: int, stop: int, peak: int) -> StepInput:
+        """Some of the tokens. A sequence may be cut: what its first tokens write is there when the others attend."""
+        rows, live_T = slice(first, stop), self.live_T
+        return replace(
+            self, ids_T=self.ids_T[rows], cache_slots_T=self.cache_slots_T[rows],
+            paged=self.paged.rows(first, stop, self.static), cos=self.cos[rows], sin=self.sin[rows],
+            logits_rows=self.logits_rows[:0], halved=False, peak=peak, live_T=None if live_T is None else live_T[rows],
         )  # fmt: skip
 
 

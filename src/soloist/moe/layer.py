@@ -1,4 +1,5 @@
-"""One MoE layer: tokens travel to their experts and back, and something else may be computed meanwhile.
+"""One MoE layer: tokens travel to their experts and back, and something else may be computed meanwhile: work that the
+layer is given, or another half of the step's tokens, since the layer pauses while its own travel (moe/pauses.py).
 
 Shape legend: T tokens of this rank, D model width, R rows.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from soloist.dispatch.base import Dispatcher, ExpandedDispatcher, ExpertBatch, PendingBatch, PendingRows, PendingTokens
 from soloist.moe.choice import Chooser
 from soloist.moe.experts import Experts
+from soloist.moe.pauses import Pausing, alone
 from soloist.moe.router import Router, Routing, SlotTable
 from soloist.moe.stats import LoadStats
 from soloist.timing import Stopwatch
@@ -56,16 +58,27 @@ class MoELayer:
         live_T: Tensor | None = None,
         most: int | None = None,
     ) -> Tensor:
+        """`travel`, awaited."""
+        return alone(self.travel(x_TD, meanwhile, gather_in_group, live_T, most))
+
+    def travel(
+        self,
+        x_TD: Tensor,
+        meanwhile: Callable[[], Tensor] | None = None,
+        gather_in_group: bool = True,
+        live_T: Tensor | None = None,
+        most: int | None = None,
+    ) -> Pausing[Tensor]:
         """out_TD: for each token the weighted sum of its experts, plus what `meanwhile` returns.
 
-        `meanwhile` runs while the tokens travel. live_T (bool): tokens that are not only there to fill a batch; the
-        others go nowhere. `most`: the most tokens that any rank brings, a number that all ranks agree on; None stands
-        for as many as dispatchers hold. More than that go in rounds. Called by all ranks of a stage together, also with
-        T = 0.
+        Pauses when the tokens are on their way, and again when the results are. `meanwhile` runs before the first
+        pause. live_T (bool): tokens that are not only there to fill a batch; the others go nowhere. `most`: the most
+        tokens that any rank brings, a number that all ranks agree on; None stands for as many as dispatchers hold. More
+        than that go in rounds. Called by all ranks of a stage together, also with T = 0.
         """
         dispatcher = self.dispatcher if gather_in_group else self.replicated
         if most is not None and dispatcher.limit is not None and most > dispatcher.limit:
-            return self._in_rounds(x_TD, meanwhile, gather_in_group, live_T, most, dispatcher.limit)
+            return (yield from self._in_rounds(x_TD, meanwhile, gather_in_group, live_T, most, dispatcher.limit))
         dispatcher = dispatcher if most is None else dispatcher.fit(most)
         where = f"layer {self.layer}"
         # 1. Choose experts, and a slot for each of them.
@@ -76,8 +89,10 @@ class MoELayer:
             arriving = dispatcher.start_dispatch(x_TD, choice, where)
         with self.watch("experts"):
             other_TD = meanwhile() if meanwhile else None
+        yield
         # 3. Run the local experts, and send the results home.
         returning = self._through_experts(dispatcher, arriving, where, partial(self._count, routing, live_T))
+        yield
         # 4. Each token sums up its own.
         with self.watch("exchange"):
             out_TD = returning.wait()
@@ -99,13 +114,14 @@ class MoELayer:
     def _in_rounds(
         self, x_TD: Tensor, meanwhile: Callable[[], Tensor] | None, gather_in_group: bool, live_T: Tensor | None,
         most: int, limit: int,
-    ) -> Tensor:  # fmt: skip
+    ) -> Pausing[Tensor]:  # fmt: skip
         """The same, `limit` tokens of each rank at a time; a rank that has no more of them joins with none."""
         parts = []
         for first in range(0, most, limit):
             span = slice(first, first + limit)
             live = None if live_T is None else live_T[span]
-            parts.append(self(x_TD[span], None, gather_in_group, live, min(limit, most - first)))
+            round_ = self.travel(x_TD[span], None, gather_in_group, live, min(limit, most - first))
+            parts.append((yield from round_))
         out_TD = torch.cat(parts)
         return out_TD if meanwhile is None else out_TD + meanwhile()
 
