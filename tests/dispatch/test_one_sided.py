@@ -71,6 +71,28 @@ def test_expanded_rows_and_weighted_sums(form: Form) -> None:
         torch.testing.assert_close(pending.wait(), x_TD * choice.weight_TK.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("form", [LATENCY, replace(PUSH, pieces=2)], ids=lambda form: form.name)
+def test_results_of_one_call_go_home_while_rows_of_another_arrive(form: Form) -> None:
+    """Twice over: each lane is used again as soon as its results are home."""
+    case = typical(2, node_of_group=(0, 0), tokens=(4, 3))
+    dispatchers = world(shape_of(case), form, lanes=2)
+    for factors in ((1.0, -2.0), (3.0, 0.5)):
+        inputs = [case.inputs(rank) for rank in range(2)]
+        arriving = [
+            [d.start_dispatch(x * factor, choice) for d, (x, choice) in zip(dispatchers, inputs, strict=True)]
+            for factor in factors
+        ]
+        returning = []
+        for call in arriving:
+            batches = [pending.wait_expanded() for pending in call]
+            returning.append(
+                [d.start_combine_expanded(x_XD, batch) for d, (batch, x_XD) in zip(dispatchers, batches, strict=True)]
+            )
+        for factor, call in zip(factors, returning, strict=True):
+            for (x_TD, choice), pending in zip(inputs, call, strict=True):
+                torch.testing.assert_close(pending.wait(), x_TD * factor * choice.weight_TK.sum(1, keepdim=True))
+
+
 def test_ranks_of_a_group_get_the_same_rows_and_their_parts_are_added() -> None:
     shape = ExchangeShape(ranks=4, tp=2, slots=2, top_k=2, d_model=8, capacity=3, dtype=torch.float32)
     dispatchers = world(shape, LATENCY)

@@ -9,6 +9,7 @@ from soloist.engine.options import EngineOptions
 from soloist.engine.planned import check_planned, count_gpus, planned_options
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
+from soloist.planner.halves import Halves
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import Plan, plan_of
@@ -44,6 +45,14 @@ def test_steps_are_captured_as_planned():
     captured = msgspec.structs.replace(made.options, mixed_graphs=(256, 4096))
     options = EngineOptions.of(planned_options(msgspec.structs.replace(made, options=captured)))
     assert options.on("cuda").mixed_buckets() == (256, 4096)
+
+
+def test_halves_overlap_where_planned():
+    made = plan()
+    assert planned_options(made)["overlap"] == "off"
+    halved = msgspec.structs.replace(made, halves=Halves(prefill=2048))
+    assert EngineOptions.of(planned_options(halved)).overlap == "prefill=2048"
+    assert planned_options(msgspec.structs.replace(halved, system="vllm"))["overlap"] == "off"
 
 
 def test_a_plan_is_for_one_model():

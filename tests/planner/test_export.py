@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.export import export
+from soloist.planner.halves import Halves
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import Plan, plan_of
@@ -40,6 +42,16 @@ def test_commands(tmp_path: Path) -> None:
     assert "--tp-size 8" in lines("ep8", "sglang", tmp_path)[0]
     assert "--tp_size 8 --ep_size 8 --pp_size 1" in lines("ep8", "tensorrt", tmp_path)[0]
     assert lines("ep8", "soloist", tmp_path)[0].startswith("command: soloist serve Qwen/Qwen3-30B-A3B --layout ep8")
+
+
+def test_halves_that_overlap_are_said_to_those_that_know_them(tmp_path: Path) -> None:
+    made = plan("ep8")
+    halved = msgspec.structs.replace(made, halves=Halves(prefill=4096, decode=64))
+    found = {engine: next(export(halved, engine, tmp_path, {})) for engine in ("soloist", "vllm")}
+    assert found["soloist"].endswith(" --set overlap=prefill=4096,decode=64")
+    assert found["vllm"].endswith(" --enable-dbo")
+    assert any("two half batches" in line for line in export(halved, "tensorrt", tmp_path, {}))
+    assert "overlap" not in next(export(made, "soloist", tmp_path, {}))
 
 
 def test_a_shape_without_a_checkpoint(tmp_path: Path) -> None:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from soloist.errors import ConfigurationError
 from soloist.planner.halves import Halves, first_half
+from soloist.planner.kernels import OWN_LIBRARY, Kernels
+from soloist.planner.layer import Deployment
+from soloist.planner.memory import MemoryLoad, window_bytes
+from soloist.planner.precision import Precision
+from soloist.planner.refit import load_calibration
+from soloist.planner.runtime import Runtime
+from soloist.planner.score import Options, Scorer
+from soloist.planner.step import Overlap, StepModel
+from soloist.specs.cluster import cluster
+from soloist.specs.layout import Layout
+from soloist.specs.presets import preset
+from soloist.specs.workload import Load
 
 
 @pytest.mark.parametrize("text", ["off", "on", "prefill=4096", "decode=512", "prefill=4096,decode=512"])
@@ -48,3 +61,48 @@ def test_no_rank_has_a_larger_half_than_the_one_with_most_tokens() -> None:
     assert halves == sorted(halves)
     assert all(tokens - half <= half <= tokens for tokens, half in enumerate(halves))
     assert all(half % 8 == 0 for half in halves[64:])
+
+
+# -- where they pay ----------------------------------------------------------------------------------------------------
+def deployment(layout: str, model: str = "deepseek-v3") -> Deployment:
+    spec = preset(model)
+    return Deployment(model=spec, layout=Layout.parse(layout), precision=Precision.of(spec))
+
+
+def halves(layout: str, overlap: Overlap = "auto", batch: float = 64) -> Halves:
+    used = load_calibration("2xh200")
+    scorer = Scorer(Kernels(cluster("hgx-h200"), used, OWN_LIBRARY), Runtime.named("soloist", used), Load(prompt=2000))
+    return scorer.halves(scorer.score(deployment(layout), Options(overlap=overlap), batch))
+
+
+def test_a_plan_says_from_which_size_on() -> None:
+    across = halves("ep64")
+    assert across.prefill
+    assert 512 <= across.prefill <= 8192, "large steps across nodes, not small ones"
+    assert not halves("tp8"), "nothing travels"
+    assert not halves("ep64", "off")
+    assert str(halves("ep64", "on")) == "on"
+
+
+def test_the_host_starts_the_kernels_of_both_halves() -> None:
+    """Layers so thin that it takes longer than the GPU, unless graphs hold them."""
+    used = load_calibration("2xh200")
+    kernels, runtime = Kernels(cluster("hgx-h200"), used, OWN_LIBRARY), Runtime.named("soloist", used)
+
+    def seconds(overlap: Overlap, *graphs: int) -> float:
+        thin = deployment("ep2", "qwen3-30b-a3b")
+        return StepModel(thin, kernels, runtime, overlap, graphs).prefill(4096, 500).seconds.value
+
+    assert seconds("on") == pytest.approx(2 * seconds("off"), rel=0.1)
+    assert seconds("on", 4096) < seconds("on")
+    assert seconds("auto") == seconds("off")
+
+
+def test_two_windows_of_half_the_size_take_as_much() -> None:
+    d, load = deployment("ep8", "qwen3-30b-a3b"), MemoryLoad(sequences=64, longest=2048, step_tokens=8192)
+    whole, halved, decode = (
+        window_bytes(d.model, d.layout, d.precision, msgspec.structs.replace(load, halves=Halves.parse(text)), 16)
+        for text in ("off", "on", "decode=64")
+    )
+    assert halved == whole
+    assert decode == 2 * whole

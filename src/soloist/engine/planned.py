@@ -11,6 +11,7 @@ import msgspec
 
 from soloist.engine.meeting import place_from
 from soloist.errors import ConfigurationError
+from soloist.planner.kernels import OWN_LIBRARY
 from soloist.planner.memory import KV_BLOCK
 from soloist.planner.plan import Plan
 from soloist.planner.precision import Precision
@@ -34,6 +35,7 @@ def planned_options(plan: Plan) -> dict[str, Any]:
         "max_sequences": sequences,
         "kv_tokens": sequences * _whole_blocks(plan.load.longest),
         "micro_batches": plan.options.micro_batches,
+        "overlap": str(plan.halves) if plan.system == OWN_LIBRARY else "off",
         "nvlink_sums": plan.options.nvlink_sums,
         "mixed_graphs": ",".join(map(str, plan.options.mixed_graphs)) or "off",
     }

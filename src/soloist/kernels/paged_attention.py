@@ -35,17 +35,17 @@ class PagedBatch:
         starts_N, lengths_N = numbers.split([len(query_starts), len(lengths)])
         return cls(query_starts, lengths, tables_NM.int(), block_size, starts_N, lengths_N)
 
-    def rows(self, first: int, stop: int, static: bool = False) -> PagedBatch:
+    def rows(self, first: int, stop: int, bounds: bool = False) -> PagedBatch:
         """Some rows of the step's tokens, and the sequences that they belong to, each up to its last of these rows.
 
-        static: on a GPU the two lists do not say what the tensors hold, unless each sequence has one token.
+        bounds: the two lists do not say what the tensors hold, unless each sequence has one token.
         """
         sequences = len(self.lengths)
-        if static and self.tables_NM.is_cuda and sequences < self.query_starts[-1]:
+        if bounds and sequences < self.query_starts[-1]:
             members, starts, lengths = slice(0, sequences), [0, *[1] * (sequences - 1), stop - first], self.lengths
         else:
             spans = zip(self.query_starts[:-1], self.query_starts[1:], strict=True)
-            held = [i for i, (start, end) in enumerate(spans) if start < stop and end > first]
+            held = [i for i, (start, end) in enumerate(spans) if max(start, first) < min(end, stop)]
             members = slice(held[0], held[-1] + 1) if held else slice(0, 0)
             starts = [min(max(at, first), stop) - first for at in self.query_starts[members.start : members.stop + 1]]
             ends = self.query_starts[members.start + 1 : members.stop + 1]

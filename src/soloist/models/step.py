@@ -83,10 +83,11 @@ class StepInput:
     def _rows(self, first: int, stop: int, peak: int) -> StepInput:
         """Some of the tokens. A sequence may be cut: what its first tokens write is there when the others attend."""
         rows, live_T = slice(first, stop), self.live_T
+        paged = self.paged.rows(first, stop, bounds=self.static and self.ids_T.is_cuda)
         return replace(
-            self, ids_T=self.ids_T[rows], cache_slots_T=self.cache_slots_T[rows],
-            paged=self.paged.rows(first, stop, self.static), cos=self.cos[rows], sin=self.sin[rows],
-            logits_rows=self.logits_rows[:0], halved=False, peak=peak, live_T=None if live_T is None else live_T[rows],
+            self, ids_T=self.ids_T[rows], cache_slots_T=self.cache_slots_T[rows], paged=paged, cos=self.cos[rows],
+            sin=self.sin[rows], logits_rows=self.logits_rows[:0], halved=False, peak=peak,
+            live_T=None if live_T is None else live_T[rows],
         )  # fmt: skip
 
 

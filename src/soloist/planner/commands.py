@@ -69,7 +69,7 @@ def run_plan(
         show.print(line, highlight=False)
     _print_rejections(found, show, everything=rejected)
     if out:
-        plan_of(found.best, spec, wanted, used.name, system).save(out)
+        plan_of(found.best, spec, wanted, used.name, system, scorer.halves(found.best)).save(out)
         show.print(f"Plan written to {out}")
     return 0
 

@@ -46,21 +46,20 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
         yield f"{plan.layout.dp} replicas are so many servers behind a load balancer; each of them:"
         plan = msgspec.structs.replace(plan, layout=msgspec.structs.replace(plan.layout, dp=1))
         deployment = msgspec.structs.replace(deployment, layout=plan.layout)
-    overlapped = plan.options.overlap == "on"
     name, layout = checkpoint_of(plan.model.name), plan.layout
     if engine == "soloist":
         served = name or f"{plan.model.name} --random-weights 1"
         settings = f"--set max_batch_tokens={plan.options.chunk_tokens}"
         if graphs := ",".join(map(str, plan.options.mixed_graphs)):
             settings += f" --set mixed_graphs={graphs}"
+        if plan.halves:
+            settings += f" --set overlap={plan.halves}"
         yield f"command: soloist serve {served} --layout {layout} {settings}"
         yield "  (soloist launch writes it for torchrun, Slurm, MPI and Kubernetes)"
-        if overlapped:
-            yield "  not said there: two half batches that overlap; Soloist's engine runs whole ones"
     elif name is None and engine != "eplb":
         yield f"no command: {plan.model.name} is a shape without a checkpoint"
     elif engine in ("vllm", "sglang"):
-        flags = launch_flags(engine, deployment, overlapped)
+        flags = launch_flags(engine, deployment, bool(plan.halves))
         start = f"vllm serve {name}" if engine == "vllm" else f"python -m sglang.launch_server --model-path {name}"
         yield f"command: {start} {flags}" if flags else f"no command: {cannot(engine, deployment)}"
         if flags and "--attn-dp-size" in flags:
@@ -81,7 +80,7 @@ def _tensorrt(plan: Plan, checkpoint: str | None) -> Iterator[str]:
     yield f"  options.yaml: enable_attention_dp: {str(layout.attention_ranks == 1).lower()}"
     yield f"  options.yaml: moe_expert_parallel_size: {layout.ep}"
     yield f"  options.yaml: moe_tensor_parallel_size: {layout.tp}"
-    if plan.options.overlap == "on":
+    if plan.halves:
         yield "  not said there: two half batches that overlap; TensorRT-LLM has no such option"
 
 

@@ -6,10 +6,13 @@ uses; activations are what was found alive at once in the largest step, workspac
 
 from __future__ import annotations
 
+from math import ceil
+
 import msgspec
 
 from soloist.planner.compute import BYTES
 from soloist.planner.exchange import Mode, row_bytes
+from soloist.planner.halves import Halves
 from soloist.planner.precision import Precision
 from soloist.planner.weights import expert_slots, kv_elements, rank_weights
 from soloist.specs.layout import Layout, Seat
@@ -46,6 +49,7 @@ class MemoryLoad(Spec, frozen=True, kw_only=True):
     spare_slots: int = 0
     block: int = KV_BLOCK
     replicated: int = REPLICATED_NVLINK  # tokens of a step below which all ranks of an attention group have them all
+    halves: Halves = Halves()  # steps that go as two of them
     graph_rows: float = 0.0  # of the largest captured decoding step; 0: as many as sequences
     captured: int = 0  # tokens of the largest prefill step in a graph, whose activations stay with it
     eager: int | None = None  # tokens of the largest prefill step without a graph; None: step_tokens
@@ -125,7 +129,8 @@ def pushed_tokens(spec: ModelSpec, layout: Layout, tokens: int, itemsize: float)
 def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: MemoryLoad, slots: int) -> float:
     """A window has room for every token that any rank could send: rows there, results of the experts, rows home.
 
-    Beside it lie choices and weights, and the index of expanded rows. Attention groups of several ranks have a second
+    Beside it lie choices and weights, and the index of expanded rows. Where steps go as two halves there are two of
+    them, each for a half. Attention groups of several ranks have a second
     one for steps of few tokens, which all of their ranks have. Where these tokens need not travel (one expert group, or
     one attention group and no replicas), there is an index (dispatch/local.py) instead; a GPU by itself has only that.
     """
@@ -136,9 +141,10 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
         row = spec.d_model * (row_bytes(1, precision.dispatch) + 2 * size) + 4 + 8 * top_k
         return rows * (row + 12 * most + 4 * top_k)
 
-    attention = layout.attention_ranks
-    pushed = pushed_tokens(spec, layout, -(-load.step_tokens // attention), size)
-    found = window(layout.stage_ranks, pushed) if layout.stage_ranks > 1 else 0.0
+    attention, lanes = layout.attention_ranks, 2 if load.halves else 1
+    most = load.halves.largest(load.step_tokens, ceil(load.sequences))
+    pushed = pushed_tokens(spec, layout, -(-most // attention), size)
+    found = lanes * window(layout.stage_ranks, pushed) if layout.stage_ranks > 1 else 0.0
     has_replicas = slots * layout.ep > spec.experts
     if layout.ep == 1 or (layout.attention_groups == 1 and not has_replicas):
         tokens = load.step_tokens if layout.ep == 1 else min(load.step_tokens, load.replicated)

@@ -10,6 +10,7 @@ from pathlib import Path
 from soloist.errors import ConfigurationError
 from soloist.placement.placement import Placement
 from soloist.planner.estimate import Estimate, Origin
+from soloist.planner.halves import Halves
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
 from soloist.planner.score import Options, Score
@@ -34,8 +35,8 @@ class Figure(Spec, frozen=True, kw_only=True):
 
 
 class Plan(Spec, frozen=True, kw_only=True):
-    """`batch`: sequences in flight an attention group; `predicted` and `parts` as computed when it was written, for
-    the fixed costs and overlap of `system`.
+    """`batch`: sequences in flight an attention group; `halves`: the steps that overlap as two of them; `predicted` and
+    `parts` as computed when it was written, for the fixed costs and overlap of `system`.
     """
 
     model: ModelSpec
@@ -45,6 +46,7 @@ class Plan(Spec, frozen=True, kw_only=True):
     precision: Precision
     options: Options
     batch: float
+    halves: Halves = Halves()
     placement: Placement
     memory_bytes: dict[str, float]
     predicted: dict[str, Figure]
@@ -67,8 +69,15 @@ class Plan(Spec, frozen=True, kw_only=True):
         return read_record(path, cls, "plan")
 
 
-def plan_of(score: Score, cluster: ClusterSpec, load: Load, calibration: str, system: str = "soloist") -> Plan:
-    """The plan of a deployment that was scored as run by `system`."""
+def plan_of(
+    score: Score,
+    cluster: ClusterSpec,
+    load: Load,
+    calibration: str,
+    system: str = "soloist",
+    halves: Halves | None = None,
+) -> Plan:
+    """The plan of a deployment that was scored as run by `system`, with no `halves` unless they are given."""
     d = score.deployment
     return Plan(
         model=d.model,
@@ -78,6 +87,7 @@ def plan_of(score: Score, cluster: ClusterSpec, load: Load, calibration: str, sy
         precision=d.precision,
         options=score.options,
         batch=score.batch,
+        halves=halves or Halves(),
         placement=placement_of(d),
         memory_bytes={name: round(size) for name, size in score.memory.items()},
         predicted=figures(score),

@@ -11,11 +11,13 @@ what they would cost if all prefilled in the same steps.
 
 from __future__ import annotations
 
+from itertools import count, takewhile
 from math import ceil, expm1
 from typing import NamedTuple
 
 from soloist.planner.estimate import Estimate, total
 from soloist.planner.exchange import Mode
+from soloist.planner.halves import FEWEST, Halves
 from soloist.planner.kernels import OWN_LIBRARY, Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.memory import MemoryLoad, worst_rank
@@ -105,6 +107,20 @@ class Scorer:
             prefill=prefill,
         )
 
+    def halves(self, score: Score) -> Halves:
+        """The steps of a deployment that are faster as two halves, as the largest are and all down to these."""
+        deployment, options = score.deployment, score.options
+        each = ceil(score.batch / max(1, min(options.micro_batches or deployment.layout.pp, int(score.batch))))
+        return Halves(
+            self._halved_from("prefill", deployment, options, options.chunk_tokens),
+            self._halved_from("decode", deployment, options, each),
+        )
+
+    def _halved_from(self, phase: str, deployment: Deployment, options: Options, most: int) -> int | None:
+        sizes = takewhile(lambda tokens: tokens >= FEWEST, (most >> power for power in count()))
+        pays = takewhile(lambda n: self._step(phase, deployment, options, n, micro_batches=1).is_overlapped, sizes)
+        return min(pays, default=None)
+
     def _arriving(self, prefill: StepCost, groups: int, options: Options, batch: float) -> Estimate:
         """Prefill, for each decode step, of the prompts that take the place of those that end."""
         prompts, new = batch / self.load.output, self.load.prompt * (1 - self.load.prefix)  # of a group in a step
@@ -168,6 +184,7 @@ class Scorer:
             step_tokens=options.chunk_tokens,
             replicated=self.kernels.replicates_below(deployment.layout.attention_ranks),
             spare_slots=options.spare_slots,
+            halves=Halves(self._halved_from("prefill", deployment, options, options.chunk_tokens)),
         )
         return worst_rank(
             deployment.model,

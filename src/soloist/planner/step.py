@@ -5,12 +5,13 @@
     prefill = max(stage(chunk), the host's launches where no graph holds them: `host`) · (1 + bubble)
 
 Overlap of two half batches: each half's compute C and exchange M take 2C + 2M − η · min(2C, 2M), which pays only if the
-fixed costs that both halves pay are less than what is hidden.
+fixed costs that both halves pay, and the launches of both, are less than what is hidden.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -60,8 +61,8 @@ class StepModel:
         """
         pp = self.deployment.layout.pp
         flights = max(1, min(micro_batches or pp, int(max(1.0, sequences))))
-        stage = self._stage(Batch("decode", sequences / flights, context))
-        cost = self._with_step(stage, max(flights, pp), sequences / flights)
+        batch = Batch("decode", sequences / flights, context)
+        cost = self._with_step(self._fastest(self._stages(batch)), max(flights, pp), sequences / flights)
         return _waiting(cost, 1e-6 * self.runtime["sequence_us"] * sequences / flights if pp > 1 else 0.0)
 
     def prefill(self, tokens: float, context: float, micro_batches: int = 0) -> StepCost:
@@ -71,14 +72,19 @@ class StepModel:
         """
         pp = self.deployment.layout.pp
         is_captured = host.is_captured(self.mixed_graphs, tokens, 2 * context)
-        stage = self._stage(Batch("prefill", tokens, context, is_captured))
         flights = max(1, micro_batches or 8 * pp)
         bubble = (flights + pp - 1) / flights / (self.runtime["pipeline"] if pp > 1 else 1.0)
-        cost = self._with_step(stage, bubble, tokens)
-        return cost if is_captured else _slowed(cost, self._launching(), stage.seconds.value, bubble)
+
+        def cost(stage: StepCost) -> StepCost:
+            found = self._with_step(stage, bubble, tokens)
+            started = self._launching().times(2.0 if stage.is_overlapped else 1.0)
+            return found if is_captured else _slowed(found, started, stage.seconds.value, bubble)
+
+        stages = self._stages(Batch("prefill", tokens, context, is_captured))
+        return self._fastest([cost(stage) for stage in stages])
 
     def _launching(self) -> Estimate:
-        """Of a step's kernels on the slowest host."""
+        """Of a whole step's kernels on the slowest host."""
         model, layout = self.deployment.model, self.deployment.layout
         if self.kernels.library != OWN_LIBRARY or self.kernels.cluster.gpu.name == "cpu":
             return ZERO
@@ -97,16 +103,24 @@ class StepModel:
         parts["step"] = Estimate(1e-6 * self.runtime["step_us"], 0.3, "interpolated")
         return StepCost(total(parts.values()), parts, stage.is_overlapped)
 
-    def _stage(self, batch: Batch) -> StepCost:
-        """The slowest stage: the first, which has the most layers, with the output head as if it were the last."""
-        plain = self._layers(batch)
-        cost = StepCost(total(plain.values()), plain, False)
-        if self.overlap != "off" and self.deployment.layout.ep > 1:
-            both = self._overlapped(batch)
-            if self.overlap == "on" or both.seconds.value < cost.seconds.value:
-                cost = both
-        head = self._head(batch)
-        parts = {**cost.parts, "output head": head}
+    def _stages(self, batch: Batch) -> list[StepCost]:
+        """The slowest stage in each form that may be taken: the first, which has the most layers, with the output head
+        as if it were the last. Whole, and as two halves."""
+        found, can_overlap = list[StepCost](), self.deployment.layout.ep > 1
+        if self.overlap != "on" or not can_overlap:
+            plain = self._layers(batch)
+            found.append(StepCost(total(plain.values()), plain, False))
+        if self.overlap != "off" and can_overlap:
+            found.append(self._overlapped(batch))
+        return [self._with_head(cost, batch) for cost in found]
+
+    @staticmethod
+    def _fastest(costs: Sequence[StepCost]) -> StepCost:
+        """The first of equal ones."""
+        return min(costs, key=lambda cost: cost.seconds.value)
+
+    def _with_head(self, cost: StepCost, batch: Batch) -> StepCost:
+        parts = {**cost.parts, "output head": self._head(batch)}
         return StepCost(total(parts.values()), parts, cost.is_overlapped)
 
     def _overlapped(self, batch: Batch) -> StepCost:
