@@ -41,8 +41,8 @@ def test_sizes_are_those_planned():
 
 def test_steps_are_captured_as_planned():
     made = plan()
-    assert planned_options(made)["mixed_graphs"] == "off"
-    captured = msgspec.structs.replace(made.options, mixed_graphs=(256, 4096))
+    assert planned_options(made)["mixed_graphs"] == "auto"
+    captured = msgspec.structs.replace(made.options, mixed_graphs="256,4096")
     options = EngineOptions.of(planned_options(msgspec.structs.replace(made, options=captured)))
     assert options.on("cuda").mixed_buckets() == (256, 4096)
 

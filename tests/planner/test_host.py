@@ -9,13 +9,14 @@ from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration, fit_machine
 from soloist.planner.deployments import predict_run
 from soloist.planner.domains import domains
-from soloist.planner.host import KEPT_BYTES, WASTE, bucket_of, buckets_of, is_captured, launches, sizes, slowest
+from soloist.planner.host import KEPT_BYTES, WASTE, bucket_of, buckets_of, largest_eager, launches, sizes, slowest
 from soloist.planner.kernels import OWN_LIBRARY, Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.memory import MemoryLoad, activation_bytes
 from soloist.planner.precision import Precision
 from soloist.planner.refit import load_calibration
 from soloist.planner.runtime import Runtime
+from soloist.planner.score import Options
 from soloist.planner.step import StepCost, StepModel
 from soloist.planner.tables import LaunchRow, RunRow
 from soloist.specs.layout import Layout
@@ -71,17 +72,44 @@ def test_steps_in_graphs_do_not_wait() -> None:
 
 
 def test_buckets_are_those_of_the_engine() -> None:
-    assert buckets_of("off") == buckets_of("") == ()
-    assert buckets_of("8192, 256") == (256, 8192)
-    for text in ("many", "1", "256,,8"):
+    of = preset("qwen3-30b-a3b"), Layout.parse("ep2")
+    assert buckets_of("off", *of, 8192) == ()
+    assert buckets_of("auto", *of, 8192) == sizes(*of, 8192)
+    assert buckets_of("8192, 256,9000", *of, 8192) == (256, 8192)
+    for text in ("many", "1", "256,,8", ""):
         with pytest.raises(ConfigurationError, match="mixed_graphs"):
-            buckets_of(text)
+            buckets_of(text, *of, 8192)
+        with pytest.raises(ConfigurationError, match="mixed_graphs"):
+            Options(mixed_graphs=text)
     assert bucket_of((256, 1024, 8192), 300) == 1024
-    assert is_captured((1024, 8192), 100, 500)
-    assert is_captured((8192,), 7000, 500)
-    assert not is_captured((8192,), 5000, 500)  # more than a third would be padding
-    assert not is_captured((8192,), 9000, 500)
-    assert not is_captured((8192,), 8000, 5000)
+    assert bucket_of((1024, 8192), 100) == 1024
+    assert bucket_of((8192,), 7000) == 8192
+    assert bucket_of((8192,), 5000) is None  # more than a third would be padding
+    assert bucket_of((8192,), 9000) is None
+
+
+@pytest.mark.parametrize(
+    ("buckets", "longest", "largest"),
+    [((), 100, 8192), ((64, 1024), 100, 8192), ((1024, 8192), 100, 5461), ((8192,), 100, 5461), ((8192,), 5000, 8192)],
+)
+def test_the_largest_step_without_a_graph(buckets: tuple[int, ...], longest: int, largest: int) -> None:
+    assert largest_eager(buckets, 8192, longest) == largest
+    if 0 < largest < 8192:
+        assert bucket_of(buckets, largest) is None
+        assert bucket_of(buckets, largest + 1)
+
+
+def test_where_every_step_has_a_graph_none_is_left() -> None:
+    found = sizes(preset("qwen3-30b-a3b"), Layout.parse("ep2"), 8192)
+    assert largest_eager(found, 8192, 4000) == 0
+
+
+def test_padding_of_a_graph_costs_projections_but_no_experts() -> None:
+    deployment = Deployment(model=preset("qwen3-30b-a3b"), layout=Layout(), precision=Precision())
+    model = StepModel(deployment, Kernels(OWN.machine, OWN, OWN_LIBRARY), RUNTIME, "off", (8192,))  # type: ignore[arg-type]
+    part, whole = model.prefill(7000, 500).parts, model.prefill(8192, 500).parts
+    assert part["projections"] == whole["projections"]
+    assert part["experts"].value < 0.95 * whole["experts"].value
 
 
 def test_a_measured_launch_takes_the_place_of_the_guess() -> None:

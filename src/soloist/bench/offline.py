@@ -185,10 +185,14 @@ def _even(chosen_E: torch.Tensor, slots: Sequence[Sequence[int]], groups: int) -
     return imbalance(torch.stack([chosen_E[list(slots[group])].sum() for group in range(groups)]))
 
 
-def records(spec: ModelSpec, load: Load, starts: Sequence[Start], machine: str = "") -> list[dict[str, Any]]:
-    """One flat record for each layout and point: medians, and the ceiling beside them. `machine`: the GPU's name."""
+def records(
+    spec: ModelSpec, load: Load, starts: Sequence[Start], options: EngineOptions, machine: str = ""
+) -> list[dict[str, Any]]:
+    """One flat record for each layout and point: medians, and the ceiling beside them; with the options that
+    predictions go by (planner/tables.py). `machine`: the GPU's name."""
     found: list[dict[str, Any]] = []
     ceilings, common = Ceilings.of(machine), {"commit": commit(), "machine": machine}
+    common |= {"mixed_graphs": options.mixed_graphs, "nvlink_sums": options.nvlink_sums}
     for layout in dict.fromkeys(start.layout for start in starts):
         own = [start for start in starts if start.layout == layout]
         for what, shape in own[0].points:
@@ -203,7 +207,7 @@ def records(spec: ModelSpec, load: Load, starts: Sequence[Start], machine: str =
                 "bound_by": "arithmetic" if what == "prefill" else "bytes", "starts": len(own), **common,
                 "context": load.context + load.tokens / 2,
             })  # fmt: skip
-        held = load.options(EngineOptions(), layout)
+        held = load.options(options, layout)
         found.append({
             "what": "memory", "model": spec.name, "layout": str(layout), "bytes": own[0].memory,
             "kv_tokens": held.kv_tokens, "sequences": held.max_sequences, **common,

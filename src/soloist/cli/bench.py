@@ -214,7 +214,7 @@ def offline(
 
     starts = list(bench.compare(model, chosen, load, options, runs, seed, told))
     machine = bench.gpu() if options.device != "cpu" else ""
-    written = bench.records(Found.find(model, random_weights is not None).spec, load, starts, machine)
+    written = bench.records(Found.find(model, random_weights is not None).spec, load, starts, options, machine)
     if routing:
         written.append(bench.routing(model, chosen[0], load, options, seed))
     Console(width=160).print(table(written))

@@ -34,14 +34,15 @@ def plan(
     ] = "soloist",
     nvlink_sums: Annotated[bool, typer.Option(help="Soloist's own small sums; without, NCCL's.")] = True,
     routing: Annotated[Path | None, typer.Option(help="A routing trace of the model, instead of even routing.")] = None,
-    mixed_graphs: Annotated[str, typer.Option(help="Tokens of the prefill steps in graphs, like 256,8192.")] = "off",
+    mixed_graphs: Annotated[
+        str, typer.Option(help="Of Soloist: tokens of the prefill steps in graphs: auto, off, or like 256,8192.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(callback=to_write, help="Write the best layout as a plan file.")] = None,
     from_command: Annotated[str, typer.Option("--from", help="A `vllm serve` or SGLang command to improve.")] = "",
     calibration: CalibrationOption = None,
 ) -> None:
     """Which layout, how fast, how much memory, what is the bottleneck: a search over every layout."""
     from soloist.planner.commands import run_advise, run_plan
-    from soloist.planner.host import buckets_of
     from soloist.planner.score import Options
 
     wanted = f"{load},{slo}" if slo else load
@@ -60,7 +61,7 @@ def plan(
             calibration,
             system=engine,
             out=out,
-            options=Options(nvlink_sums=nvlink_sums, mixed_graphs=buckets_of(mixed_graphs)),
+            options=Options(nvlink_sums=nvlink_sums, mixed_graphs=mixed_graphs),
             rejected=rejected,
             explain=explain,
             routing=routing,
@@ -86,9 +87,7 @@ def simulate(
     drift: Annotated[str, typer.Option(help="Of the hot experts: drift=60,rebalance=120,move=0.05")] = "",
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
     precision: Annotated[str, typer.Option(help="bf16, fp16, fp32, fp8 or fp4; by default the model's own.")] = "",
-    mixed_graphs: Annotated[
-        str, typer.Option(help="Tokens of the prefill steps in graphs, like 256,8192; by default what the plan says.")
-    ] = "",
+    mixed_graphs: Annotated[str, typer.Option(help="As of `soloist plan`; by default what the plan says.")] = "",
     as_json: JsonOption = False,
     perfetto: Annotated[Path | None, typer.Option(callback=to_write, help="Write a trace for ui.perfetto.dev.")] = None,
     plot: Annotated[Path | None, typer.Option(callback=to_write, help="Write a picture.")] = None,

@@ -37,7 +37,7 @@ def planned_options(plan: Plan) -> dict[str, Any]:
         "micro_batches": plan.options.micro_batches,
         "overlap": str(plan.halves) if plan.system == OWN_LIBRARY else "off",
         "nvlink_sums": plan.options.nvlink_sums,
-        "mixed_graphs": ",".join(map(str, plan.options.mixed_graphs)) or "off",
+        "mixed_graphs": plan.options.mixed_graphs,
     }
 
 

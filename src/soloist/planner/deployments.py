@@ -151,7 +151,7 @@ def predict_run(row: RunRow, calibration: Calibration, runtime: Runtime) -> floa
         kernels,
         runtime,
         "off",
-        buckets_of(row.mixed_graphs),
+        buckets_of(row.mixed_graphs, spec, layout, CHUNK_TOKENS),
     )
     each = row.sequences / (layout.dp * layout.attention_groups)
     if row.phase == "decode":

@@ -50,8 +50,8 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
     if engine == "soloist":
         served = name or f"{plan.model.name} --random-weights 1"
         settings = f"--set max_batch_tokens={plan.options.chunk_tokens}"
-        if graphs := ",".join(map(str, plan.options.mixed_graphs)):
-            settings += f" --set mixed_graphs={graphs}"
+        if plan.options.mixed_graphs != "auto":
+            settings += f" --set mixed_graphs={plan.options.mixed_graphs}"
         if plan.halves:
             settings += f" --set overlap={plan.halves}"
         yield f"command: soloist serve {served} --layout {layout} {settings}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from math import ceil
 
 from soloist.errors import ConfigurationError
 from soloist.planner.bounds import flops_per_token
@@ -60,11 +61,6 @@ def bucket_of(buckets: Sequence[int], tokens: float) -> int | None:
     return buckets[at] if at < len(buckets) and buckets[at] <= max(FEW, WASTE * tokens) else None
 
 
-def is_captured(buckets: Sequence[int], tokens: float, longest: float) -> bool:
-    """Whether the engine replays a graph for a step of so many tokens, with contexts of up to `longest`."""
-    return longest <= SHORT_CONTEXT and bucket_of(buckets, tokens) is not None
-
-
 def sizes(model: ModelSpec, layout: Layout, most: int, keep_fp8: bool = True) -> tuple[int, ...]:
     """Ascending tokens of the steps that the engine holds in graphs where that is left to it (`mixed_graphs=auto`).
 
@@ -86,11 +82,27 @@ def _kept(model: ModelSpec, layout: Layout, tokens: int, keep_fp8: bool) -> floa
     return activation_bytes(model, layout, load, "pushed", expert_slots(model, layout, 0), experts)
 
 
-def buckets_of(text: str) -> tuple[int, ...]:
-    """Ascending, from the engine's option `mixed_graphs`: `off`, or tokens like `256,8192`."""
-    if text in ("", "off"):
+def buckets_of(text: str, model: ModelSpec, layout: Layout, most: int, keep_fp8: bool = True) -> tuple[int, ...]:
+    """Ascending, up to `most` tokens, from the engine's option `mixed_graphs`: `auto` (see `sizes`), `off`, or tokens
+    like `256,8192`. Raises ConfigurationError for other texts."""
+    if text == "auto":
+        return sizes(model, layout, most, keep_fp8)
+    return tuple(tokens for tokens in stated(text) if tokens <= most)
+
+
+def stated(text: str) -> tuple[int, ...]:
+    """The tokens that a text like `256,8192` names, ascending; none of `auto` and `off`."""
+    if text in ("auto", "off"):
         return ()
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 1 for part in parts):
-        raise ConfigurationError.of("mixed_graphs", text, "must be off, or tokens of steps like 256,8192")
+        raise ConfigurationError.of("mixed_graphs", text, "must be auto, off, or tokens of steps like 256,8192")
     return tuple(sorted({int(part) for part in parts}))
+
+
+def largest_eager(buckets: Sequence[int], most: int, longest: float) -> int:
+    """Tokens of the largest prefill step without a graph, sequences having up to `longest` tokens; 0: there is none."""
+    if longest > SHORT_CONTEXT:
+        return most
+    gaps = (ceil(bucket / WASTE) for bucket in buckets if bucket > FEW)  # the smallest step in it
+    return max((size - 1 for size in (*gaps, most + 1) if size > 1 and bucket_of(buckets, size - 1) is None), default=0)

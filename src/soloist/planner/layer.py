@@ -55,17 +55,32 @@ class Deployment(Spec, frozen=True, kw_only=True):
 class Batch(NamedTuple):
     """What one attention group does in a step: `tokens` new ones, each seeing `context` on average.
 
-    is_captured: a graph holds the step; decoding steps always have one.
+    padded: tokens of the graph that holds a prefill step, 0 if none does; experts and exchange see those of the step
+    alone. Decoding steps always have one.
     """
 
     phase: str
     tokens: float
     context: float
-    is_captured: bool = False
+    padded: float = 0.0
 
     @property
     def is_decode(self) -> bool:
         return self.phase == "decode"
+
+    @property
+    def is_captured(self) -> bool:
+        return self.is_decode or self.padded > 0
+
+    @property
+    def rows(self) -> float:
+        """Tokens that attention's projections and the small kernels see."""
+        return self.padded or self.tokens
+
+    @property
+    def half(self) -> Batch:
+        """Of two equal parts."""
+        return self._replace(tokens=self.tokens / 2, padded=self.padded / 2)
 
 
 def dense_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
@@ -95,7 +110,7 @@ def moe_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, w
     )
     parts["experts"] = kernels.experts(work).times(_slowdown(batch, runtime))
     if d.model.shared_width:
-        key = ("shared", d.model.name, d.precision, d.layout.attention_ranks, batch.tokens, runtime.name)
+        key = ("shared", d.model.name, d.precision, d.layout.attention_ranks, batch.rows, runtime.name)
         width = d.model.shared_width
         shared = kernels.once(key, lambda: {"shared experts": _feed_forward(d, batch, width, 3, kernels, runtime)})
         parts |= shared
@@ -137,8 +152,8 @@ def _attention_half(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runt
     ranks = d.layout.attention_ranks
     context = min(batch.context, window) if window else batch.context
     matrices = _projections(d.model, ranks)
-    projections = total(kernels.matmul(batch.tokens, n, k, d.precision.linear) for n, k in matrices)
-    own = batch.tokens / ranks
+    projections = total(kernels.matmul(batch.rows, n, k, d.precision.linear) for n, k in matrices)
+    own = batch.rows / ranks
     return {
         "projections": projections.times(_slowdown(batch, runtime)),
         "attention": _attention(d, batch, context, kernels).times(_slowdown(batch, runtime)),
@@ -154,21 +169,21 @@ def _slowdown(batch: Batch, runtime: Runtime) -> float:
 
 def _attention_exchange(d: Deployment, batch: Batch, kernels: Kernels) -> Estimate:
     """A sum over the attention group; our engine gathers the tokens of larger steps before and scatters them after."""
-    ranks, size = d.layout.attention_ranks, batch.tokens * d.model.d_model * 2
-    if kernels.library != OWN_LIBRARY or batch.tokens < kernels.replicates_below(ranks):
+    ranks, size = d.layout.attention_ranks, batch.rows * d.model.d_model * 2
+    if kernels.library != OWN_LIBRARY or batch.rows < kernels.replicates_below(ranks):
         return kernels.collective("all_reduce", ranks, size)
     return total(kernels.collective(kind, ranks, size) for kind in ("all_gather", "reduce_scatter"))
 
 
 def _between(d: Deployment, batch: Batch, own: float, kernels: Kernels, runtime: Runtime) -> Estimate:
     """What lies between the large kernels: measured as it is, and what the runtime adds."""
-    fixed = runtime["layer_us"] + (0.0 if batch.is_decode or batch.is_captured else runtime["eager_us"])
+    fixed = runtime["layer_us"] + (0.0 if batch.is_captured else runtime["eager_us"])
     rest = total((kernels.stream(runtime["layer_passes"] * 2 * own * d.model.d_model), _fixed(1e-6 * fixed)))
     if kernels.library != OWN_LIBRARY:
         return rest
     a, ranks = d.model.attention, d.layout.attention_ranks
     columns = -(-a.heads // ranks) * a.head_dim + kv_elements(d.model, ranks)
-    tokens = batch.tokens if batch.tokens < kernels.replicates_below(ranks) else own
+    tokens = batch.rows if batch.rows < kernels.replicates_below(ranks) else own
     return total((kernels.small(tokens, d.model.d_model, columns, d.model.experts), rest))
 
 
@@ -207,8 +222,8 @@ def _feed_forward(
 ) -> Estimate:
     """A dense feed-forward, cut over the attention group, whose tokens it sees."""
     cut, dtype = width / d.layout.attention_ranks, d.precision.linear
-    up = kernels.matmul(batch.tokens, (matrices - 1) * cut, d.model.d_model, dtype)
-    return total((up, kernels.matmul(batch.tokens, d.model.d_model, cut, dtype))).times(runtime["kernels"])
+    up = kernels.matmul(batch.rows, (matrices - 1) * cut, d.model.d_model, dtype)
+    return total((up, kernels.matmul(batch.rows, d.model.d_model, cut, dtype))).times(runtime["kernels"])
 
 
 def _exchange_parts(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, runtime: Runtime) -> Parts:
@@ -233,7 +248,7 @@ def _own_exchange(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernel
     More: each rank sends its own to all ranks of the groups that they chose, and gets their sums back.
     """
     layout, skew = d.layout, load.fullest if d.skew else 1.0
-    replicated = layout.attention_ranks > 1 and batch.tokens < kernels.replicates_below(layout.attention_ranks)
+    replicated = layout.attention_ranks > 1 and batch.rows < kernels.replicates_below(layout.attention_ranks)
     stays = replicated and layout.attention_groups == 1 and not d.replicas
     ranks, tp = (1 if stays else layout.ep, 1) if replicated else (layout.stage_ranks, layout.tp)
     slices = 1 if stays else layout.attention_ranks // layout.tp if replicated else layout.attention_ranks

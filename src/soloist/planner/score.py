@@ -15,6 +15,7 @@ from itertools import count, takewhile
 from math import ceil, expm1
 from typing import NamedTuple
 
+from soloist.planner import host
 from soloist.planner.estimate import Estimate, total
 from soloist.planner.exchange import Mode
 from soloist.planner.halves import FEWEST, Halves
@@ -40,7 +41,10 @@ class Options(Spec, frozen=True, kw_only=True):
     micro_batches: int = 0
     spare_slots: int = 0
     nvlink_sums: bool = True  # our own engine's small sums by its own kernels
-    mixed_graphs: tuple[int, ...] = ()  # tokens of prefill steps that our own engine holds in graphs
+    mixed_graphs: str = "auto"  # tokens of prefill steps that our own engine holds in graphs, as in its options
+
+    def __post_init__(self) -> None:
+        host.stated(self.mixed_graphs)
 
 
 class Score(NamedTuple):
@@ -80,6 +84,7 @@ class Scorer:
         self._models: dict[object, StepModel] = {}
         self._steps: dict[object, StepCost] = {}
         self._prompts: dict[object, Estimate] = {}
+        self._graphs: dict[object, tuple[int, ...]] = {}
 
     def most_sequences(self, deployment: Deployment, options: Options) -> float:
         """Sequences of an attention group whose KV cache fits; below 1 where not even one does."""
@@ -158,13 +163,27 @@ class Scorer:
         model = self._key(deployment, options)
         key = (model, phase, tokens, micro_batches)
         if model not in self._models:
-            given = (deployment, self.kernels, self.runtime, options.overlap, options.mixed_graphs)
-            self._models[model] = StepModel(*given)
+            self._models[model] = self.step_model(deployment, options)
         if key not in self._steps:
             context = self.load.context if phase == "decode" else self.load.prompt / 2
             step = self._models[model].decode if phase == "decode" else self._models[model].prefill
             self._steps[key] = step(tokens, context, micro_batches or options.micro_batches)
         return self._steps[key]
+
+    def step_model(self, deployment: Deployment, options: Options) -> StepModel:
+        """What its steps take, one by one."""
+        buckets = self._buckets(deployment, options)
+        return StepModel(deployment, self.kernels, self.runtime, options.overlap, buckets)
+
+    def _buckets(self, deployment: Deployment, options: Options) -> tuple[int, ...]:
+        """Tokens of the prefill steps in graphs, which our own engine has on GPUs."""
+        key = self._key(deployment, options)
+        if key not in self._graphs:
+            has_them = self.kernels.library == OWN_LIBRARY and self.kernels.cluster.gpu.name != "cpu"
+            fp8 = deployment.precision.experts == "fp8"
+            given = (options.mixed_graphs, deployment.model, deployment.layout, options.chunk_tokens, fp8)
+            self._graphs[key] = host.buckets_of(*given) if has_them else ()
+        return self._graphs[key]
 
     def _key(self, deployment: Deployment, options: Options) -> object:
         """What step times depend on: not on `dp`."""
@@ -178,9 +197,12 @@ class Scorer:
         return "pushed" if self.runtime.name == OWN_LIBRARY and inside else "normal"
 
     def _memory(self, deployment: Deployment, options: Options, batch: float) -> dict[str, float]:
+        graphs, longest = self._buckets(deployment, options), self.load.longest
         load = MemoryLoad(
             sequences=batch,
-            longest=self.load.longest,
+            longest=longest,
+            captured=max(graphs, default=0),
+            eager=host.largest_eager(graphs, options.chunk_tokens, longest),
             step_tokens=options.chunk_tokens,
             replicated=self.kernels.replicates_below(deployment.layout.attention_ranks),
             spare_slots=options.spare_slots,

@@ -71,16 +71,16 @@ class StepModel:
         The time is that after which the next chunk ends, the pipeline being kept full by `micro_batches` chunks.
         """
         pp = self.deployment.layout.pp
-        is_captured = host.is_captured(self.mixed_graphs, tokens, 2 * context)
+        bucket = host.bucket_of(self.mixed_graphs, tokens) if 2 * context <= host.SHORT_CONTEXT else None
         flights = max(1, micro_batches or 8 * pp)
         bubble = (flights + pp - 1) / flights / (self.runtime["pipeline"] if pp > 1 else 1.0)
 
         def cost(stage: StepCost) -> StepCost:
             found = self._with_step(stage, bubble, tokens)
             started = self._launching().times(2.0 if stage.is_overlapped else 1.0)
-            return found if is_captured else _slowed(found, started, stage.seconds.value, bubble)
+            return found if bucket else _slowed(found, started, stage.seconds.value, bubble)
 
-        stages = self._stages(Batch("prefill", tokens, context, is_captured))
+        stages = self._stages(Batch("prefill", tokens, context, float(bucket or 0)))
         return self._fastest([cost(stage) for stage in stages])
 
     def _launching(self) -> Estimate:
@@ -124,7 +124,7 @@ class StepModel:
         return StepCost(total(parts.values()), parts, cost.is_overlapped)
 
     def _overlapped(self, batch: Batch) -> StepCost:
-        half = self._layers(batch._replace(tokens=batch.tokens / 2))
+        half = self._layers(batch.half)
         parts = {name: part.times(2.0) for name, part in half.items()}
         moving = [parts[name] for name in ("dispatch", "combine") if name in parts]
         exchange = sum(part.value for part in moving)

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from soloist.errors import ConfigurationError
-from soloist.planner.host import buckets_of
 from soloist.planner.refit import load_calibration
 from soloist.simulator.deployment import Setup, simulate
 from soloist.simulator.losses import Loss
@@ -49,7 +48,7 @@ def run_simulate(
     if calibration:
         setup = replace(setup, calibration=load_calibration(calibration))
     if mixed_graphs:
-        setup = replace(setup, options=replace(setup.options, mixed_graphs=buckets_of(mixed_graphs)))
+        setup = replace(setup, options=replace(setup.options, mixed_graphs=mixed_graphs))
     wanted, deployed = Load.parse(load) if load or trace else usual(setup.load), setup.deployment.layout
     losses = [Loss.parse(text, setup.cluster.gpus_per_node) for text in lose]
     tracer = Tracer(deployed) if perfetto else None

@@ -18,7 +18,6 @@ from soloist.planner.plan import Plan, placement_of
 from soloist.planner.precision import Precision
 from soloist.planner.runtime import Runtime
 from soloist.planner.score import Options, Scorer
-from soloist.planner.step import StepModel
 from soloist.scheduling.config import SchedulerConfig
 from soloist.simulator.arrivals import Arrivals, arrivals
 from soloist.simulator.losses import Loss
@@ -95,9 +94,7 @@ def simulate(
     wanted = read_trace(trace, load, requests, seed) if trace else arrivals(load, requests, seed)
     deployment, layout = setup.deployment, setup.deployment.layout
     scorer = setup.scorer(load)
-    options = setup.options
-    given = (replace(deployment, skew=0.0), scorer.kernels, scorer.runtime, options.overlap, options.mixed_graphs)
-    cost = PlannedCost(StepModel(*given))
+    cost = PlannedCost(scorer.step_model(replace(deployment, skew=0.0), setup.options))
     run = Simulation(
         layout,
         sizes_of(setup, load, wanted, scorer),
