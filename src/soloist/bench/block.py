@@ -49,8 +49,9 @@ CONTEXT = 192  # tokens of each sequence, the step's included
 REPLAYS = 20  # while the profiler looks
 
 
-def world_of(bench: Bench, layout: Layout, nvlink_sums: bool) -> World:
-    """This rank's transports in a layout of all GPUs; a layout of one GPU runs on each of them by itself."""
+def world_of(bench: Bench, layout: Layout, nvlink_sums: bool, gpus_per_node: int = 0) -> World:
+    """This rank's transports in a layout of all GPUs; a layout of one GPU runs on each of them by itself. They are one
+    node unless `gpus_per_node` says otherwise."""
     if layout.size == 1:
         return World.build(local_world(1)[0], layout, 1)
     store = PrefixStore(f"block {layout}", dist.distributed_c10d._get_default_store())
@@ -61,7 +62,10 @@ def world_of(bench: Bench, layout: Layout, nvlink_sums: bool) -> World:
         return symmetric_group(meeting, bench.device, ranks)
 
     reach = windows if nvlink(meeting) else None
-    return World.build(root, layout, bench.size, control=root, windows=reach, collectives=nvlink_sums)
+    per_node = gpus_per_node or bench.size
+    return World.build(
+        root, layout, per_node, control=root, windows=reach, by_node=per_node < bench.size, collectives=nvlink_sums
+    )
 
 
 @dataclass
