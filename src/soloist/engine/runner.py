@@ -142,14 +142,14 @@ class Runner:
     @torch.inference_mode()
     def rehearse(self, steps: bool = True) -> None:
         """Run all graphs' steps, and steps of all sizes (engine/rehearsal.py), through a layer of each kind. Nothing of
-        them is counted. Where no step asks the host for what a kernel wrote, their kernels are compiled first, side by
-        side; without `steps` that is all.
+        them is counted. Their kernels are compiled first, side by side, where nothing but kernels reads what kernels
+        wrote, neither the host nor the index of another operation; without `steps` that is all.
         """
         blocks, caches = self.decoder.blocks, self.caches
         kept = kinds(self.spec, self.placement, self.decoder.layers)
         asks_nothing = self.buckets.captures(1) and self.buckets.captures(self.options.max_batch_tokens)
         self.decoder.blocks, self.caches = [blocks[index] for index in kept], [caches[index] for index in kept]
-        if asks_nothing or not steps:
+        if (asks_nothing or not steps) and not self.options.exchange_captured:
             with compile_ahead(torch.get_num_threads()):
                 self._rehearse(steps)
         if steps:
