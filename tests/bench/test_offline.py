@@ -51,6 +51,7 @@ def test_every_point_of_every_layout_is_written(tmp_path) -> None:
     assert all(by_name[name]["seconds"] > 0 for name in ("prefill", "TPOT", "start"))
     assert by_name["memory"]["bytes"]["0"]["experts"] > 0
     assert 0 < by_name["routing"]["experts_touched_3"] <= 12
+    assert by_name["routing"]["rank_max_over_mean_2x8"] == by_name["routing"]["rank_max_over_mean_3"] == [1, 1]
 
 
 def test_reading_the_shipped_checkpoint() -> None:

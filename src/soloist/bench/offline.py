@@ -153,19 +153,21 @@ def compare(
 def routing(model: str, layout: Layout, load: Load, options: EngineOptions, seed: int = 0) -> dict[str, Any]:
     """How even the routing is, from a start of its own that is not timed: counting takes time.
 
-    For each number of sequences one decoding step: experts of a layer that it touches (mean over layers); and over all
-    tokens of their prompts the largest load of a rank over the mean (mean and greatest over layers).
+    Over all tokens of the prompts the largest load of a rank over the mean (mean and greatest over layers); for each
+    number of sequences also one decoding step: experts of a layer that it touches (mean over layers).
     """
     counting = msgspec.structs.replace(load.options(options, layout), count_experts=True)
     found: dict[str, Any] = {"what": "routing", "model": model, "layout": str(layout)}
     with LLM(model, layout=layout, options=counting, show_progress=False) as llm:
-        draw = _Prompts(llm.spec.vocab, seed)
+        draw, slots = _Prompts(llm.spec.vocab, seed), llm.placement.slots
+        for prefill in load.prefills:
+            chosen_LE = _chosen(llm, draw(prefill.count, prefill.tokens), 1)
+            found[f"rank_max_over_mean_{prefill}"] = _evenness(chosen_LE, slots, layout.ep)
         for count in load.decodes:
             prompts = draw(count, load.context)
             short_LE, long_LE = (_chosen(llm, prompts, tokens) for tokens in (1, 2))
-            ranks = [_even(row, placed, layout.ep) for row, placed in zip(short_LE, llm.placement.slots, strict=True)]
             found[f"experts_touched_{count}"] = round(float(((long_LE - short_LE) > 0).sum(1).float().mean()), 1)
-            found[f"rank_max_over_mean_{count}"] = round(sum(ranks) / len(ranks), 3), round(max(ranks), 3)
+            found[f"rank_max_over_mean_{count}"] = _evenness(short_LE, slots, layout.ep)
     return found
 
 
@@ -180,9 +182,13 @@ def _chosen(llm: LLM, prompts: list[list[int]], max_tokens: int) -> torch.Tensor
     return counts_LE
 
 
-def _even(chosen_E: torch.Tensor, slots: Sequence[Sequence[int]], groups: int) -> float:
-    """Load of the fullest group over the mean."""
-    return imbalance(torch.stack([chosen_E[list(slots[group])].sum() for group in range(groups)]))
+def _evenness(chosen_LE: torch.Tensor, slots: Sequence[Sequence[Sequence[int]]], groups: int) -> tuple[float, float]:
+    """Load of the fullest group over the mean: mean and greatest over layers."""
+    of_layers = [
+        imbalance(torch.stack([chosen_E[list(placed[group])].sum() for group in range(groups)]))
+        for chosen_E, placed in zip(chosen_LE, slots, strict=True)
+    ]
+    return round(sum(of_layers) / len(of_layers), 3), round(max(of_layers), 3)
 
 
 def records(
