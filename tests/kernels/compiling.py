@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from soloist.bench.attention import LATENT_FORMS, changed
-from soloist.kernels import grouped_gemm
+from soloist.kernels import grouped_gemm, paged_attention_triton
 from soloist.kernels.choose_triton import choose_fused
 from soloist.kernels.compile_ahead import compile_ahead
 from soloist.kernels.experts import FP32_ROWS, swiglu_experts
@@ -109,6 +109,7 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "synchronize", lambda *_: None)
     patch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=132))
     patch.setattr(grouped_gemm, "_is_hopper", lambda _: True)
+    patch.setattr(paged_attention_triton, "generation", lambda _: 9)
     patch.setattr(router, "_is_cuda_half", lambda tensor: tensor.dtype == torch.bfloat16)
     patch.setattr(router.Router, "logits", lambda self, x_TD: torch.zeros(len(x_TD), self.experts))
     for module in (small_cases, test_paged_attention_triton):
@@ -127,9 +128,10 @@ def attention() -> None:
         Case([0] * 64, 576, 512, shared=True, block=64),
     ):
         replace(case, dtype=torch.bfloat16).run()
-    latent = Case([0] * 64, 576, 512, ((1, 3000),), shared=True, block=64, dtype=torch.bfloat16)
+    latent = Case([0] * 64, 576, 512, shared=True, block=64, dtype=torch.bfloat16)
     for changes in LATENT_FORMS.values():
-        latent.run(changed(**changes))
+        for context in (200, 3000):
+            replace(latent, chunks=((1, context),)).run(changed(**changes))
 
 
 def fp32_experts() -> None:

@@ -18,6 +18,12 @@ from typing import Any
 import numpy as np
 
 
+class Number(np.float32):
+    """The type of what lies in shared memory."""
+
+    primitive_bitwidth = 8
+
+
 class FaultError(Exception):
     """What a GPU would do wrong, or not at all."""
 
@@ -70,6 +76,8 @@ class Parts:
             thread.join()
         if self.fault:
             raise self.fault
+        if self.copies:
+            raise FaultError("a copy is under way when the program ends")
 
     def _body(self, index: int, body: Callable[[], None]) -> None:
         self.local.index = index
@@ -147,7 +155,13 @@ class Shared:
     """A block of shared memory, or a view of it."""
 
     memory: np.ndarray
-    dtype: Any = field(default_factory=lambda: SimpleNamespace(primitive_bitwidth=8))
+    dtype: Any = Number
+
+    def load(self, layout: Any) -> Any:
+        return block(self.memory.copy())
+
+    def store(self, value: Any) -> None:
+        self.memory[:] = value
 
     def index(self, at: int) -> Shared:
         return Shared(self.memory[at])
@@ -207,8 +221,8 @@ class Barriers:
 class Product:
     """Under way until it is waited for: it has read its operands, or has still to."""
 
-    def __init__(self, x: Shared, w: Shared, before: Any) -> None:
-        self.operands, self.before = (x.memory, w.memory), before
+    def __init__(self, x: Any, w: Shared, before: Any) -> None:
+        self.operands, self.before = (x.memory if isinstance(x, Shared) else x, w.memory), before
         self.seen, self.value = [memory.copy() for memory in self.operands], None
 
     def end(self) -> None:
@@ -218,7 +232,8 @@ class Product:
         if np.isnan(self.seen[0]).any() or np.isnan(self.seen[1]).any():
             raise FaultError("a product of what nobody wrote")
         before = self.before.ended() if isinstance(self.before, Product) else self.before
-        self.value = before + block(self.seen[0] @ self.seen[1])
+        with np.errstate(invalid="ignore"):  # infinite is what should not be read, but may be
+            self.value = before + block(self.seen[0] @ self.seen[1])
 
     def ended(self) -> Any:
         if self.value is None:
@@ -228,36 +243,46 @@ class Product:
     def reshape(self, shape: Any) -> Any:
         return self.ended().reshape(shape)
 
+    def __mul__(self, other: Any) -> Any:
+        return self.ended() * other
+
 
 class Machine:
-    """One program's view of the language: what a kernel finds under `gl`, `mbarrier` and the other names."""
+    """One program's view of the language: what a kernel finds under `gl`, `mbarrier` and the other names.
 
-    def __init__(self, program: int, programs: int, seed: int) -> None:
-        self.parts, self.under_way, self.place = Parts(seed), threading.local(), (program, programs)
+    `place` is the program's in the `grid`.
+    """
+
+    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...], seed: int) -> None:
+        self.parts, self.under_way, self.place, self.grid = Parts(seed), threading.local(), place, grid
 
     def names(self) -> dict[str, Any]:
         return {
-            "gluon": SimpleNamespace(jit=lambda function: function),
+            "gluon": SimpleNamespace(jit=lambda function=None, **_: function or (lambda one: one)),
             "gl": self.language(),
             "mbarrier": SimpleNamespace(
                 MBarrierLayout=lambda: Barrier, init=self.init, wait=self.wait, expect=self.expect, arrive=self.arrive
             ),
             "fence_async_shared": lambda: None,
+            "release_next": lambda: None,
             "async_load": self.async_load,
             "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.product_wait,
         }
 
     def language(self) -> Any:
-        nothing = dict.fromkeys(("BlockedLayout", "SliceLayout", "NVMMADistributedLayout"), lambda *_: None)
+        layouts = "BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "SwizzledSharedLayout"
+        nothing = dict.fromkeys(layouts, lambda *_: None)
         return SimpleNamespace(
             **nothing,
             constexpr=lambda value: value, int64=np.int64, float32=np.float32,
-            program_id=lambda _: self.place[0], num_programs=lambda _: self.place[1], static_range=range,
+            program_id=self.place.__getitem__, num_programs=self.grid.__getitem__, static_range=range,
             static_assert=self.static_assert, warp_specialize=self.specialize,
             zeros=lambda shape, dtype, _: block(np.zeros(shape, dtype)),
             arange=lambda start, stop, _: block(np.arange(start, stop)),
-            sum=lambda value, axis: int(value.sum(axis)), minimum=np.minimum, exp=np.exp,
+            full=lambda shape, value, dtype, _: block(np.full(shape, value, dtype)), where=self.where,
+            cast=lambda value, dtype: dtype(value), sum=self.sum, max=lambda value, axis: block(value.max(axis)),
+            minimum=np.minimum, maximum=np.maximum, exp=np.exp, exp2=np.exp2,
             convert_layout=lambda value, _: value, load=Pointer.load, store=Pointer.store,
             allocate_shared_memory=self.allocate,
         )  # fmt: skip
@@ -265,6 +290,16 @@ class Machine:
     @staticmethod
     def static_assert(condition: bool) -> None:
         assert condition
+
+    @staticmethod
+    def where(condition: Any, first: Any, second: Any) -> Any:
+        found = np.where(condition, first, second)
+        return block(found) if found.ndim else found.item()
+
+    @staticmethod
+    def sum(value: Any, axis: int) -> Any:
+        found = value.sum(axis)
+        return block(found) if np.ndim(found) else int(found)
 
     @staticmethod
     def allocate(_: Any, shape: list[int], layout: Any) -> Shared | Barriers:

@@ -45,7 +45,7 @@ class Case:
         scale_SN = draw.integers(1, 4, (slots * height // BK, self.steps)).astype(np.float32)
         offsets_S, out_XN = np.cumsum(self.counts), Pointer(np.full((len(x_XD), n), np.nan, np.float32))
         for program in range(self.programs):
-            names = Machine(program, self.programs, self.seed).names()
+            names = Machine((program,), (self.programs,), self.seed).names()
             exec(kernel, names)
             names["M"] = ROWS
             names["hopper_kernel"](

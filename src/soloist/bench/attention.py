@@ -105,10 +105,10 @@ LOADS = [
 ]
 
 
-# The copy of the next tile is given out only when this one's weights are known, so it waits for HBM all over again.
 LATENT_FORMS = {
-    "two tiles of 32 keys on their way": {"keys": 32, "stages": 3},
     "the next tiles prefetched": {"prefetch": 2},
+    "in parts": {"hopper": 4},
+    "in parts, half of the queries in registers": {"hopper": 5},
 }
 
 
@@ -130,7 +130,7 @@ def variants(load: AttentionLoad) -> Iterator[tuple[str, AttentionLoad, Choice]]
         yield "paged, columns not divided", load, lambda *of: replace(tiling(*of), apart=False)
     if load.latent or load.tokens > 1:
         yield "paged, in blocks of 64", replace(load, block_size=64), tiling
-    if load.latent and load.tokens == 1 and load.heads > 16:
+    if load.latent and load.tokens == 1:
         for name, changes in LATENT_FORMS.items():
             yield f"the same, {name}", replace(load, block_size=64), changed(**changes)
 

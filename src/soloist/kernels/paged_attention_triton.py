@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soloist.kernels.device import processors
+from soloist.kernels.device import generation, processors
 from soloist.kernels.follow import early
 from soloist.kernels.language import TensorDescriptor, next_power
 from soloist.kernels.paged_attention import PagedBatch
@@ -36,7 +36,7 @@ class Tiling:
 
     `per_sm`: programs that keep an SM busy. `apart`: the warps of a product divide its columns. `bulk`: the copy engine
     reads tiles that lie in one block. `prefetch`: with it, of a latent cache, the tile that lies so many further on
-    is brought into the L2; 0: none.
+    is brought into the L2; 0: none. `hopper`: pieces of keys that hopper_latent.py holds, where it serves the call.
     """
 
     rows: int
@@ -47,6 +47,7 @@ class Tiling:
     apart: bool = False
     bulk: bool = False
     prefetch: int = 0
+    hopper: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,23 +164,54 @@ class _Call:
 
     def launch(self, decode: bool) -> None:
         """All sequences of one token, or all others."""
-        layer, batch, (tokens, heads, _) = self.layer, self.batch, self.q_THQ.shape
+        (tokens, heads, _), (sequences, blocks) = self.q_THQ.shape, self.batch.tables_NM.shape
         widths = Widths.of(self.k_cache.shape[-1], self.v_cache.shape[-1], self._is_shared())
-        cut = fitted(layer.choose(widths, layer.group, decode), widths, self.q_THQ.itemsize)
-        tiles = layer.head_tiles(cut.rows)
-        sequences, blocks = batch.tables_NM.shape
+        cut = self._cut(widths, decode)
+        tiles = self.layer.head_tiles(cut.rows)
         queries = 1 if decode else cut.rows // tiles.heads  # of a tile
         grid = (len(tiles), sequences) if decode else (tokens // queries + sequences, len(tiles))
         rows = sequences if decode else tokens
-        choices = _choices(blocks * batch.block_size, decode, rows * heads * widths.value)
+        choices = _choices(blocks * self.batch.block_size, decode, rows * heads * widths.value)
         splits = splits_of(math.prod(grid), choices, processors(self.out_THV.device), cut.per_sm)
-        bulk = self._descriptors(widths, cut)
-        sums = stats = self.out_THV
+        parts = self._parts(splits, rows, decode)
+        if cut.hopper:
+            self._decode_latent(len(tiles), *parts, cut.hopper)
+        else:
+            self._tiles(grid, decode, widths, cut, tiles, *parts)
         if splits > 1:
-            sums = torch.empty(splits, rows, heads, widths.value, dtype=torch.float32, device=self.out_THV.device)
-            # Zeros where prefill leaves rows out, those of single tokens: they are merged too, and written by decode.
-            make = torch.empty if decode else torch.zeros
-            stats = make(splits, rows, heads, 2, dtype=torch.float32, device=self.out_THV.device)
+            self._merge(rows, decode, *parts)
+
+    def _cut(self, widths: Widths, decode: bool) -> Tiling:
+        cut = self.layer.choose(widths, self.layer.group, decode)
+        if decode and cut.hopper and self._suits_hopper(widths):
+            return replace(cut, rows=64, per_sm=1)
+        return fitted(replace(cut, hopper=0), widths, self.q_THQ.itemsize)
+
+    def _suits_hopper(self, widths: Widths) -> bool:
+        """Whether hopper_latent.py serves this cache."""
+        layer, latent = self.layer, widths.shared and (widths.key, widths.value) == (576, 512)
+        plain = len(set(layer.kv_heads)) == 1 and layer.window is None and layer.sinks_H is None
+        whole = self.batch.block_size % 64 == 0 and self.q_THQ.is_contiguous() and self.q_THQ.itemsize == 2
+        return latent and plain and whole and generation(self.out_THV.device) == 9
+
+    def _parts(self, splits: int, rows: int, decode: bool) -> tuple[int, Tensor, Tensor]:
+        """Splits, and what they leave: their sums, and their greatest logits and sums of weights. One has out_THV."""
+        if splits == 1:
+            return splits, self.out_THV, self.out_THV
+        _, heads, width = self.out_THV.shape
+        sums = torch.empty(splits, rows, heads, width, dtype=torch.float32, device=self.out_THV.device)
+        # Zeros where prefill leaves rows out, those of single tokens: they are merged too, and written by decode.
+        make = torch.empty if decode else torch.zeros
+        return splits, sums, make(splits, rows, heads, 2, dtype=torch.float32, device=self.out_THV.device)
+
+    def _tiles(
+        self, grid: tuple[int, int], decode: bool, widths: Widths, cut: Tiling, tiles: HeadTiles, splits: int,
+        sums: Tensor, stats: Tensor,
+    ) -> None:  # fmt: skip
+        layer, batch, (tokens, heads, _) = self.layer, self.batch, self.q_THQ.shape
+        sequences, blocks = batch.tables_NM.shape
+        rows, queries = (sequences, 1) if decode else (tokens, cut.rows // tiles.heads)
+        bulk = self._descriptors(widths, cut)
         tile_kernel[(*grid, splits)](
             self.q_THQ, self.k_cache, self.v_cache, *bulk, self.out_THV, sums, stats, batch.starts_N, batch.lengths_N,
             batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, rows, heads,
@@ -191,12 +223,23 @@ class _Call:
             QX=widths.rest, V=widths.value, VP=widths.values,
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
-        if splits > 1:
-            merge_kernel[(rows, heads, -(-widths.value // MERGED))](
-                sums, stats, batch.starts_N, layer.sinks_H, self.out_THV, splits, heads,
-                DECODE=decode, SINKS=layer.sinks_H is not None, SP=_merged(splits), V=widths.value, VB=MERGED,
-                num_warps=1 if splits <= 16 else 4, **early(self.out_THV.device),
-            )  # fmt: skip
+
+    def _decode_latent(self, tiles: int, splits: int, sums: Tensor, stats: Tensor, slots: int) -> None:
+        from soloist.kernels.hopper_latent import decode_latent  # Gluon is there where Triton is
+
+        batch = self.batch
+        decode_latent(
+            self.q_THQ, self.k_cache, sums, stats, batch.starts_N, batch.lengths_N, batch.tables_NM, self.layer.scale,
+            tiles, splits, batch.block_size, slots,
+        )  # fmt: skip
+
+    def _merge(self, rows: int, decode: bool, splits: int, sums: Tensor, stats: Tensor) -> None:
+        layer, (_, heads, width) = self.layer, self.out_THV.shape
+        merge_kernel[(rows, heads, -(-width // MERGED))](
+            sums, stats, self.batch.starts_N, layer.sinks_H, self.out_THV, splits, heads,
+            DECODE=decode, SINKS=layer.sinks_H is not None, SP=_merged(splits), V=width, VB=MERGED,
+            num_warps=1 if splits <= 16 else 4, **early(self.out_THV.device),
+        )  # fmt: skip
 
     def _descriptors(self, widths: Widths, cut: Tiling) -> tuple[Any, Any, Any]:
         """Of keys, of what they have behind a power of two, and of values; nothing where tiles must be gathered."""

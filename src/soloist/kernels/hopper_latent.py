@@ -1,0 +1,284 @@
+"""Decode attention over a latent cache (MLA in its absorbed form) for Hopper, in Gluon.
+
+Shape legend: T tokens, N sequences, H query heads, M blocks of the longest table; R rows of queries, one a head, B keys
+of a tile, W columns of a piece of keys, S splits. A key has 2 W + B = 576 columns, of which the first 2 W = 512 are its
+value.
+
+    weighing warps     for each tile:  wait until its keys are there ─► logits ─► weights, into shared memory
+    two mixing groups  for each tile:  wait until it is weighed ─► weights · values, half of the columns each
+
+64 rows of 512 sums fill the registers of two warpgroups. In FlashMLA (DeepSeek, 2025), which found this, the two also
+weigh, each another tile; here a third one does, so that one product waits for memory or softmax while the others work.
+
+No warp is left for loading: Triton rounds up to whole warpgroups, and with a fourth one ptxas gives each thread 128
+registers, fewer than a product of 256 columns takes. So who has used up a piece of keys fetches the one that goes where
+it lay: the mixing groups their halves, the weighing one what is behind the values.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from soloist.kernels.follow import release_next
+
+if TYPE_CHECKING:  # a kernel's types are Gluon's, not Python's
+    from soloist.kernels.language import tl as gl
+
+    gluon = TensorDescriptor = fence_async_shared = mbarrier = tma = cast(Any, None)
+    async_load = warpgroup_mma = warpgroup_mma_wait = cast(Any, None)
+else:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # Triton 3.6 and later ones each know one of the names.
+    async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+KEY, VALUE = 576, 512  # the widths served
+KEYS = 64  # of a tile
+
+R = gl.constexpr(64)
+B = gl.constexpr(64)
+W = gl.constexpr(256)
+LOWEST = gl.constexpr(-1e30)  # below every logit, and finite: a difference of two of them is 0
+
+
+@gluon.jit
+def _row(table_M, tile, last, PAGE: gl.constexpr):
+    """Cache row of the first key of a tile; behind the last one that of the last, which is safe to look up."""
+    key = gl.maximum(gl.minimum(tile, last - 1), 0) * B
+    return gl.load(table_M + key // PAGE) * PAGE + key % PAGE
+
+
+@gluon.jit
+def _fetch(source, row, column, arrival, into):
+    mbarrier.expect(arrival, source.block_type.nbytes)
+    async_load(source, [row, column], arrival, into)
+
+
+@gluon.jit
+def _begin(q, q_rest, q_row, context, queries, keys, HELD: gl.constexpr, PAGE: gl.constexpr):
+    """Fetch the queries and two tiles."""
+    q_smem, qx_smem, asked = queries
+    k, k_rest, k_smem, kx_smem, full, rest_full = keys
+    table_M, first, last, _ = context
+    mbarrier.expect(asked, 2 * q.block_type.nbytes + q_rest.block_type.nbytes)
+    async_load(q, [q_row, 0], asked, k_smem.index(4) if HELD else q_smem.index(1))
+    async_load(q, [q_row, W], asked, q_smem.index(0))
+    async_load(q_rest, [q_row, 2 * W], asked, qx_smem)
+    for step in gl.static_range(2):
+        if first + step < last:
+            row = _row(table_M, first + step, last, PAGE)
+            for half in gl.static_range(2):
+                _fetch(k, row, half * W, full.index(2 * step + half), k_smem.index(2 * step + half))
+            _fetch(k_rest, row, 2 * W, rest_full.index(step), kx_smem.index(step))
+
+
+@gluon.jit
+def _ask(context, queries, keys, HELD: gl.constexpr, PAGE: gl.constexpr):
+    """The first half of the queries. HELD: as registers; where they lay goes the first piece of the third tile."""
+    q_smem, _, asked = queries
+    k, _, k_smem, _, full, _ = keys
+    table_M, first, last, _ = context
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    mbarrier.wait(asked, 0)
+    if HELD:
+        q_RW = k_smem.index(4).load(gl.DotOperandLayout(0, MMA, 2))
+        if first + 2 < last:
+            _fetch(k, _row(table_M, first + 2, last, PAGE), 0, full.index(4), k_smem.index(4))
+    else:
+        q_RW = q_smem.index(1)
+    return q_RW
+
+
+@gluon.jit
+def _logits(q_RW, step, queries, keys, SLOTS: gl.constexpr):
+    """[R, B]"""
+    q_smem, qx_smem, _ = queries
+    _, _, k_smem, kx_smem, full, rest_full = keys
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    zero = gl.zeros([R, B], gl.float32, MMA)
+    mbarrier.wait(full.index(2 * step % SLOTS), 2 * step // SLOTS & 1)
+    k_WB = k_smem.index(2 * step % SLOTS).permute((1, 0))
+    acc = warpgroup_mma(q_RW, k_WB, zero, use_acc=False, is_async=True)
+    mbarrier.wait(full.index((2 * step + 1) % SLOTS), (2 * step + 1) // SLOTS & 1)
+    k_WB = k_smem.index((2 * step + 1) % SLOTS).permute((1, 0))
+    acc = warpgroup_mma(q_smem.index(0), k_WB, acc, use_acc=True, is_async=True)
+    mbarrier.wait(rest_full.index(step % 2), step // 2 & 1)
+    acc = warpgroup_mma(qx_smem, kx_smem.index(step % 2).permute((1, 0)), acc, use_acc=True, is_async=True)
+    return warpgroup_mma_wait(0, [acc])
+
+
+@gluon.jit
+def _blank(seen, step, k_smem, SLOTS: gl.constexpr):
+    """Values of a tile behind the `seen` first become zeros: they have no weight, but may be NaN."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    for half in gl.static_range(2):
+        for part in gl.static_range(4):  # few at a time, in few registers
+            values = k_smem.index((2 * step + half) % SLOTS).slice(part * (B // 4), B // 4, 0)
+            row = part * (B // 4) + gl.arange(0, B // 4, gl.SliceLayout(1, L))
+            values.store(gl.where((row < seen).expand_dims(1), values.load(L), 0.0))
+
+
+@gluon.jit
+def _weigh(
+    q, q_rest, q_row, stats, scale, used, context, queries, keys, weights,
+    SPLIT: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The weighing warpgroup: the running softmax (Milakov and Gimelshein, arXiv 1805.02867), but for its sums.
+
+    With the weights of a tile go the factors by which sums shrink, and at last those that end the softmax.
+    """
+    table_M, first, last, end = context
+    _, k_rest, k_smem, kx_smem, _, rest_full = keys
+    p_smem, factor, weighed, mixed = weights
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    key = gl.arange(0, B, gl.SliceLayout(0, MMA)).expand_dims(0)
+    top_R, sum_R = gl.full([R], LOWEST, gl.float32, ROW), gl.zeros([R], gl.float32, ROW)
+    _begin(q, q_rest, q_row, context, queries, keys, SLOTS > 4, PAGE)
+    q_RW = _ask(context, queries, keys, SLOTS > 4, PAGE)
+    row = _row(table_M, first + 2, last, PAGE)  # looked up a tile ahead: a copy does not wait for its address
+    step = 0
+    for tile in range(first, last):
+        logit_RB = _logits(q_RW, step, queries, keys, SLOTS) * scale
+        if tile + 2 < last:
+            _fetch(k_rest, row, 2 * W, rest_full.index(step % 2), kx_smem.index(step % 2))
+        row = _row(table_M, tile + 3, last, PAGE)
+        seen = end - tile * B
+        if seen < B:
+            logit_RB = gl.where(key < seen, logit_RB, float("-inf"))
+            _blank(seen, step, k_smem, SLOTS)
+        higher_R = gl.maximum(top_R, gl.max(logit_RB, 1))
+        weight_RB, shrink_R = gl.exp2(logit_RB - higher_R.expand_dims(1)), gl.exp2(top_R - higher_R)
+        top_R, sum_R = higher_R, sum_R * shrink_R + gl.sum(weight_RB, 1)
+        mbarrier.wait(mixed, step & 1 ^ 1)
+        p_smem.store(weight_RB.to(p_smem.dtype))
+        factor.store(shrink_R)
+        fence_async_shared()
+        mbarrier.arrive(weighed)
+        step += 1
+    last_R = gl.full([R], 1.0, gl.float32, ROW)
+    if SPLIT:
+        row_R = gl.arange(0, R, ROW)
+        gl.store(stats + row_R * 2, top_R, mask=row_R < used)
+        gl.store(stats + row_R * 2 + 1, sum_R, mask=row_R < used)
+    else:
+        last_R = last_R / gl.where(sum_R > 0, sum_R, 1.0)
+    mbarrier.wait(mixed, step & 1 ^ 1)
+    factor.store(last_R)
+    mbarrier.arrive(weighed)
+
+
+@gluon.jit
+def _mix(
+    sums, used, context, keys, weights, HALF: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr
+):  # fmt: skip
+    """A mixing warpgroup: W columns of the weighted sums."""
+    table_M, first, last, _ = context
+    k, _, k_smem, _, full, _ = keys
+    p_smem, factor, weighed, mixed = weights
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    AHEAD: gl.constexpr = (HALF + SLOTS) // 2  # tiles, of the piece that follows in the same slot
+    acc_RW = gl.zeros([R, W], gl.float32, MMA)
+    row = _row(table_M, first + AHEAD, last, PAGE)
+    step = 0
+    for tile in range(first, last):
+        slot, turn = (2 * step + HALF) % SLOTS, (2 * step + HALF) // SLOTS
+        mbarrier.wait(full.index(slot), turn & 1)  # long past: by it a copy is seen, not by what others saw
+        mbarrier.wait(weighed, step & 1)
+        acc_RW = acc_RW * factor.load(ROW).expand_dims(1)
+        acc_RW = warpgroup_mma(p_smem, k_smem.index(slot), acc_RW, use_acc=True, is_async=True)
+        acc_RW = warpgroup_mma_wait(0, [acc_RW])
+        mbarrier.arrive(mixed)
+        if tile + AHEAD < last:
+            _fetch(k, row, (HALF + SLOTS) % 2 * W, full.index(slot), k_smem.index(slot))
+        row = _row(table_M, tile + AHEAD + 1, last, PAGE)
+        step += 1
+    mbarrier.wait(weighed, step & 1)
+    acc_RW = acc_RW * factor.load(ROW).expand_dims(1)
+    row_R1 = gl.arange(0, R, ROW).expand_dims(1)
+    column_1W = HALF * W + gl.arange(0, W, gl.SliceLayout(0, MMA)).expand_dims(0)
+    gl.store(sums + row_R1 * (2 * W) + column_1W, acc_RW.to(sums.dtype.element_ty), mask=row_R1 < used)
+
+
+@gluon.jit
+def _barriers(number: gl.constexpr, count: gl.constexpr):
+    """For so many arrivals each."""
+    barriers = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(number):
+        mbarrier.init(barriers.index(index), count=count)
+    return barriers
+
+
+@gluon.jit(do_not_specialize=["blocks", "splits", "rows"])
+def latent_kernel(
+    q, q_rest, k, k_rest, sums, stats, starts_N, lengths_N, tables_NM, scale, blocks, splits, rows, heads,
+    SPLIT: gl.constexpr, G: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """G heads of a query, one split of its context. Grid (H / G, N, splits). Leaves out sequences of several queries.
+
+    q, k: blocks of [64, W] of queries [T · H, 576] and of the cache [rows, 576]; q_rest, k_rest: of [64, 64]. SPLIT:
+    `sums`, `stats` and `rows` as in tile_kernel; otherwise `sums` is out_THV. The logits' scale is in units of log2.
+    """
+    release_next()
+    head, sequence, split = gl.program_id(0) * G, gl.program_id(1), gl.program_id(2)
+    token = gl.load(starts_N + sequence)
+    single = gl.load(starts_N + sequence + 1) - token == 1
+    end, used = gl.where(single, gl.load(lengths_N + sequence), 0), gl.where(single, gl.minimum(G, heads - head), 0)
+    tiles = (end + B - 1) // B
+    each = (tiles + splits - 1) // splits
+    context = tables_NM + gl.cast(sequence, gl.int64) * blocks, split * each, gl.minimum((split + 1) * each, tiles), end
+    at = gl.cast(split * rows + sequence if SPLIT else token, gl.int64) * heads + head
+
+    q_smem = gl.allocate_shared_memory(q.dtype, [1 if SLOTS > 4 else 2, R, W], q.layout)
+    qx_smem = gl.allocate_shared_memory(q.dtype, [R, B], q.layout)
+    k_smem = gl.allocate_shared_memory(k.dtype, [SLOTS, B, W], k.layout)
+    kx_smem = gl.allocate_shared_memory(k.dtype, [2, B, B], k.layout)
+    p_smem = gl.allocate_shared_memory(k.dtype, [R, B], k.layout)
+    factor = gl.allocate_shared_memory(gl.float32, [R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    queries = q_smem, qx_smem, _barriers(1, 1).index(0)
+    keys = k, k_rest, k_smem, kx_smem, _barriers(SLOTS, 1), _barriers(2, 1)
+    weights = p_smem, factor, _barriers(1, 1).index(0), _barriers(1, 2).index(0)
+    fence_async_shared()
+    sums, stats, q_row = sums + at * (2 * W), stats + at * 2, token * heads + head
+    gl.warp_specialize(
+        [
+            (_weigh, (q, q_rest, q_row, stats, scale, used, context, queries, keys, weights, SPLIT, PAGE, SLOTS)),
+            (_mix, (sums, used, context, keys, weights, 0, PAGE, SLOTS)),
+            (_mix, (sums, used, context, keys, weights, 1, PAGE, SLOTS)),
+        ],
+        [4, 4],  # warps of the parts behind the first, which has those of the launch
+        [168, 168],  # and their registers
+    )
+
+
+def decode_latent(
+    q_THQ: Tensor, k_cache: Tensor, sums: Tensor, stats: Tensor, starts_N: Tensor, lengths_N: Tensor, tables_NM: Tensor,
+    scale: float, tiles: int, splits: int, page: int, slots: int = 4,
+) -> None:  # fmt: skip
+    """Into `sums` and `stats` of tile_kernel, or, where there is one split, into out_THV, which then is `sums`.
+
+    `tiles`: programs that share the heads of a query. `slots`: pieces of keys that shared memory holds, 4 or 5.
+    """
+    (_, heads, _), (sequences, blocks) = q_THQ.shape, tables_NM.shape
+    layout = gl.NVMMASharedLayout(128, 8 * q_THQ.itemsize, 2)
+    descriptors = [
+        TensorDescriptor.from_tensor(matrix, [KEYS, columns], layout)
+        for matrix in (q_THQ.flatten(0, 1), k_cache.flatten(1))
+        for columns in (VALUE // 2, KEY - VALUE)
+    ]
+    latent_kernel[(tiles, sequences, splits)](
+        *descriptors, sums, stats, starts_N, lengths_N, tables_NM, scale, blocks, splits, sequences, heads,
+        SPLIT=splits > 1, G=-(-heads // tiles), PAGE=page, SLOTS=slots, num_warps=4,
+    )  # fmt: skip
