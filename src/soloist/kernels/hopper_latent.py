@@ -221,24 +221,25 @@ def _barriers(number: gl.constexpr, count: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=["blocks", "splits", "rows"])
+@gluon.jit(do_not_specialize=["blocks", "splits", "rows", "each"])
 def latent_kernel(
-    q, q_rest, k, k_rest, sums, stats, starts_N, lengths_N, tables_NM, scale, blocks, splits, rows, heads,
-    SPLIT: gl.constexpr, G: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr,
+    q, q_rest, k, k_rest, sums, stats, starts_N, lengths_N, tables_NM, scale, blocks, splits, rows, heads, each,
+    SPLIT: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """G heads of a query, one split of its context. Grid (H / G, N, splits). Leaves out sequences of several queries.
+    """`each` heads of a query, a split of its context. Grid (H / each, N, splits). Leaves out sequences of several.
 
     q, k: blocks of [64, W] of queries [T · H, 576] and of the cache [rows, 576]; q_rest, k_rest: of [64, 64]. SPLIT:
     `sums`, `stats` and `rows` as in tile_kernel; otherwise `sums` is out_THV. The logits' scale is in units of log2.
     """
     release_next()
-    head, sequence, split = gl.program_id(0) * G, gl.program_id(1), gl.program_id(2)
+    head, sequence, split = gl.program_id(0) * each, gl.program_id(1), gl.program_id(2)
     token = gl.load(starts_N + sequence)
     single = gl.load(starts_N + sequence + 1) - token == 1
-    end, used = gl.where(single, gl.load(lengths_N + sequence), 0), gl.where(single, gl.minimum(G, heads - head), 0)
+    end, used = gl.where(single, gl.load(lengths_N + sequence), 0), gl.where(single, gl.minimum(each, heads - head), 0)
     tiles = (end + B - 1) // B
-    each = (tiles + splits - 1) // splits
-    context = tables_NM + gl.cast(sequence, gl.int64) * blocks, split * each, gl.minimum((split + 1) * each, tiles), end
+    first = split * ((tiles + splits - 1) // splits)
+    last = gl.minimum(first + (tiles + splits - 1) // splits, tiles)
+    context = tables_NM + gl.cast(sequence, gl.int64) * blocks, first, last, end
     at = gl.cast(split * rows + sequence if SPLIT else token, gl.int64) * heads + head
 
     q_smem = gl.allocate_shared_memory(q.dtype, [1 if SLOTS > 4 else 2, R, W], q.layout)
@@ -280,5 +281,5 @@ def decode_latent(
     ]
     latent_kernel[(tiles, sequences, splits)](
         *descriptors, sums, stats, starts_N, lengths_N, tables_NM, scale, blocks, splits, sequences, heads,
-        SPLIT=splits > 1, G=-(-heads // tiles), PAGE=page, SLOTS=slots, num_warps=4,
+        -(-heads // tiles), SPLIT=splits > 1, PAGE=page, SLOTS=slots, num_warps=4,
     )  # fmt: skip
