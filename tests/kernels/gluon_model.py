@@ -221,8 +221,8 @@ class Barriers:
 class Product:
     """Under way until it is waited for: it has read its operands, or has still to."""
 
-    def __init__(self, x: Any, w: Shared, before: Any) -> None:
-        self.operands, self.before = (x.memory if isinstance(x, Shared) else x, w.memory), before
+    def __init__(self, x: Shared, w: Shared, before: Any) -> None:
+        self.operands, self.before = (x.memory, w.memory), before
         self.seen, self.value = [memory.copy() for memory in self.operands], None
 
     def end(self) -> None:
@@ -271,7 +271,7 @@ class Machine:
         }
 
     def language(self) -> Any:
-        layouts = "BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "SwizzledSharedLayout"
+        layouts = "BlockedLayout", "SliceLayout", "NVMMADistributedLayout", "SwizzledSharedLayout"
         nothing = dict.fromkeys(layouts, lambda *_: None)
         return SimpleNamespace(
             **nothing,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soloist.bench.attention import AttentionLoad, check, triton_attention
 from soloist.dispatch.base import SlotChoice
 from soloist.dispatch.forms import COPY, LATENCY, PUSH, Form
 from soloist.dispatch.lane import ExchangeShape, Lane, WindowPlan
@@ -41,6 +42,7 @@ from soloist.kernels.experts import (
 from soloist.kernels.grouped_gemm import BLOCK
 from soloist.kernels.index import make_index
 from soloist.kernels.norm import fused_heads, fused_norm
+from soloist.kernels.paged_attention_triton import tiling
 from soloist.models.layers import rms_norm
 from soloist.models.rope import Rope
 from soloist.moe.choice import Chooser
@@ -199,6 +201,12 @@ def norms() -> None:
     _near(values[:5], qkv_TN[:, 6 * 64 :].view(5, 2, 64).float(), 1e-6)
 
 
+def latent_decoding(context: int) -> None:
+    """The last tile is not full."""
+    load = AttentionLoad("latent", 3, 1, context, 100, 1, 576, 512, latent=True, block_size=64)
+    check(load, DEVICE, triton_attention(load, tiling, DEVICE))
+
+
 def choices() -> None:
     logits_CV, keys_C2 = draw(3, 9000).float(), torch.randint(0, 99, (3, 2), dtype=torch.int32).to(DEVICE)
     arguments = logits_CV, torch.tensor([[0.0], [0.7], [1.0]]).to(DEVICE), keys_C2
@@ -271,6 +279,8 @@ CASES: dict[str, Callable[[], None]] = {
     "fp8 experts, blocks": lambda: fp8_experts(BLOCK, FP8_BLOCKS),
     "router": router,
     "norms": norms,
+    "latent decoding": lambda: latent_decoding(200),
+    "latent decoding, split": lambda: latent_decoding(1000),
     "choices": choices,
     "counters": counters,
     "collectives": collectives,

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soloist.bench.attention import LATENT_FORMS, changed
 from soloist.kernels import paged_attention_triton
 from soloist.kernels.attention import attention_of
 from soloist.kernels.language import AVAILABLE, INTERPRETED
@@ -103,7 +102,6 @@ WAYS = {
     "split": replace(SMALL, per_sm=1000),
     "columns divided": replace(SMALL, apart=True),
     "in bulk": replace(SMALL, bulk=True, per_sm=1000),
-    "prefetched": replace(SMALL, bulk=True, prefetch=2),
 }
 
 
@@ -137,10 +135,8 @@ def test_own_choice_of_tiles(key: int, value: int, shared: bool, group: int) -> 
 
 
 @needs_triton
-@pytest.mark.parametrize("form", LATENT_FORMS)
-def test_other_forms_of_latent_decoding(form: str) -> None:
-    case = Case([0] * 17, 576, 512, ((1, 300),), block=64, shared=True)
-    assert close(*case.run(changed(**LATENT_FORMS[form])))
+def test_a_latent_cache_in_blocks_of_a_tile() -> None:
+    assert close(*Case([0] * 17, 576, 512, ((1, 300),), block=64, shared=True).run())
 
 
 @needs_triton

@@ -105,13 +105,6 @@ LOADS = [
 ]
 
 
-LATENT_FORMS = {
-    "the next tiles prefetched": {"prefetch": 2},
-    "in parts": {"hopper": 4},
-    "in parts, half of the queries in registers": {"hopper": 5},
-}
-
-
 def check(load: AttentionLoad, device: torch.device, attend: Callable[[Inputs], Tensor]) -> float:
     """Relative error against the definition in fp32, of a few of the sequences. Asserts that it is rounding."""
     few = replace(load, sequences=min(load.sequences, 3), context=min(load.context, 1037), tokens=min(load.tokens, 301))
@@ -127,15 +120,14 @@ def variants(load: AttentionLoad) -> Iterator[tuple[str, AttentionLoad, Choice]]
     """The kernel as layers run it, and other ways to cut it."""
     yield "paged", load, tiling
     if load.latent:
-        yield "paged, columns not divided", load, lambda *of: replace(tiling(*of), apart=False)
+        yield "paged, columns not divided", load, changed(apart=False)
     if load.latent or load.tokens > 1:
         yield "paged, in blocks of 64", replace(load, block_size=64), tiling
     if load.latent and load.tokens == 1:
-        for name, changes in LATENT_FORMS.items():
-            yield f"the same, {name}", replace(load, block_size=64), changed(**changes)
+        yield "the same, by the portable kernel", replace(load, block_size=64), changed(hopper=False)
 
 
-def changed(**changes: int) -> Choice:
+def changed(**changes: bool) -> Choice:
     """The usual choice with some fields of its `Tiling` replaced."""
     return lambda *of: replace(tiling(*of), **changes)
 

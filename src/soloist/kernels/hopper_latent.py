@@ -66,14 +66,14 @@ def _fetch(source, row, column, arrival, into):
 
 
 @gluon.jit
-def _begin(q, q_rest, q_row, context, queries, keys, HELD: gl.constexpr, PAGE: gl.constexpr):
+def _begin(q, q_rest, q_row, context, queries, keys, PAGE: gl.constexpr):
     """Fetch the queries and two tiles."""
     q_smem, qx_smem, asked = queries
     k, k_rest, k_smem, kx_smem, full, rest_full = keys
     table_M, first, last, _ = context
     mbarrier.expect(asked, 2 * q.block_type.nbytes + q_rest.block_type.nbytes)
-    async_load(q, [q_row, 0], asked, k_smem.index(4) if HELD else q_smem.index(1))
-    async_load(q, [q_row, W], asked, q_smem.index(0))
+    for half in gl.static_range(2):
+        async_load(q, [q_row, half * W], asked, q_smem.index(half))
     async_load(q_rest, [q_row, 2 * W], asked, qx_smem)
     for step in gl.static_range(2):
         if first + step < last:
@@ -84,47 +84,29 @@ def _begin(q, q_rest, q_row, context, queries, keys, HELD: gl.constexpr, PAGE: g
 
 
 @gluon.jit
-def _ask(context, queries, keys, HELD: gl.constexpr, PAGE: gl.constexpr):
-    """The first half of the queries. HELD: as registers; where they lay goes the first piece of the third tile."""
-    q_smem, _, asked = queries
-    k, _, k_smem, _, full, _ = keys
-    table_M, first, last, _ = context
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    mbarrier.wait(asked, 0)
-    if HELD:
-        q_RW = k_smem.index(4).load(gl.DotOperandLayout(0, MMA, 2))
-        if first + 2 < last:
-            _fetch(k, _row(table_M, first + 2, last, PAGE), 0, full.index(4), k_smem.index(4))
-    else:
-        q_RW = q_smem.index(1)
-    return q_RW
-
-
-@gluon.jit
-def _logits(q_RW, step, queries, keys, SLOTS: gl.constexpr):
+def _logits(step, queries, keys):
     """[R, B]"""
     q_smem, qx_smem, _ = queries
     _, _, k_smem, kx_smem, full, rest_full = keys
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    zero = gl.zeros([R, B], gl.float32, MMA)
-    mbarrier.wait(full.index(2 * step % SLOTS), 2 * step // SLOTS & 1)
-    k_WB = k_smem.index(2 * step % SLOTS).permute((1, 0))
-    acc = warpgroup_mma(q_RW, k_WB, zero, use_acc=False, is_async=True)
-    mbarrier.wait(full.index((2 * step + 1) % SLOTS), (2 * step + 1) // SLOTS & 1)
-    k_WB = k_smem.index((2 * step + 1) % SLOTS).permute((1, 0))
-    acc = warpgroup_mma(q_smem.index(0), k_WB, acc, use_acc=True, is_async=True)
-    mbarrier.wait(rest_full.index(step % 2), step // 2 & 1)
-    acc = warpgroup_mma(qx_smem, kx_smem.index(step % 2).permute((1, 0)), acc, use_acc=True, is_async=True)
-    return warpgroup_mma_wait(0, [acc])
+    stage, turn = step % 2, step // 2 & 1
+    acc_RB = gl.zeros([R, B], gl.float32, MMA)
+    for half in gl.static_range(2):
+        mbarrier.wait(full.index(2 * stage + half), turn)
+        k_WB = k_smem.index(2 * stage + half).permute((1, 0))
+        acc_RB = warpgroup_mma(q_smem.index(half), k_WB, acc_RB, use_acc=half > 0, is_async=True)
+    mbarrier.wait(rest_full.index(stage), turn)
+    acc_RB = warpgroup_mma(qx_smem, kx_smem.index(stage).permute((1, 0)), acc_RB, use_acc=True, is_async=True)
+    return warpgroup_mma_wait(0, [acc_RB])
 
 
 @gluon.jit
-def _blank(seen, step, k_smem, SLOTS: gl.constexpr):
+def _blank(seen, stage, k_smem):
     """Values of a tile behind the `seen` first become zeros: they have no weight, but may be NaN."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     for half in gl.static_range(2):
         for part in gl.static_range(4):  # few at a time, in few registers
-            values = k_smem.index((2 * step + half) % SLOTS).slice(part * (B // 4), B // 4, 0)
+            values = k_smem.index(2 * stage + half).slice(part * (B // 4), B // 4, 0)
             row = part * (B // 4) + gl.arange(0, B // 4, gl.SliceLayout(1, L))
             values.store(gl.where((row < seen).expand_dims(1), values.load(L), 0.0))
 
@@ -132,7 +114,7 @@ def _blank(seen, step, k_smem, SLOTS: gl.constexpr):
 @gluon.jit
 def _weigh(
     q, q_rest, q_row, stats, scale, used, context, queries, keys, weights,
-    SPLIT: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr,
+    SPLIT: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """The weighing warpgroup: the running softmax (Milakov and Gimelshein, arXiv 1805.02867), but for its sums.
 
@@ -145,19 +127,19 @@ def _weigh(
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     key = gl.arange(0, B, gl.SliceLayout(0, MMA)).expand_dims(0)
     top_R, sum_R = gl.full([R], LOWEST, gl.float32, ROW), gl.zeros([R], gl.float32, ROW)
-    _begin(q, q_rest, q_row, context, queries, keys, SLOTS > 4, PAGE)
-    q_RW = _ask(context, queries, keys, SLOTS > 4, PAGE)
+    _begin(q, q_rest, q_row, context, queries, keys, PAGE)
     row = _row(table_M, first + 2, last, PAGE)  # looked up a tile ahead: a copy does not wait for its address
+    mbarrier.wait(queries[2], 0)
     step = 0
     for tile in range(first, last):
-        logit_RB = _logits(q_RW, step, queries, keys, SLOTS) * scale
+        logit_RB = _logits(step, queries, keys) * scale
         if tile + 2 < last:
             _fetch(k_rest, row, 2 * W, rest_full.index(step % 2), kx_smem.index(step % 2))
         row = _row(table_M, tile + 3, last, PAGE)
         seen = end - tile * B
         if seen < B:
             logit_RB = gl.where(key < seen, logit_RB, float("-inf"))
-            _blank(seen, step, k_smem, SLOTS)
+            _blank(seen, step % 2, k_smem)
         higher_R = gl.maximum(top_R, gl.max(logit_RB, 1))
         weight_RB, shrink_R = gl.exp2(logit_RB - higher_R.expand_dims(1)), gl.exp2(top_R - higher_R)
         top_R, sum_R = higher_R, sum_R * shrink_R + gl.sum(weight_RB, 1)
@@ -180,30 +162,27 @@ def _weigh(
 
 
 @gluon.jit
-def _mix(
-    sums, used, context, keys, weights, HALF: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr
-):  # fmt: skip
+def _mix(sums, used, context, keys, weights, HALF: gl.constexpr, PAGE: gl.constexpr):
     """A mixing warpgroup: W columns of the weighted sums."""
     table_M, first, last, _ = context
     k, _, k_smem, _, full, _ = keys
     p_smem, factor, weighed, mixed = weights
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
-    AHEAD: gl.constexpr = (HALF + SLOTS) // 2  # tiles, of the piece that follows in the same slot
     acc_RW = gl.zeros([R, W], gl.float32, MMA)
-    row = _row(table_M, first + AHEAD, last, PAGE)
+    row = _row(table_M, first + 2, last, PAGE)
     step = 0
     for tile in range(first, last):
-        slot, turn = (2 * step + HALF) % SLOTS, (2 * step + HALF) // SLOTS
-        mbarrier.wait(full.index(slot), turn & 1)  # long past: by it a copy is seen, not by what others saw
+        slot = 2 * (step % 2) + HALF
+        mbarrier.wait(full.index(slot), step // 2 & 1)  # long past: by it a copy is seen, not by what others saw
         mbarrier.wait(weighed, step & 1)
         acc_RW = acc_RW * factor.load(ROW).expand_dims(1)
         acc_RW = warpgroup_mma(p_smem, k_smem.index(slot), acc_RW, use_acc=True, is_async=True)
         acc_RW = warpgroup_mma_wait(0, [acc_RW])
         mbarrier.arrive(mixed)
-        if tile + AHEAD < last:
-            _fetch(k, row, (HALF + SLOTS) % 2 * W, full.index(slot), k_smem.index(slot))
-        row = _row(table_M, tile + AHEAD + 1, last, PAGE)
+        if tile + 2 < last:
+            _fetch(k, row, HALF * W, full.index(slot), k_smem.index(slot))
+        row = _row(table_M, tile + 3, last, PAGE)
         step += 1
     mbarrier.wait(weighed, step & 1)
     acc_RW = acc_RW * factor.load(ROW).expand_dims(1)
@@ -224,7 +203,7 @@ def _barriers(number: gl.constexpr, count: gl.constexpr):
 @gluon.jit(do_not_specialize=["blocks", "splits", "rows", "each"])
 def latent_kernel(
     q, q_rest, k, k_rest, sums, stats, starts_N, lengths_N, tables_NM, scale, blocks, splits, rows, heads, each,
-    SPLIT: gl.constexpr, PAGE: gl.constexpr, SLOTS: gl.constexpr,
+    SPLIT: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """`each` heads of a query, a split of its context. Grid (H / each, N, splits). Leaves out sequences of several.
 
@@ -242,22 +221,22 @@ def latent_kernel(
     context = tables_NM + gl.cast(sequence, gl.int64) * blocks, first, last, end
     at = gl.cast(split * rows + sequence if SPLIT else token, gl.int64) * heads + head
 
-    q_smem = gl.allocate_shared_memory(q.dtype, [1 if SLOTS > 4 else 2, R, W], q.layout)
+    q_smem = gl.allocate_shared_memory(q.dtype, [2, R, W], q.layout)
     qx_smem = gl.allocate_shared_memory(q.dtype, [R, B], q.layout)
-    k_smem = gl.allocate_shared_memory(k.dtype, [SLOTS, B, W], k.layout)
+    k_smem = gl.allocate_shared_memory(k.dtype, [4, B, W], k.layout)
     kx_smem = gl.allocate_shared_memory(k.dtype, [2, B, B], k.layout)
     p_smem = gl.allocate_shared_memory(k.dtype, [R, B], k.layout)
     factor = gl.allocate_shared_memory(gl.float32, [R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queries = q_smem, qx_smem, _barriers(1, 1).index(0)
-    keys = k, k_rest, k_smem, kx_smem, _barriers(SLOTS, 1), _barriers(2, 1)
+    keys = k, k_rest, k_smem, kx_smem, _barriers(4, 1), _barriers(2, 1)
     weights = p_smem, factor, _barriers(1, 1).index(0), _barriers(1, 2).index(0)
     fence_async_shared()
     sums, stats, q_row = sums + at * (2 * W), stats + at * 2, token * heads + head
     gl.warp_specialize(
         [
-            (_weigh, (q, q_rest, q_row, stats, scale, used, context, queries, keys, weights, SPLIT, PAGE, SLOTS)),
-            (_mix, (sums, used, context, keys, weights, 0, PAGE, SLOTS)),
-            (_mix, (sums, used, context, keys, weights, 1, PAGE, SLOTS)),
+            (_weigh, (q, q_rest, q_row, stats, scale, used, context, queries, keys, weights, SPLIT, PAGE)),
+            (_mix, (sums, used, context, keys, weights, 0, PAGE)),
+            (_mix, (sums, used, context, keys, weights, 1, PAGE)),
         ],
         [4, 4],  # warps of the parts behind the first, which has those of the launch
         [168, 168],  # and their registers
@@ -266,11 +245,11 @@ def latent_kernel(
 
 def decode_latent(
     q_THQ: Tensor, k_cache: Tensor, sums: Tensor, stats: Tensor, starts_N: Tensor, lengths_N: Tensor, tables_NM: Tensor,
-    scale: float, tiles: int, splits: int, page: int, slots: int = 4,
+    scale: float, tiles: int, splits: int, page: int,
 ) -> None:  # fmt: skip
     """Into `sums` and `stats` of tile_kernel, or, where there is one split, into out_THV, which then is `sums`.
 
-    `tiles`: programs that share the heads of a query. `slots`: pieces of keys that shared memory holds, 4 or 5.
+    `tiles`: programs that share the heads of a query.
     """
     (_, heads, _), (sequences, blocks) = q_THQ.shape, tables_NM.shape
     layout = gl.NVMMASharedLayout(128, 8 * q_THQ.itemsize, 2)
@@ -281,5 +260,5 @@ def decode_latent(
     ]
     latent_kernel[(tiles, sequences, splits)](
         *descriptors, sums, stats, starts_N, lengths_N, tables_NM, scale, blocks, splits, sequences, heads,
-        -(-heads // tiles), SPLIT=splits > 1, PAGE=page, SLOTS=slots, num_warps=4,
+        -(-heads // tiles), SPLIT=splits > 1, PAGE=page, num_warps=4,
     )  # fmt: skip

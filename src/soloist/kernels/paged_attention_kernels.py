@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import math
 
-from soloist.kernels.follow import COMPILED, follow, release_next
-from soloist.kernels.language import AVAILABLE, tl, triton
-
-if AVAILABLE:
-    from triton.language.target_info import cuda_capability_geq
+from soloist.kernels.follow import follow, release_next
+from soloist.kernels.language import tl, triton
 
 LOWEST = tl.constexpr(-1e30)  # below every logit, and finite: a difference of two of them is 0
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -67,17 +64,6 @@ def _row(table_M, tile, end, PAGE: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(where, BYTES: tl.constexpr):
-    """Has BYTES from `where` on brought into the L2. Nobody waits for them."""
-    if COMPILED and cuda_capability_geq(9, 0):
-        line = tl.minimum(tl.arange(0, 1024) * 128, BYTES - 128)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where.to(tl.pointer_type(tl.int8)) + line],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _weigh(logit_RB, top_R, scale):
     """Weights and the greatest logit so far."""
     higher_R = tl.maximum(top_R, tl.max(logit_RB, 1) * scale)
@@ -87,16 +73,15 @@ def _weigh(logit_RB, top_R, scale):
 @triton.jit
 def _over_keys(
     acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_cache, kx_cache, v_cache, table_M, first, last, end, scale,
-    k_rows, k_slot, k_at, v_slot, v_at,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr, PREFETCH: tl.constexpr, APART: tl.constexpr,
-    SHARED: tl.constexpr, PAGE: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr,
-    V: tl.constexpr, VP: tl.constexpr,
+    k_slot, k_at, v_slot, v_at,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr, APART: tl.constexpr, SHARED: tl.constexpr,
+    PAGE: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr, V: tl.constexpr,
+    VP: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys first…last into the running softmax: weighted sum, greatest logit (log2) and sum of weights.
 
     BULK: the caches are descriptors, a tile lies in one block, and the copy engine brings it; otherwise rows are read
-    one by one. SHARED: a value is the first VP columns of its key, and is read with it. PREFETCH: the tile that lies
-    so many further on is brought into the L2; rows of `k_rows` follow each other.
+    one by one. SHARED: a value is the first VP columns of its key, and is read with it.
 
     APART: products that feed one another get all warps along the rows, and work twice where rows are few. Sums outside
     the product, and a branch that is always taken, keep the compiler from seeing that they do: warps then divide the
@@ -104,12 +89,7 @@ def _over_keys(
     """
     # Where a tile lies is looked up one round ahead, so that no load waits for its address.
     at = _row(table_M, first, end, PAGE, B) if BULK else _slots(table_M, first * B + tl.arange(0, B), end, PAGE)
-    if PREFETCH > 0:
-        far = _row(table_M, tl.minimum(first + PREFETCH, last - 1), end, PAGE, B)
     for tile in range(first, last):
-        if PREFETCH > 0:
-            _prefetch(k_rows + far.to(tl.int64) * k_slot, B * Q * k_rows.dtype.element_ty.primitive_bitwidth // 8)
-            far = _row(table_M, tl.minimum(tile + 1 + PREFETCH, last - 1), end, PAGE, B)
         key_B = tile * B + tl.arange(0, B)
         k_BA = k_cache.load([at, k_at]) if BULK else _rows(k_cache + k_at, at, k_slot, 0, Q, QA)
         logit_RB = tl.dot(q_RA, k_BA.T, input_precision="ieee")
@@ -146,9 +126,9 @@ def tile_kernel(
     q_THQ, k_cache, v_cache, k_bulk, kx_bulk, v_bulk, out_THV, sums, stats, starts_N, lengths_N, tables_NM, heads_CG,
     sinks_H, scale, sequences, blocks, splits, rows, heads, q_token, q_head, k_slot, k_head, v_slot, v_head,
     DECODE: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr,
-    BULK: tl.constexpr, PREFETCH: tl.constexpr, APART: tl.constexpr, PAGE: tl.constexpr, HEAD_TILES: tl.constexpr,
-    G: tl.constexpr, BQ: tl.constexpr, R: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr,
-    QX: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    BULK: tl.constexpr, APART: tl.constexpr, PAGE: tl.constexpr, HEAD_TILES: tl.constexpr, G: tl.constexpr,
+    BQ: tl.constexpr, R: tl.constexpr, B: tl.constexpr, Q: tl.constexpr, QA: tl.constexpr, QX: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr,
 ):  # fmt: skip
     """One tile of BQ queries, one split of its context.
 
@@ -201,13 +181,12 @@ def tile_kernel(
         k_whole, kx_whole, v_whole = (k_bulk, kx_bulk, v_bulk) if BULK else (k_cache, k_cache, v_cache)
         acc_RV, top_R, sum_R = _over_keys(
             acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_whole, kx_whole, v_whole, table_M, first, edge, end, scale,
-            k_cache, k_slot, k_at, v_slot, v_at,
-            WINDOW, False, BULK, PREFETCH, APART, SHARED, PAGE, B, Q, QA, QX, V, VP,
+            k_slot, k_at, v_slot, v_at, WINDOW, False, BULK, APART, SHARED, PAGE, B, Q, QA, QX, V, VP,
         )  # fmt: skip
         first = edge
     acc_RV, top_R, sum_R = _over_keys(
         acc_RV, top_R, sum_R, q_RA, q_RX, position_R, k_cache, k_cache, v_cache, table_M, first, last, end, scale,
-        k_cache, k_slot, k_at, v_slot, v_at, WINDOW, True, False, 0, APART, SHARED, PAGE, B, Q, QA, QX, V, VP,
+        k_slot, k_at, v_slot, v_at, WINDOW, True, False, APART, SHARED, PAGE, B, Q, QA, QX, V, VP,
     )  # fmt: skip
 
     column_V = tl.arange(0, VP)

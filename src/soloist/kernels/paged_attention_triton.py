@@ -35,8 +35,7 @@ class Tiling:
     """How a launch is cut.
 
     `per_sm`: programs that keep an SM busy. `apart`: the warps of a product divide its columns. `bulk`: the copy engine
-    reads tiles that lie in one block. `prefetch`: with it, of a latent cache, the tile that lies so many further on
-    is brought into the L2; 0: none. `hopper`: pieces of keys that hopper_latent.py holds, where it serves the call.
+    reads tiles that lie in one block. `hopper`: by hopper_latent.py where it serves the call.
     """
 
     rows: int
@@ -46,8 +45,7 @@ class Tiling:
     per_sm: int = 2
     apart: bool = False
     bulk: bool = False
-    prefetch: int = 0
-    hopper: int = 0
+    hopper: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,8 @@ def _power_of_two(number: int) -> int:
 def tiling(widths: Widths, group: int, decode: bool) -> Tiling:
     """For `group` query heads a KV head. Measured on H100: 128/128 in groups of 4 and 8, 576/512; others by analogy."""
     if widths.values > 256:  # 64 rows of sums fill the registers of 8 warps
-        return Tiling(16, 32, 4, 3) if decode and group <= 16 else Tiling(64, 64, 8, 2, per_sm=1, apart=True, bulk=True)
+        many = Tiling(64, 64, 8, 2, per_sm=1, apart=True, bulk=True, hopper=decode)
+        return Tiling(16, 32, 4, 3, hopper=True) if decode and group <= 16 else many
     if not decode:
         return Tiling(128, 64, 4, 2, bulk=True) if widths.values <= 128 else Tiling(64, 64, 4, 2)
     return Tiling(min(64, _power_of_two(group)), 32, 2 if group <= 32 else 4, 4)
@@ -175,7 +174,7 @@ class _Call:
         splits = splits_of(math.prod(grid), choices, processors(self.out_THV.device), cut.per_sm)
         parts = self._parts(splits, rows, decode)
         if cut.hopper:
-            self._decode_latent(len(tiles), *parts, cut.hopper)
+            self._decode_latent(len(tiles), *parts)
         else:
             self._tiles(grid, decode, widths, cut, tiles, *parts)
         if splits > 1:
@@ -184,8 +183,8 @@ class _Call:
     def _cut(self, widths: Widths, decode: bool) -> Tiling:
         cut = self.layer.choose(widths, self.layer.group, decode)
         if decode and cut.hopper and self._suits_hopper(widths):
-            return replace(cut, rows=64, per_sm=1)
-        return fitted(replace(cut, hopper=0), widths, self.q_THQ.itemsize)
+            return replace(cut, rows=64, per_sm=1)  # what a program takes, and all of an SM
+        return fitted(replace(cut, hopper=False), widths, self.q_THQ.itemsize)
 
     def _suits_hopper(self, widths: Widths) -> bool:
         """Whether hopper_latent.py serves this cache."""
@@ -217,20 +216,19 @@ class _Call:
             batch.tables_NM, tiles.index_CG, layer.sinks_H, layer.scale, sequences, blocks, splits, rows, heads,
             *self.q_THQ.stride()[:2], *self.k_cache.stride()[:2], *self.v_cache.stride()[:2],
             DECODE=decode, SPLIT=splits > 1, SINKS=layer.sinks_H is not None, WINDOW=layer.window or 0,
-            SHARED=widths.shared, BULK=bulk[0] is not None, PREFETCH=cut.prefetch if self._is_dense(widths) else 0,
-            APART=cut.apart, PAGE=batch.block_size,
+            SHARED=widths.shared, BULK=bulk[0] is not None, APART=cut.apart, PAGE=batch.block_size,
             HEAD_TILES=tiles.each, G=tiles.heads, BQ=queries, R=cut.rows, B=cut.keys, Q=widths.key, QA=widths.first,
             QX=widths.rest, V=widths.value, VP=widths.values,
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
 
-    def _decode_latent(self, tiles: int, splits: int, sums: Tensor, stats: Tensor, slots: int) -> None:
+    def _decode_latent(self, tiles: int, splits: int, sums: Tensor, stats: Tensor) -> None:
         from soloist.kernels.hopper_latent import decode_latent  # Gluon is there where Triton is
 
         batch = self.batch
         decode_latent(
             self.q_THQ, self.k_cache, sums, stats, batch.starts_N, batch.lengths_N, batch.tables_NM, self.layer.scale,
-            tiles, splits, batch.block_size, slots,
+            tiles, splits, batch.block_size,
         )  # fmt: skip
 
     def _merge(self, rows: int, decode: bool, splits: int, sums: Tensor, stats: Tensor) -> None:
@@ -252,10 +250,6 @@ class _Call:
             TensorDescriptor.from_tensor(keys, [cut.keys, widths.rest]) if widths.rest else None,
             None if widths.shared else TensorDescriptor.from_tensor(values, [cut.keys, widths.values]),
         )
-
-    def _is_dense(self, widths: Widths) -> bool:
-        """Whether the rows of a tile follow each other without gaps, values among them."""
-        return widths.shared and self.k_cache.stride(0) == widths.key
 
     def _is_shared(self) -> bool:
         """Whether values are the first columns of the keys, as in the latent cache of MLA."""
