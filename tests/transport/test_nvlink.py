@@ -22,7 +22,7 @@ from soloist.transport.base import Transport
 from soloist.transport.connect import local_world
 from soloist.transport.nvlink import Channels, NvlinkTransport
 from soloist.transport.symmetric import SymmetricGroup, Watch, windows_in_process
-from tests.ranks import RankPool
+from tests.ranks import RankPool, run_threads
 
 interpreted = pytest.mark.skipif(not (AVAILABLE and INTERPRETED), reason="needs Triton and TRITON_INTERPRET=1")
 
@@ -121,6 +121,21 @@ def test_large_and_odd_sums_are_left_to_the_transport_beneath() -> None:
     assert not member.serves(torch.zeros(3, 15))  # rows that are no multiples of 16 bytes
     assert not member.serves(torch.zeros(100, 16))  # more than the channels hold
     assert not member.serves(torch.zeros(3, 16, dtype=torch.int64))
+
+
+def gathered(transport: Transport) -> Tensor:
+    """Columns of three rows, as many as this rank's number and one."""
+    part_Cv = torch.arange(3 * (transport.rank + 1)).view(3, -1).float() + 100 * transport.rank
+    out_CV = torch.full((3, 6), torch.nan)
+    found_CV = transport.gather_columns(part_Cv, [1, 2, 3], out_CV=out_CV)
+    assert torch.equal(out_CV, found_CV)
+    assert torch.equal(transport.gather_columns(part_Cv.T.contiguous().T, [1, 2, 3]), found_CV)
+    return found_CV
+
+
+def test_columns_by_the_transport_beneath() -> None:
+    expected = torch.cat([torch.arange(3 * (p + 1)).view(3, -1).float() + 100 * p for p in range(3)], 1)
+    assert all(torch.equal(found, expected) for found in run_threads(3, gathered))
 
 
 @interpreted

@@ -28,6 +28,7 @@ DIRECT: dict[str, Prior] = {
     "one_shot_us": Prior(4.5, 0.3), "two_shot_us": Prior(9, 0.3), "direct": Prior(0.8, 0.08, 1.0),
 }  # fmt: skip
 OWN_SUM_BYTES = 4 << 20  # that a member sends, up to which our own kernel sums (transport/nvlink.py)
+OWN_GATHER_BYTES = 2 << 20  # the same of a gather of columns; above, NCCL gathers and a copy puts them side by side
 ONE_SHOT_BYTES = {2: 1 << 23, 4: 1 << 19, 8: 1 << 18}  # below it vLLM's custom all-reduce reads all peers at once
 
 

@@ -20,7 +20,7 @@ from soloist.planner.domains import (
     prefill_coordinates,
     small_coordinates,
 )
-from soloist.planner.estimate import ZERO, Estimate, Origin
+from soloist.planner.estimate import ZERO, Estimate, Origin, total
 from soloist.planner.exchange import ExchangeShape
 from soloist.planner.memory import replicates_below
 from soloist.specs.cluster import ClusterSpec
@@ -151,11 +151,13 @@ class Kernels:
         return found if gpus <= self.cluster.gpus_per_node else _unmeasured(found)
 
     def gather(self, gpus: int, size: float) -> Estimate:
-        """Columns of logits side by side, `size` bytes of each GPU: by our own kernel where it was measured."""
+        """Columns of logits side by side, `size` bytes of each GPU: few by our own kernel where it was measured,
+        many by NCCL and a copy."""
         if gpus <= 1:
             return ZERO
-        if not (self.nvlink_sums and self.calibration.has(f"collectives/{OWN_LIBRARY}/gather")):
-            return self.collective("all_gather", gpus, gpus * size)
+        is_small = self.nvlink_sums and (gpus - 1) * size <= collectives.OWN_GATHER_BYTES
+        if not (is_small and self.calibration.has(f"collectives/{OWN_LIBRARY}/gather")):
+            return total((self.collective("all_gather", gpus, gpus * size), self.stream(2 * gpus * size)))
         known = self.calibration.find("collectives", OWN_LIBRARY, "gather")
         seconds = collectives.gather_seconds(gpus, size, self.cluster, known.constants)
         return known.estimate(seconds, {"gpus": gpus, "bytes": size}).worse(self._known_gpu)

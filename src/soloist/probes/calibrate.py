@@ -35,7 +35,7 @@ from soloist.probes.small import launches, small_kernels
 from soloist.specs.cluster import ClusterSpec, GpuSpec, preset_gpus
 from soloist.transport.base import Transport
 from soloist.transport.connect import connect
-from soloist.transport.nvlink import Channels, NvlinkTransport
+from soloist.transport.nvlink import GATHER_BYTES, Channels, NvlinkTransport
 from soloist.transport.symmetric import Watch
 
 Only = Literal["", "kernels", "links"]  # of the points; "": all
@@ -209,6 +209,8 @@ def _sums(bench: Bench, beneath: Transport, fabric: str, dtype: torch.dtype) -> 
         yield Record("collectives", shape, max(1e-7, summed - normed))
     for rows, width in product(SUMMED, (16384, 65536)):
         part_Cv = torch.zeros(rows, width, device=bench.device, dtype=dtype)
+        if part_Cv.nbytes * (bench.size - 1) > GATHER_BYTES:
+            continue
         taken = _each(bench, lambda part_Cv=part_Cv: own.gather_columns(part_Cv, [part_Cv.shape[1]] * bench.size))
         watch.check()
         yield Record("collectives", {**columns, "collective": "gather", "bytes": part_Cv.nbytes}, taken)

@@ -22,7 +22,7 @@ ROOM = 1 << 16  # bytes of a program's channel from one peer
 CHUNK = 4096  # columns of a gather that a program moves at a time
 WIDEST = 16384  # elements of a row, which a program holds in registers
 ONE_SHOT_BYTES = 4 << 20  # of a sum, sent by a member; above, the transport beneath is faster
-GATHER_BYTES = 64 << 20  # of a gather, the same; it takes several launches
+GATHER_BYTES = 2 << 20  # of a gather, the same
 
 
 class Channels:
