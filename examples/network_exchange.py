@@ -45,6 +45,7 @@ COLUMNS = {
     "shape": "shape",
     "exchange": "exchange",
     "placement": "placement",
+    "overlap": "overlap",
     "rows": "rows/token",
     "predicted_MB": "predicted MB",
     "payload_MB": "payload MB",
@@ -60,6 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["2x8", "4x4"], help="nodes x ranks of a node, 16 in all")
     parser.add_argument("--mbit", type=float, default=100.0, help="rate of each node's link")
+    parser.add_argument("--exchange", nargs="+", default=["flat", "hierarchical"], help="that are compared")
+    parser.add_argument("--overlap", nargs="+", default=["off"], help="off, on: whole steps, two halves that overlap")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="of each packet, where the kernel has netem")
     parser.add_argument("--out", type=Path, default=Path("out/network"))
     parser.add_argument("--agent", type=int, help=argparse.SUPPRESS)
@@ -67,7 +70,7 @@ def main() -> None:
     if arguments.agent is not None:
         return agent(arguments.agent)
     try:
-        rows = [row for shape in arguments.shapes for row in compare(shape, arguments.mbit, arguments.delay_ms)]
+        rows = [row for shape in arguments.shapes for row in compare(shape, arguments)]
     except SoloistError as error:
         sys.exit(f"error: {error}")
     print_table(rows, arguments.mbit)
@@ -78,23 +81,27 @@ def main() -> None:
 
 
 # -- the experiment -------------------------------------------------------------------------------------------------
-def compare(shape: str, mbit: float, delay_ms: float) -> list[dict[str, Any]]:
-    """Both exchanges and both placements on one shape, in one network and with one set of agents."""
+def compare(shape: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The exchanges, whole steps and halves, and both placements on one shape, in one network and with one set of
+    agents."""
     nodes, each = (int(part) for part in shape.split("x"))
     assert nodes * each == RANKS, f"{shape}: one expert a rank takes {RANKS} ranks"
     trace = part_of_trace()
     node_of_rank = [rank // each for rank in range(RANKS)]
     found = solve(RoutingTrace.load(MODEL / "routing.trace"), Target.of(RANKS, node_of_rank), bound=False)
     placements = {"linear": found.baselines["linear"][0], "solved": found.placement}
-    rows, texts = [], set()
-    with Network(nodes, mbit, delay_ms) as network, Agents(network, each) as agents:
-        for exchange, (name, placement) in itertools.product(("flat", "hierarchical"), placements.items()):
+    rows, texts, mbit = [], set(), given.mbit
+    with Network(nodes, mbit, given.delay_ms) as network, Agents(network, each) as agents:
+        for exchange, (name, placement), overlap in itertools.product(
+            given.exchange, placements.items(), given.overlap
+        ):
             traffic = measure(placement, trace, node_of_rank)
-            run = agents.run({"exchange": exchange, "placement": placement.slots, "tokens": trace_prompts(trace)})
+            job = {"exchange": exchange, "overlap": overlap, "placement": placement.slots}
+            run = agents.run({**job, "tokens": trace_prompts(trace)})
             crossing = traffic.cross_node_rows(exchange == "hierarchical")
             predicted = crossing * run["row_bytes"]
             row = {
-                "shape": shape, "exchange": exchange, "placement": name,
+                "shape": shape, "exchange": exchange, "placement": name, "overlap": overlap,
                 "rows": traffic.per_token(exchange == "hierarchical"), "predicted_MB": predicted / 1e6,
                 "payload_MB": run["payload"] / 1e6, "error": run["payload"] / predicted - 1,
                 "raw_MB": run["raw"] / 1e6, "prefill_s": run["prefill_s"] / run["steps"],
@@ -223,7 +230,8 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     slots = tuple(tuple(map(tuple, layer)) for layer in job["placement"])
     network = Network(job["nodes"], prefix=job["prefix"])
     prompts, first = job["tokens"], SamplingParams(max_tokens=1, temperature=0.0)
-    options = {"exchange": job["exchange"], "gpus_per_node": job["each"], "prefix_caching": False, "kv_tokens": 2048}
+    options = {"exchange": job["exchange"], "overlap": job["overlap"], "gpus_per_node": job["each"]}
+    options |= {"prefix_caching": False, "kv_tokens": 2048}
     placement = Placement(experts=RANKS, slots=slots)
     with LLM(MODEL, f"ep{RANKS}", placement, device="cpu", show_progress=False, **options) as llm:
         answered = llm.generate([prompt[:32] for prompt in prompts], SamplingParams(max_tokens=2, temperature=0.0))
@@ -255,7 +263,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 def print_table(rows: list[dict[str, Any]], mbit: float) -> None:
     table = Table(title=f"Exchange between nodes at {mbit:g} Mbit/s", title_justify="left")
     for title in COLUMNS.values():
-        table.add_column(title, justify="left" if title in ("shape", "exchange", "placement") else "right")
+        table.add_column(title, justify="left" if title in ("shape", "exchange", "placement", "overlap") else "right")
     for row in rows:
         values = (row[key] for key in COLUMNS)
         table.add_row(*(f"{v:+.2%}" if k == "error" else f"{v:.3f}" if isinstance(v, float) else str(v)
@@ -271,7 +279,9 @@ def plot(rows: list[dict[str, Any]], mbit: float, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = [
-        f"{row['shape']}\n{row['exchange'].replace('hierarchical', 'by node')}\n{row['placement']}" for row in rows
+        f"{row['shape']}\n{row['exchange'].replace('hierarchical', 'by node')}\n{row['placement']}"
+        + ("\nhalves" if row["overlap"] == "on" else "")
+        for row in rows
     ]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, title, bars in (

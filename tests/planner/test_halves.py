@@ -70,8 +70,7 @@ def deployment(layout: str, model: str = "deepseek-v3") -> Deployment:
 
 
 def halves(layout: str, overlap: Overlap = "auto", batch: float = 64) -> Halves:
-    used = load_calibration("2xh200")
-    scorer = Scorer(Kernels(cluster("hgx-h200"), used, OWN_LIBRARY), Runtime.named("soloist", used), Load(prompt=2000))
+    scorer = Scorer(*_own(), Load(prompt=2000))
     return scorer.halves(scorer.score(deployment(layout), Options(overlap=overlap), batch))
 
 
@@ -84,10 +83,23 @@ def test_a_plan_says_from_which_size_on() -> None:
     assert str(halves("ep64", "on")) == "on"
 
 
+def test_small_gains_are_not_taken() -> None:
+    """Inside a node, where what copy engines move is little."""
+    thick = StepModel(deployment("ep8", "ref-16l"), *_own(), "auto", (8192,))
+    whole, halved = (StepModel(thick.deployment, *_own(), overlap, (8192,)) for overlap in ("off", "on"))
+    gain = 1 - halved.prefill(8192, 500).seconds.value / whole.prefill(8192, 500).seconds.value
+    assert gain < 0.05
+    assert not thick.prefill(8192, 500).is_overlapped
+
+
+def _own() -> tuple[Kernels, Runtime]:
+    used = load_calibration("2xh200")
+    return Kernels(cluster("hgx-h200"), used, OWN_LIBRARY), Runtime.named("soloist", used)
+
+
 def test_the_host_starts_the_kernels_of_both_halves() -> None:
     """Layers so thin that it takes longer than the GPU, unless graphs hold them."""
-    used = load_calibration("2xh200")
-    kernels, runtime = Kernels(cluster("hgx-h200"), used, OWN_LIBRARY), Runtime.named("soloist", used)
+    kernels, runtime = _own()
 
     def seconds(overlap: Overlap, *graphs: int) -> float:
         thin = deployment("ep2", "qwen3-30b-a3b")

@@ -23,6 +23,7 @@ from soloist.planner.runtime import Runtime
 from soloist.specs.model import ModelSpec
 
 Overlap = Literal["on", "off", "auto"]
+WORTH = 0.05  # of a step, which halves have to save; the prediction of a small gain is not worth much
 
 
 class StepCost(NamedTuple):
@@ -114,27 +115,32 @@ class StepModel:
             found.append(self._overlapped(batch))
         return [self._with_head(cost, batch) for cost in found]
 
-    @staticmethod
-    def _fastest(costs: Sequence[StepCost]) -> StepCost:
-        """The first of equal ones."""
-        return min(costs, key=lambda cost: cost.seconds.value)
+    def _fastest(self, costs: Sequence[StepCost]) -> StepCost:
+        """The last, halves, where it is faster: in our own engine by what makes it worth their while."""
+        worth = WORTH if self.kernels.library == OWN_LIBRARY else 0.0
+        return costs[-1] if costs[-1].seconds.value < (1 - worth) * costs[0].seconds.value else costs[0]
 
     def _with_head(self, cost: StepCost, batch: Batch) -> StepCost:
         parts = {**cost.parts, "output head": self._head(batch)}
         return StepCost(total(parts.values()), parts, cost.is_overlapped)
 
     def _overlapped(self, batch: Batch) -> StepCost:
-        half = self._layers(batch.half)
+        half = self._layers(batch._replace(tokens=batch.tokens / 2))
         parts = {name: part.times(2.0) for name, part in half.items()}
-        moving = [parts[name] for name in ("dispatch", "combine") if name in parts]
-        exchange = sum(part.value for part in moving)
+        travelling = [name for name in self._beside if name in parts]
+        exchange = sum(parts[name].value for name in travelling)
         compute = sum(part.value for name, part in parts.items() if name not in COMMUNICATION)
         hidden = self.runtime[f"overlap_{batch.phase}"] * min(exchange, compute)
         if exchange > 0:
-            parts |= {
-                name: parts[name].times(1 - hidden / exchange) for name in ("dispatch", "combine") if name in parts
-            }
+            parts |= {name: parts[name].times(1 - hidden / exchange) for name in travelling}
         return StepCost(total(parts.values()), parts, True)
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        """What travels beside the other half's kernels. In our own engine inside a node that is what copy engines move:
+        results go home by a kernel, which shares the SMs with them."""
+        inside = self.deployment.layout.stage_ranks <= self.kernels.cluster.gpus_per_node
+        return ("dispatch",) if inside and self.kernels.library == OWN_LIBRARY else ("dispatch", "combine")
 
     def _layers(self, batch: Batch) -> Parts:
         if batch not in self._known:
