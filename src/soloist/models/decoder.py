@@ -216,9 +216,10 @@ class Decoder:
     def forward(self, xs_tD: Sequence[Tensor], batches: Sequence[MicroBatch], caches: list[LayerCache]) -> list[Tensor]:
         """Through this stage's layers: each micro-batch's residual stream."""
         parts = zip(xs_tD, batches, strict=True)
-        return in_turn([self._through_layers(x_tD, batch, caches) for x_tD, batch in parts])
+        return in_turn([self.through_layers(x_tD, batch, caches) for x_tD, batch in parts])
 
-    def _through_layers(self, x_tD: Tensor, batch: MicroBatch, caches: list[LayerCache]) -> Pausing[Tensor]:
+    def through_layers(self, x_tD: Tensor, batch: MicroBatch, caches: list[LayerCache]) -> Pausing[Tensor]:
+        """The same with one of them; it pauses while tokens travel."""
         added = None
         for block, cache in zip(self.blocks, caches, strict=True):
             x_tD, added = yield from block(x_tD, added, batch.step, batch.split, cache)
