@@ -91,7 +91,7 @@ EXPERTS = {
              ExpertShape(2048, 1024, 64, 8), ExpertShape(2048, 512, 128, 16), ExpertShape(4096, 2048, 32, 4)],
     "cpu": [ExpertShape(256, 512, 8, 2), ExpertShape(256, 128, 16, 4)],
 }  # fmt: skip
-TOKENS = {"cuda": [1, 2, 8, 32, 128, 512, 2048, 8192, 16384], "cpu": [1, 8, 64, 256]}
+TOKENS = {"cuda": [1, 2, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384], "cpu": [1, 8, 64, 256]}
 
 
 def experts(device: torch.device, dtype: torch.dtype, gpu: str) -> Iterator[Record]:
