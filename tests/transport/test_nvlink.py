@@ -130,6 +130,7 @@ def gathered(transport: Transport) -> Tensor:
     found_CV = transport.gather_columns(part_Cv, [1, 2, 3], out_CV=out_CV)
     assert torch.equal(out_CV, found_CV)
     assert torch.equal(transport.gather_columns(part_Cv.T.contiguous().T, [1, 2, 3]), found_CV)
+    assert transport.gather_columns(part_Cv[:0], [1, 2, 3]).shape == (0, 6)
     return found_CV
 
 

@@ -153,10 +153,9 @@ class Transport(ABC):
         self, part_Cv: Tensor, widths: Sequence[int], where: str = "", out_CV: Tensor | None = None
     ) -> Tensor:
         """The members' columns side by side, `widths[p]` of member p; C equal on all ranks. In `out_CV`, if given."""
-        rows = len(part_Cv)
-        flat_N1 = self.all_gather_rows(part_Cv.reshape(-1, 1), [rows * width for width in widths], where)
-        parts = flat_N1.split([rows * width for width in widths])
-        return torch.cat([part.view(rows, -1) for part in parts], 1, out=out_CV)
+        rows, counts = len(part_Cv), [len(part_Cv) * width for width in widths]
+        parts = self.all_gather_rows(part_Cv.reshape(-1, 1), counts, where).split(counts)
+        return torch.cat([part.view(rows, width) for part, width in zip(parts, widths, strict=True)], 1, out=out_CV)
 
     @abstractmethod
     def barrier(self, where: str = "") -> None:
