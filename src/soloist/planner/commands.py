@@ -166,9 +166,15 @@ def _print_front(found: Found, show: Console) -> None:
         table.add_row(
             name_of(score.deployment), f"{score.batch:g}", tpot, f"{1e3 * score.ttft.value:.0f}",
             f"{score.output_rate.value:,.0f}", f"{score.rate_per_gpu:,.1f}", f"{sum(score.memory.values()) / 1e9:.1f}",
-            "yes" if score.decode.is_overlapped else "no", score.decode.bottleneck, score.tpot.origin,
+            _overlapped(score), score.decode.bottleneck, score.tpot.origin,
         )  # fmt: skip
     show.print(table)
+
+
+def _overlapped(score: Score) -> str:
+    """Which steps go as two halves."""
+    names = [name for name in ("prefill", "decode") if getattr(score, name).is_overlapped]
+    return "both" if len(names) == 2 else (names or ["no"])[0]
 
 
 def _print_rejections(found: Found, show: Console, everything: bool) -> None:
