@@ -106,7 +106,7 @@ def layer(
     if alone is not None:
         for option, value in {"--forms": forms, "--trace": trace, "--chunks": chunks if chunks > 1 else None}.items():
             if value:
-                raise ConfigurationError.of(option, value, "needs an exchange; leave out --alone")
+                raise ConfigurationError.of(option, str(value), "needs an exchange; leave out --alone")
     if "RANK" not in os.environ and alone is None:
         raise typer.Exit(_on_every_gpu("layer", asked))
     from soloist.bench.layer import measure, measure_alone
@@ -122,9 +122,9 @@ def _only_calls(wanted: Wanted, calls: int, lines: Path | None, trace: Path | No
     """Raises ConfigurationError where something else is asked of one GPU, or nothing."""
     if not calls:
         raise ConfigurationError.of("--calls", calls, "with --alone, say how many calls are compared")
-    for option, value in {"a shape": wanted.flags(), "--lines": lines, "--trace": trace}.items():
+    for option, value in {"a shape": " ".join(wanted.flags()), "--lines": lines, "--trace": trace}.items():
         if value:
-            raise ConfigurationError.of(option, value, "--alone compares calls and measures nothing; leave it out")
+            raise ConfigurationError.of(option, str(value), "--alone compares calls and measures nothing; leave it out")
 
 
 def _check(wanted: Wanted, alone: int | None, with_experts: bool = False, chunks: int = 1) -> None:
