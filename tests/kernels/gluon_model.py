@@ -246,6 +246,9 @@ class Product:
     def __mul__(self, other: Any) -> Any:
         return self.ended() * other
 
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.ended()
+
 
 class Machine:
     """One program's view of the language: what a kernel finds under `gl`, `mbarrier` and the other names.
@@ -281,7 +284,7 @@ class Machine:
             zeros=lambda shape, dtype, _: block(np.zeros(shape, dtype)),
             arange=lambda start, stop, _: block(np.arange(start, stop)),
             full=lambda shape, value, dtype, _: block(np.full(shape, value, dtype)), where=self.where,
-            cast=lambda value, dtype: dtype(value), sum=self.sum, max=lambda value, axis: block(value.max(axis)),
+            cast=lambda value, dtype: dtype(value), sum=self.sum, max=lambda value, axis: block(np.max(value, axis)),
             minimum=np.minimum, maximum=np.maximum, exp=np.exp, exp2=np.exp2,
             convert_layout=lambda value, _: value, load=Pointer.load, store=Pointer.store,
             allocate_shared_memory=self.allocate,

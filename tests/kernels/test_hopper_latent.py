@@ -136,16 +136,17 @@ WRONG = {
         "wait(mixed, step & 1 ^ 1)\n        p_smem",
         "wait(mixed, 1)\n        p_smem",
     ),
-    "the last factor comes too early": ("wait(mixed, step & 1 ^ 1)\n    factor", "wait(mixed, 1)\n    factor"),
+    "factors in use are written over": ("factors.index(stage).store", "factors.index(0).store"),
+    "mixing does not wait for factors": ("mbarrier.wait(ranked.index(stage), turn)", ""),
     "mixing does not wait for weights": ("mbarrier.wait(weighed, step & 1)\n        acc", "acc"),
-    "a piece is fetched under its product": ("acc_RW = warpgroup_mma_wait(0, [acc_RW])\n        mbarrier", "mbarrier"),
+    "a piece is fetched under its product": ("acc_RW = warpgroup_mma_wait(0, [acc_RW])\n        if", "if"),
     "the wrong half follows": ("row, HALF * W", "row, (1 - HALF) * W"),
-    "phases of keys are not counted": ("stage, turn = step % 2, step // 2 & 1", "stage, turn = step % 2, 0"),
+    "phases of keys are not counted": ("step // 2 & 1\n    acc_RB", "0\n    acc_RB"),
     "what nobody waits for is fetched": (
         "if tile + 2 < last:\n            _fetch(k,",
         "if True:\n            _fetch(k,",
     ),
-    "what was not seen is mixed": ("            _blank(seen, step % 2, k_smem)\n", ""),
+    "what was not seen is mixed": ("            _blank(seen, stage, k_smem)\n", ""),
     "what was not seen is weighed": ("gl.where(key < seen, logit_RB", "gl.where(key <= seen, logit_RB"),
 }
 

@@ -119,7 +119,7 @@ def check(load: AttentionLoad, device: torch.device, attend: Callable[[Inputs], 
 def variants(load: AttentionLoad) -> Iterator[tuple[str, AttentionLoad, Choice]]:
     """The kernel as layers run it, and other ways to cut it."""
     yield "paged", load, tiling
-    if load.latent:
+    if load.latent and load.tokens > 1:
         yield "paged, columns not divided", load, changed(apart=False)
     if load.latent or load.tokens > 1:
         yield "paged, in blocks of 64", replace(load, block_size=64), tiling

@@ -122,7 +122,7 @@ def _weigh(
     """
     table_M, first, last, end = context
     _, k_rest, k_smem, kx_smem, _, rest_full = keys
-    p_smem, factor, weighed, mixed = weights
+    p_smem, factors, ranked, weighed, mixed = weights
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     key = gl.arange(0, B, gl.SliceLayout(0, MMA)).expand_dims(0)
@@ -132,22 +132,25 @@ def _weigh(
     mbarrier.wait(queries[2], 0)
     step = 0
     for tile in range(first, last):
-        logit_RB = _logits(step, queries, keys) * scale
-        if tile + 2 < last:
-            _fetch(k_rest, row, 2 * W, rest_full.index(step % 2), kx_smem.index(step % 2))
-        row = _row(table_M, tile + 3, last, PAGE)
-        seen = end - tile * B
+        stage, seen = step % 2, end - tile * B
+        logit_RB = _logits(step, queries, keys)
         if seen < B:
             logit_RB = gl.where(key < seen, logit_RB, float("-inf"))
-            _blank(seen, step % 2, k_smem)
-        higher_R = gl.maximum(top_R, gl.max(logit_RB, 1))
-        weight_RB, shrink_R = gl.exp2(logit_RB - higher_R.expand_dims(1)), gl.exp2(top_R - higher_R)
-        top_R, sum_R = higher_R, sum_R * shrink_R + gl.sum(weight_RB, 1)
+            _blank(seen, stage, k_smem)
+        higher_R = gl.maximum(top_R, gl.max(logit_RB, 1) * scale)
+        shrink_R = gl.exp2(top_R - higher_R)
+        factors.index(stage).store(shrink_R)
+        mbarrier.arrive(ranked.index(stage))
+        weight_RB = gl.exp2(logit_RB * scale - higher_R.expand_dims(1))
         mbarrier.wait(mixed, step & 1 ^ 1)
         p_smem.store(weight_RB.to(p_smem.dtype))
-        factor.store(shrink_R)
         fence_async_shared()
         mbarrier.arrive(weighed)
+        # What nobody waits for comes last.
+        top_R, sum_R = higher_R, sum_R * shrink_R + gl.sum(weight_RB, 1)
+        if tile + 2 < last:
+            _fetch(k_rest, row, 2 * W, rest_full.index(stage), kx_smem.index(stage))
+        row = _row(table_M, tile + 3, last, PAGE)
         step += 1
     last_R = gl.full([R], 1.0, gl.float32, ROW)
     if SPLIT:
@@ -156,9 +159,8 @@ def _weigh(
         gl.store(stats + row_R * 2 + 1, sum_R, mask=row_R < used)
     else:
         last_R = last_R / gl.where(sum_R > 0, sum_R, 1.0)
-    mbarrier.wait(mixed, step & 1 ^ 1)
-    factor.store(last_R)
-    mbarrier.arrive(weighed)
+    factors.index(step % 2).store(last_R)
+    mbarrier.arrive(ranked.index(step % 2))
 
 
 @gluon.jit
@@ -166,26 +168,28 @@ def _mix(sums, used, context, keys, weights, HALF: gl.constexpr, PAGE: gl.conste
     """A mixing warpgroup: W columns of the weighted sums."""
     table_M, first, last, _ = context
     k, _, k_smem, _, full, _ = keys
-    p_smem, factor, weighed, mixed = weights
+    p_smem, factors, ranked, weighed, mixed = weights
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     acc_RW = gl.zeros([R, W], gl.float32, MMA)
     row = _row(table_M, first + 2, last, PAGE)
     step = 0
     for tile in range(first, last):
-        slot = 2 * (step % 2) + HALF
-        mbarrier.wait(full.index(slot), step // 2 & 1)  # long past: by it a copy is seen, not by what others saw
+        stage, turn = step % 2, step // 2 & 1
+        slot = 2 * stage + HALF
+        mbarrier.wait(ranked.index(stage), turn)
+        acc_RW = acc_RW * factors.index(stage).load(ROW).expand_dims(1)
+        mbarrier.wait(full.index(slot), turn)  # long past: by it a copy is seen, not by what others saw
         mbarrier.wait(weighed, step & 1)
-        acc_RW = acc_RW * factor.load(ROW).expand_dims(1)
         acc_RW = warpgroup_mma(p_smem, k_smem.index(slot), acc_RW, use_acc=True, is_async=True)
         acc_RW = warpgroup_mma_wait(0, [acc_RW])
-        mbarrier.arrive(mixed)
         if tile + 2 < last:
             _fetch(k, row, HALF * W, full.index(slot), k_smem.index(slot))
+        mbarrier.arrive(mixed)
         row = _row(table_M, tile + 3, last, PAGE)
         step += 1
-    mbarrier.wait(weighed, step & 1)
-    acc_RW = acc_RW * factor.load(ROW).expand_dims(1)
+    mbarrier.wait(ranked.index(step % 2), step // 2 & 1)
+    acc_RW = acc_RW * factors.index(step % 2).load(ROW).expand_dims(1)
     row_R1 = gl.arange(0, R, ROW).expand_dims(1)
     column_1W = HALF * W + gl.arange(0, W, gl.SliceLayout(0, MMA)).expand_dims(0)
     gl.store(sums + row_R1 * (2 * W) + column_1W, acc_RW.to(sums.dtype.element_ty), mask=row_R1 < used)
@@ -226,10 +230,10 @@ def latent_kernel(
     k_smem = gl.allocate_shared_memory(k.dtype, [4, B, W], k.layout)
     kx_smem = gl.allocate_shared_memory(k.dtype, [2, B, B], k.layout)
     p_smem = gl.allocate_shared_memory(k.dtype, [R, B], k.layout)
-    factor = gl.allocate_shared_memory(gl.float32, [R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    factors = gl.allocate_shared_memory(gl.float32, [2, R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queries = q_smem, qx_smem, _barriers(1, 1).index(0)
     keys = k, k_rest, k_smem, kx_smem, _barriers(4, 1), _barriers(2, 1)
-    weights = p_smem, factor, _barriers(1, 1).index(0), _barriers(1, 2).index(0)
+    weights = p_smem, factors, _barriers(2, 1), _barriers(1, 1).index(0), _barriers(1, 2).index(0)
     fence_async_shared()
     sums, stats, q_row = sums + at * (2 * W), stats + at * 2, token * heads + head
     gl.warp_specialize(

@@ -27,7 +27,7 @@ WIDEST = 512  # values; keys may be a quarter wider
 PARTIAL_BYTES = 128 << 20  # of all splits together
 FEWEST_KEYS, MOST_KEYS = 256, 4096  # of a split
 SHARED_MEMORY = 224 << 10  # bytes of an SM of Hopper that tiles may take
-MERGED = 64  # columns of a program of the merge
+MERGED = 1024  # numbers of all splits together that a warp of the merge takes
 
 
 @dataclass(frozen=True)
@@ -232,10 +232,11 @@ class _Call:
         )  # fmt: skip
 
     def _merge(self, rows: int, decode: bool, splits: int, sums: Tensor, stats: Tensor) -> None:
-        layer, (_, heads, width) = self.layer, self.out_THV.shape
-        merge_kernel[(rows, heads, -(-width // MERGED))](
+        layer, (_, heads, width), padded = self.layer, self.out_THV.shape, _merged(splits)
+        columns = min(_power_of_two(width), max(64, MERGED // padded))
+        merge_kernel[(rows, heads, -(-width // columns))](
             sums, stats, self.batch.starts_N, layer.sinks_H, self.out_THV, splits, heads,
-            DECODE=decode, SINKS=layer.sinks_H is not None, SP=_merged(splits), V=width, VB=MERGED,
+            DECODE=decode, SINKS=layer.sinks_H is not None, SP=padded, V=width, VB=columns,
             num_warps=1 if splits <= 16 else 4, **early(self.out_THV.device),
         )  # fmt: skip
 
@@ -277,5 +278,5 @@ def splits_of(programs: int, choices: range, processors: int, per_sm: int) -> in
 
 
 def _merged(splits: int) -> int:
-    """The splits that a merge is compiled for: 16, 64, 256 …"""
-    return 16 if splits <= 16 else 4 * _merged(-(-splits // 4))
+    """The splits that a merge is compiled for: 2, 4, 16, 64 …"""
+    return 2 if splits == 2 else 1 << 2 * -(-(splits - 1).bit_length() // 2)
