@@ -135,6 +135,13 @@ def test_own_choice_of_tiles(key: int, value: int, shared: bool, group: int) -> 
 
 
 @needs_triton
+@pytest.mark.parametrize("splits", [2, 3, 9, 17])
+def test_merges_of_few_and_many_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention_triton, "FEWEST_KEYS", 16)
+    assert close(*Case([0, 0], key=48, value=40, chunks=((1, 16 * splits),)).run(lambda *_: WAYS["split"]))
+
+
+@needs_triton
 def test_a_latent_cache_in_blocks_of_a_tile() -> None:
     assert close(*Case([0] * 17, 576, 512, ((1, 300),), block=64, shared=True).run())
 

@@ -1,11 +1,10 @@
 """Decode attention over a latent cache (MLA in its absorbed form) for Hopper, in Gluon.
 
 Shape legend: T tokens, N sequences, H query heads, M blocks of the longest table; R rows of queries, one a head, B keys
-of a tile, W columns of a piece of keys, S splits. A key has 2 W + B = 576 columns, of which the first 2 W = 512 are its
-value.
+of a tile, W columns of a half of their values. A key has 2 W + B = 576 columns, of which the first 2 W are its value.
 
-    weighing warps     for each tile:  wait until its keys are there ─► logits ─► weights, into shared memory
-    two mixing groups  for each tile:  wait until it is weighed ─► weights · values, half of the columns each
+    weighing group     for each tile:  logits ─► by what the sums shrink ─► weights, into shared memory
+    two mixing groups  for each tile:  shrink the sums ─► add weights · values, half of the columns each ─► next keys
 
 64 rows of 512 sums fill the registers of two warpgroups. In FlashMLA (DeepSeek, 2025), which found this, the two also
 weigh, each another tile; here a third one does, so that one product waits for memory or softmax while the others work.
@@ -42,9 +41,6 @@ else:
 
     # Triton 3.6 and later ones each know one of the names.
     async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-KEY, VALUE = 576, 512  # the widths served
-KEYS = 64  # of a tile
 
 R = gl.constexpr(64)
 B = gl.constexpr(64)
@@ -258,9 +254,9 @@ def decode_latent(
     (_, heads, _), (sequences, blocks) = q_THQ.shape, tables_NM.shape
     layout = gl.NVMMASharedLayout(128, 8 * q_THQ.itemsize, 2)
     descriptors = [
-        TensorDescriptor.from_tensor(matrix, [KEYS, columns], layout)
+        TensorDescriptor.from_tensor(matrix, [64, columns], layout)
         for matrix in (q_THQ.flatten(0, 1), k_cache.flatten(1))
-        for columns in (VALUE // 2, KEY - VALUE)
+        for columns in (W.value, B.value)
     ]
     latent_kernel[(tiles, sequences, splits)](
         *descriptors, sums, stats, starts_N, lengths_N, tables_NM, scale, blocks, splits, sequences, heads,
