@@ -3,6 +3,7 @@
     python -m soloist.bench.halves --model qwen3-30b-a3b --layout ep2                      # one NVLink node
     python -m soloist.bench.halves --model qwen3-30b-a3b --layout ep2 --gpus-per-node 1    # as many nodes as GPUs, NCCL
     NCCL_P2P_DISABLE=1 python -m soloist.bench.halves … --gpus-per-node 1                  # through the host's memory
+    python -m soloist.bench.halves --model qwen3-30b-a3b --layout ep1      # nothing travels: what halves cost
 
 Each step is timed as the engine runs it, its kernels started one by one, and, where its exchange allows, as a CUDA
 graph. Logits of both are compared: a token that rounding gives another expert counts in full.
@@ -155,7 +156,7 @@ def measure(rank: Rank, batches: Sequence[StepBatch], named: dict[str, Any], lay
 
 def main(
     model: Annotated[str, typer.Option(help="a preset")] = "qwen3-30b-a3b",
-    layout: Annotated[str, typer.Option(help="of all GPUs")] = "ep2",
+    layout: Annotated[str, typer.Option(help="of all GPUs, or of one")] = "ep2",
     layers: Annotated[int, typer.Option(help="of the model that are run")] = 8,
     gpus_per_node: Annotated[int, typer.Option(help="of a declared node; 0: all GPUs are one node")] = 0,
     tokens: Annotated[list[int], typer.Option(help="of prefill steps and attention group")] = [8192, 2048],  # noqa: B006
@@ -164,7 +165,7 @@ def main(
 ) -> None:
     """Time steps whole and as two halves; µs a layer of the slowest rank."""
     if "RANK" not in os.environ:
-        raise typer.Exit(in_ranks("soloist.bench.halves", sys.argv[1:]))
+        raise typer.Exit(in_ranks("soloist.bench.halves", sys.argv[1:], least=1))
     bench, name, parsed = Bench.join(), f"{model}@{layers}", Layout.parse(layout)
     per_node = gpus_per_node or bench.size
     rank = rank_of(bench, name, parsed, per_node, max(tokens), prompt, max([1, *sequences]))
