@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import msgspec
 import numpy as np
@@ -121,11 +120,11 @@ class Runner:
         return StaticSteps(buckets, mixed, held, most, self._static_step, self.device)
 
     def _static_step(self, rows: int, sequences: int, width: int) -> StaticStep:
-        replicated, halved = self._form(rows, decodes=rows == sequences)
+        form = self._form(rows, decodes=rows == sequences)
         shape = Shape(width, self.options.block_size, self.kv_blocks, self.device, self.dtype)
-        make = partial(StaticStep, rows, sequences, shape, replicated, halved, self.rope, self.feedback, self._stage)
-        x_tD = self._taken_over(rows, replicated, halved).zero_() if not self.world.seat.is_first_stage else None
-        return make(x_tD, None if self.logits_BV is None else self.logits_BV[:sequences])
+        x_tD = None if self.world.seat.is_first_stage else self._taken_over(rows, *form).zero_()
+        logits_BV = None if self.logits_BV is None else self.logits_BV[:sequences]
+        return StaticStep(rows, sequences, shape, *form, self.rope, self.feedback, self._stage, x_tD, logits_BV)
 
     def _form(self, tokens: int, decodes: bool) -> tuple[bool, bool]:
         """Whether an attention group replicates the tokens of a step, and whether it goes as two halves; `tokens` of
