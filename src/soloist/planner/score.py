@@ -198,21 +198,16 @@ class Scorer:
 
     def _memory(self, deployment: Deployment, options: Options, batch: float) -> dict[str, float]:
         graphs, longest = self._buckets(deployment, options), self.load.longest
+        mode, tokens = deployment.mode or self._mode(deployment.layout), options.chunk_tokens
+        halved = self._halved_from("prefill", deployment, options, tokens) if mode == "pushed" else None
         load = MemoryLoad(
             sequences=batch,
             longest=longest,
             captured=max(graphs, default=0),
-            eager=host.largest_eager(graphs, options.chunk_tokens, longest),
-            step_tokens=options.chunk_tokens,
+            eager=host.largest_eager(graphs, tokens, longest),
+            step_tokens=tokens,
             replicated=self.kernels.replicates_below(deployment.layout.attention_ranks),
             spare_slots=options.spare_slots,
-            halves=Halves(self._halved_from("prefill", deployment, options, options.chunk_tokens)),
+            halves=Halves(halved),
         )
-        return worst_rank(
-            deployment.model,
-            deployment.layout,
-            deployment.precision,
-            load,
-            deployment.mode or self._mode(deployment.layout),
-            deployment.slots,
-        )
+        return worst_rank(deployment.model, deployment.layout, deployment.precision, load, mode, deployment.slots)
