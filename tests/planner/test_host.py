@@ -71,6 +71,15 @@ def test_steps_in_graphs_do_not_wait() -> None:
     assert predict_run(row, OWN, RUNTIME) < 0.7 * predict_run(eager, OWN, RUNTIME)
 
 
+def test_a_lone_prompt_is_one_group_s_and_its_experts_all_groups() -> None:
+    row = RunRow(
+        role="check", model="qwen3-30b-a3b", layout="ep2", phase="prefill", sequences=1, tokens=2000, seconds=1,
+        mixed_graphs="2048",
+    )  # fmt: skip
+    one, two = (predict_run(msgspec.structs.replace(row, sequences=sequences), OWN, RUNTIME) for sequences in (1, 2))
+    assert 0.6 * two < one < 0.95 * two
+
+
 def test_buckets_are_those_of_the_engine() -> None:
     of = preset("qwen3-30b-a3b"), Layout.parse("ep2")
     assert buckets_of("off", *of, 8192) == ()
