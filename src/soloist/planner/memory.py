@@ -79,7 +79,7 @@ def worst_rank(
     spec: ModelSpec, layout: Layout, precision: Precision, load: MemoryLoad, mode: Mode = "ragged", slots: int = 0
 ) -> dict[str, float]:
     """Parts of the fullest rank: the first of its groups on the first or the last stage."""
-    seats = (layout.at(0), layout.at((layout.pp - 1) * layout.stage_ranks))
+    seats = dict.fromkeys((layout.at(0), layout.at((layout.pp - 1) * layout.stage_ranks)))  # one, of one stage
     tables = [memory_parts(spec, seat, precision, load, mode, slots) for seat in seats]
     return max(tables, key=lambda parts: sum(parts.values()))
 

@@ -194,14 +194,14 @@ def measured_cluster(path: str | Path) -> ClusterSpec | None:
 @cache
 def preset_gpus() -> dict[str, GpuSpec]:
     """The GPUs that come with Soloist."""
-    return _gpus(_read(_PRESETS), _PRESETS)
+    return _gpus(_presets(), _PRESETS)
 
 
 @cache
 def preset_clusters() -> dict[str, ClusterSpec]:
     """The clusters that come with Soloist."""
     gpus = preset_gpus()
-    return {name: _cluster(name, entry, gpus, _PRESETS) for name, entry in _read(_PRESETS)["clusters"].items()}
+    return {name: _cluster(name, entry, gpus, _PRESETS) for name, entry in _presets()["clusters"].items()}
 
 
 def _gpus(tables: Tables, path: str | Path) -> dict[str, GpuSpec]:
@@ -220,6 +220,11 @@ def _cluster(name: str, entry: Any, gpus: dict[str, GpuSpec], path: str | Path) 
             raise ConfigurationError.of(f"{where}.gpu", gpu, f"unknown; known are {', '.join(sorted(gpus))}")
         fields["gpu"] = msgspec.to_builtins(gpus[gpu])
     return _convert(ClusterSpec, {"name": name, **fields}, where)
+
+
+@cache
+def _presets() -> Tables:
+    return _read(_PRESETS)
 
 
 def _read(path: Path) -> Tables:
