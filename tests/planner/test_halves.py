@@ -97,6 +97,15 @@ def _own() -> tuple[Kernels, Runtime]:
     return Kernels(cluster("hgx-h200"), used, OWN_LIBRARY), Runtime.named("soloist", used)
 
 
+def test_halves_in_a_graph_share_its_padding() -> None:
+    """Each has half of the graph's tokens, as if it filled one of half the size."""
+    thin = StepModel(deployment("ep2", "qwen3-30b-a3b"), *_own(), "on", (2304,))
+    small = StepModel(thin.deployment, *_own(), "off", (1152,))
+    both, one = thin.prefill(2000, 500).parts, small.prefill(1000, 500).parts
+    for name in ("projections", "attention", "experts"):
+        assert both[name].value == pytest.approx(2 * one[name].value)
+
+
 def test_the_host_starts_the_kernels_of_both_halves() -> None:
     """Layers so thin that it takes longer than the GPU, unless graphs hold them."""
     kernels, runtime = _own()

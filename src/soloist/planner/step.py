@@ -125,7 +125,7 @@ class StepModel:
         return StepCost(total(parts.values()), parts, cost.is_overlapped)
 
     def _overlapped(self, batch: Batch) -> StepCost:
-        half = self._layers(batch._replace(tokens=batch.tokens / 2))
+        half = self._layers(batch.half)
         parts = {name: part.times(2.0) for name, part in half.items()}
         travelling = [name for name in self._beside if name in parts]
         exchange = sum(parts[name].value for name in travelling)
