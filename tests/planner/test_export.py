@@ -51,7 +51,9 @@ def test_halves_that_overlap_are_said_to_those_that_know_them(tmp_path: Path) ->
     assert found["soloist"].endswith(" --set overlap=prefill=4096,decode=64")
     assert found["vllm"].endswith(" --enable-dbo")
     assert any("two half batches" in line for line in export(halved, "tensorrt", tmp_path, {}))
-    assert "overlap" not in next(export(made, "soloist", tmp_path, {}))
+    of_another = msgspec.structs.replace(halved, system="vllm")  # what pays there says nothing of our own engine
+    for whole in (made, of_another):
+        assert "overlap" not in next(export(whole, "soloist", tmp_path, {}))
 
 
 def test_a_shape_without_a_checkpoint(tmp_path: Path) -> None:

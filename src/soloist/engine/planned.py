@@ -11,7 +11,6 @@ import msgspec
 
 from soloist.engine.meeting import place_from
 from soloist.errors import ConfigurationError
-from soloist.planner.kernels import OWN_LIBRARY
 from soloist.planner.memory import KV_BLOCK
 from soloist.planner.plan import Plan
 from soloist.planner.precision import Precision
@@ -35,7 +34,7 @@ def planned_options(plan: Plan) -> dict[str, Any]:
         "max_sequences": sequences,
         "kv_tokens": sequences * _whole_blocks(plan.load.longest),
         "micro_batches": plan.options.micro_batches,
-        "overlap": str(plan.halves) if plan.system == OWN_LIBRARY else "off",
+        "overlap": str(plan.overlap),
         "nvlink_sums": plan.options.nvlink_sums,
         "mixed_graphs": plan.options.mixed_graphs,
     }

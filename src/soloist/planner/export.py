@@ -52,8 +52,8 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
         settings = f"--set max_batch_tokens={plan.options.chunk_tokens}"
         if plan.options.mixed_graphs != "auto":
             settings += f" --set mixed_graphs={plan.options.mixed_graphs}"
-        if plan.halves:
-            settings += f" --set overlap={plan.halves}"
+        if plan.overlap:
+            settings += f" --set overlap={plan.overlap}"
         yield f"command: soloist serve {served} --layout {layout} {settings}"
         yield "  (soloist launch writes it for torchrun, Slurm, MPI and Kubernetes)"
     elif name is None and engine != "eplb":

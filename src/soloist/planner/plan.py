@@ -11,6 +11,7 @@ from soloist.errors import ConfigurationError
 from soloist.placement.placement import Placement
 from soloist.planner.estimate import Estimate, Origin
 from soloist.planner.halves import Halves
+from soloist.planner.kernels import OWN_LIBRARY
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
 from soloist.planner.score import Options, Score
@@ -52,13 +53,18 @@ class Plan(Spec, frozen=True, kw_only=True):
     predicted: dict[str, Figure]
     parts: dict[str, Figure]
     calibration: str
-    system: str = "soloist"
+    system: str = OWN_LIBRARY
     format: str = "soloist-plan/1"
 
     def __post_init__(self) -> None:
         if self.format != "soloist-plan/1":
             raise ConfigurationError.of("format", self.format, "this version reads soloist-plan/1")
         self.placement.check(self.model, self.layout)
+
+    @property
+    def overlap(self) -> Halves:
+        """What our own engine takes of `halves`: those that pay in another one may not pay in it."""
+        return self.halves if self.system == OWN_LIBRARY else Halves()
 
     def save(self, path: str | Path) -> None:
         write_record(path, self)
@@ -74,7 +80,7 @@ def plan_of(
     cluster: ClusterSpec,
     load: Load,
     calibration: str,
-    system: str = "soloist",
+    system: str = OWN_LIBRARY,
     halves: Halves | None = None,
 ) -> Plan:
     """The plan of a deployment that was scored as run by `system`, with no `halves` unless they are given."""
