@@ -353,3 +353,12 @@ class Machine:
         if not hasattr(self.under_way, "queue"):
             self.under_way.queue = []
         return self.under_way.queue
+
+
+def stumbles(run: Callable[[str], None], kernel: str) -> bool:
+    """Whether a run with that text of the kernel makes the machine stumble, or gives a wrong result."""
+    try:
+        run(kernel)
+    except (FaultError, AssertionError):
+        return True
+    return False

@@ -11,33 +11,21 @@ or scales a product, while the tensor cores work for another; and one that has n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
-
 from torch import Tensor
 
 from soloist.kernels.device import processors
+from soloist.kernels.gluon import (
+    TensorDescriptor,
+    async_load,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from soloist.kernels.language import next_power
 from soloist.kernels.quantise import FP8
-
-if TYPE_CHECKING:  # a kernel's types are Gluon's, not Python's
-    from soloist.kernels.language import tl as gl
-
-    gluon = TensorDescriptor = fence_async_shared = mbarrier = tma = cast(Any, None)
-    async_load = warpgroup_mma = warpgroup_mma_wait = cast(Any, None)
-else:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # Triton 3.6 and later ones each know one of the names.
-    async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 M = gl.constexpr(64)  # rows of a warpgroup; a tile has those of two
 

@@ -16,31 +16,19 @@ it lay: the mixing groups their halves, the weighing one what is behind the valu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
-
 from torch import Tensor
 
 from soloist.kernels.follow import release_next
-
-if TYPE_CHECKING:  # a kernel's types are Gluon's, not Python's
-    from soloist.kernels.language import tl as gl
-
-    gluon = TensorDescriptor = fence_async_shared = mbarrier = tma = cast(Any, None)
-    async_load = warpgroup_mma = warpgroup_mma_wait = cast(Any, None)
-else:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # Triton 3.6 and later ones each know one of the names.
-    async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+from soloist.kernels.gluon import (
+    TensorDescriptor,
+    async_load,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 R = gl.constexpr(64)
 B = gl.constexpr(64)
@@ -247,9 +235,15 @@ def decode_latent(
     q_THQ: Tensor, k_cache: Tensor, sums: Tensor, stats: Tensor, starts_N: Tensor, lengths_N: Tensor, tables_NM: Tensor,
     scale: float, tiles: int, splits: int, page: int,
 ) -> None:  # fmt: skip
-    """Into `sums` and `stats` of tile_kernel, or, where there is one split, into out_THV, which then is `sums`.
+    """Attention of all sequences of one token, by one or several splits of their contexts.
 
-    `tiles`: programs that share the heads of a query.
+    q_THQ [T, H, 576] and k_cache [rows, 1, 576], contiguous, in a type of 16 bits; a value is the first 512 columns of
+    its key. starts_N [N + 1], lengths_N [N] and tables_NM [N, M] (int32) are those of a PagedBatch, whose blocks have
+    `page` tokens, a multiple of 64. `scale`: of the logits, in units of log2. `tiles`: programs that share the heads
+    of a query, 64 each at most.
+
+    One split: `sums` is out_THV [T, H, 512], in q's type, and `stats` is not used. Several: sums [splits, N, H, 512]
+    and stats [splits, N, H, 2], in fp32, as merge_kernel takes them.
     """
     (_, heads, _), (sequences, blocks) = q_THQ.shape, tables_NM.shape
     layout = gl.NVMMASharedLayout(128, 8 * q_THQ.itemsize, 2)
