@@ -12,6 +12,7 @@ from soloist.dispatch.base import SlotChoice, Topology
 from soloist.dispatch.ragged import Arriving, RaggedDispatcher
 from soloist.moe.experts import Experts
 from soloist.moe.layer import MoELayer
+from soloist.moe.pauses import alone
 from soloist.moe.router import Router, SlotTable
 from soloist.moe.stats import LoadStats, imbalance
 from soloist.placement.placement import Placement
@@ -61,7 +62,7 @@ def tokens_of(rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def run_sharded(transport: Transport, layout: Layout, placement: Placement, dtype: torch.dtype) -> Seen:
     layer = make_layer(transport, layout, placement, dtype)
     x_TD = tokens_of(transport.rank, dtype)
-    out_TD = layer(x_TD, meanwhile=lambda: 2 * x_TD)
+    out_TD = alone(layer.travel(x_TD, meanwhile=lambda: 2 * x_TD))
     assert set(layer.watch.take()) == {"router", "exchange", "experts"}
     return Seen(x_TD, out_TD, layer.stats)
 
@@ -71,7 +72,7 @@ def run_replicated(transport: Transport, layout: Layout, placement: Placement, d
     layer = make_layer(transport, layout, placement, dtype)
     seat = layout.at(transport.rank)
     x_TD = tokens_of(seat.group, dtype)
-    partial_TD = layer(x_TD, gather_in_group=False)
+    partial_TD = alone(layer.travel(x_TD, gather_in_group=False))
     total_TD = transport.subgroup(seat.tp_peers).all_reduce(partial_TD)
     return Seen(x_TD, total_TD, layer.stats)
 
@@ -107,7 +108,7 @@ def run_in_rounds(transport: Transport, layout: Layout, placement: Placement) ->
     layer = make_layer(transport, layout, placement, torch.float32)
     narrow = replace(layer, dispatcher=Narrow(**vars(layer.dispatcher)))
     x_TD = tokens_of(transport.rank)
-    return Seen(x_TD, narrow(x_TD, meanwhile=lambda: 2 * x_TD, most=7), layer.stats)
+    return Seen(x_TD, alone(narrow.travel(x_TD, meanwhile=lambda: 2 * x_TD, most=7)), layer.stats)
 
 
 def test_more_tokens_than_a_dispatcher_takes_go_in_rounds() -> None:

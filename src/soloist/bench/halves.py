@@ -85,7 +85,7 @@ class Rank:
         """The same in a graph."""
         runner, rows = self.runner, batch.tokens if batch.decodes else len(batch.chunks)
         runner.halves = Halves.parse(overlap)
-        step = runner._static_step(batch.tokens, rows, -(-runner.options.longest(runner.spec) // BLOCK))
+        step = runner.static_step(batch.tokens, rows, -(-runner.options.longest(runner.spec) // BLOCK))
         step.fill(batch, runner.feedback.sources(batch), runner.feedback.begin(batch))
         stream = torch.cuda.Stream(self.bench.device)
         stream.wait_stream(torch.cuda.current_stream())

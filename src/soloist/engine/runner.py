@@ -117,9 +117,10 @@ class Runner:
         shape = max([*buckets, *(min(most, tokens) for tokens in mixed)], default=0), self.spec.vocab
         self.logits_BV = torch.empty(shape, dtype=self.dtype, device=self.device) if self.choice else None
         held = widths(options.longest(self.spec), options.block_size)
-        return StaticSteps(buckets, mixed, held, most, self._static_step, self.device)
+        return StaticSteps(buckets, mixed, held, most, self.static_step, self.device)
 
-    def _static_step(self, rows: int, sequences: int, width: int) -> StaticStep:
+    def static_step(self, rows: int, sequences: int, width: int) -> StaticStep:
+        """A step of `rows` tokens of up to `sequences` sequences, each of up to `width` KV blocks."""
         form = self._form(rows, decodes=rows == sequences)
         shape = Shape(width, self.options.block_size, self.kv_blocks, self.device, self.dtype)
         x_tD = None if self.world.seat.is_first_stage else self._taken_over(rows, *form).zero_()

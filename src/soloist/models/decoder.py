@@ -34,7 +34,7 @@ from soloist.models.rope import Rope
 from soloist.models.step import StepInput
 from soloist.models.weights import WeightSource
 from soloist.moe.layer import MoELayer
-from soloist.moe.pauses import Pausing, in_turn
+from soloist.moe.pauses import Pausing, alone, in_turn
 from soloist.specs.layout import Seat, share
 from soloist.specs.model import ModelSpec
 from soloist.specs.parameters import Param
@@ -123,7 +123,7 @@ class Block:
             part_TD = self.moe.own_part(h_TD, split.live_T, slice(start, stop))
             return self.shared(h_TD) + part_TD if self.shared else part_TD
         live_t, most = split.live(slices, index), split.most(slices)
-        part_tD = self.moe(h_TD[start:stop], gather_in_group=False, live_T=live_t, most=most)
+        part_tD = alone(self.moe.travel(h_TD[start:stop], gather_in_group=False, live_T=live_t, most=most))
         if slices == 1:
             partial_TD = self.shared(h_TD) + part_tD if self.shared else part_tD
         else:

@@ -17,7 +17,7 @@ from torch import Tensor
 from soloist.dispatch.base import Dispatcher, ExpandedDispatcher, ExpertBatch, PendingBatch, PendingRows, PendingTokens
 from soloist.moe.choice import Chooser
 from soloist.moe.experts import Experts
-from soloist.moe.pauses import Pausing, alone
+from soloist.moe.pauses import Pausing
 from soloist.moe.router import Router, Routing, SlotTable
 from soloist.moe.stats import LoadStats
 from soloist.timing import Stopwatch
@@ -49,17 +49,6 @@ class MoELayer:
         """Use the fused kernels where there are some, or the plain forms, which define them."""
         self.choose.fused = fused and self.choose.serves
         self.experts.fused = fused
-
-    def __call__(
-        self,
-        x_TD: Tensor,
-        meanwhile: Callable[[], Tensor] | None = None,
-        gather_in_group: bool = True,
-        live_T: Tensor | None = None,
-        most: int | None = None,
-    ) -> Tensor:
-        """`travel`, awaited."""
-        return alone(self.travel(x_TD, meanwhile, gather_in_group, live_T, most))
 
     def travel(
         self,
