@@ -46,9 +46,7 @@ class EngineOptions(Spec, frozen=True, kw_only=True):
     max_positions: int | None = None  # None: the model's own limit
     prefix_caching: bool = True
     replicate_below: int = -1  # tokens of a step under which an attention group replicates them; -1: by the device
-    overlap: str = (
-        "off"  # steps as two halves, one computing while the other travels: off, on, or prefill=4096,decode=512
-    )
+    overlap: str = "off"  # steps that go as two halves which overlap: off, on, or prefill=4096,decode=512 tokens on
     nvlink_sums: bool = True  # small sums of an attention group in a node of GPUs by kernels, not NCCL
     micro_batches: int = 0  # batches in flight in a pipeline; 0: one for each stage
     rehearse: bool = False  # on a GPU run steps of all sizes at the start, so that no request waits for a compiler

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from math import ceil
 
 from soloist.errors import ConfigurationError
 from soloist.planner.bounds import flops_per_token
@@ -104,5 +103,5 @@ def largest_eager(buckets: Sequence[int], most: int, longest: float) -> int:
     """Tokens of the largest prefill step without a graph, sequences having up to `longest` tokens; 0: there is none."""
     if longest > SHORT_CONTEXT:
         return most
-    gaps = (ceil(bucket / WASTE) for bucket in buckets if bucket > FEW)  # the smallest step in it
+    gaps = (math.ceil(bucket / WASTE) for bucket in buckets if bucket > FEW)  # the smallest step in it
     return max((size - 1 for size in (*gaps, most + 1) if size > 1 and bucket_of(buckets, size - 1) is None), default=0)

@@ -130,9 +130,9 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
     """A window has room for every token that any rank could send: rows there, results of the experts, rows home.
 
     Beside it lie choices and weights, and the index of expanded rows. Where steps go as two halves there are two of
-    them, each for a half. Attention groups of several ranks have a second
-    one for steps of few tokens, which all of their ranks have. Where these tokens need not travel (one expert group, or
-    one attention group and no replicas), there is an index (dispatch/local.py) instead; a GPU by itself has only that.
+    them, each for a half. Attention groups of several ranks have one more for steps of few tokens, which all of their
+    ranks have. Where these tokens need not travel (one expert group, or one attention group and no replicas), there is
+    an index (dispatch/local.py) instead; a GPU by itself has only that.
     """
     top_k, size = spec.router.top_k, BYTES[precision.combine]
 
