@@ -7,10 +7,12 @@ import msgspec
 import pytest
 
 from soloist.errors import ConfigurationError
+from soloist.planner import deployments
 from soloist.planner.calibration import Calibration, fit_calibration, fit_domain, left_out
 from soloist.planner.domains import domains
 from soloist.planner.plots import plot_validation
-from soloist.planner.tables import PUBLISHED, CollectiveRow, ExpertRow, published
+from soloist.planner.refit import load_calibration
+from soloist.planner.tables import PUBLISHED, CollectiveRow, ExpertRow, RunRow, published
 from soloist.planner.validate import BARS, Report, validate
 
 (COLLECTIVES,), (EXPERTS,) = domains()["collectives"], domains()["moe_gemm"]
@@ -46,6 +48,20 @@ def test_our_own_engine_has_the_same_fastest_layouts(report: Report) -> None:
     decided = [one for one in report.winners if one.verdict != "tie"]
     assert len(decided) >= 8
     assert all(one.verdict == "same" for one in decided)
+
+
+def test_a_run_is_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table and the list of winners share the prediction."""
+    asked: list[RunRow] = []
+
+    def predict(row: RunRow, *_: object) -> float:
+        asked.append(row)
+        return row.seconds
+
+    monkeypatch.setattr(deployments, "predict_run", predict)
+    found = validate(PUBLISHED / "runs-2xh200.jsonl", load_calibration("2xh200"))
+    assert found.winners
+    assert len(asked) == len(found.rows)
 
 
 def test_left_out_rows_are_still_predicted() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -94,16 +95,13 @@ def validate(folder: str | Path | None = None, calibration: Calibration | None =
     rows: list[RowReport] = []
     skipped: list[str] = []
     best: list[Winner] = []
-    for name, found in tables.items():
-        for domain in domains_of(name, calibration):
-            rows += _predicted(name, domain, found, calibration, skipped)
+    published = ((name, found, calibration) for name, found in tables.items())
+    for name, found, used in chain(published, _own_runs() if folder is None else ()):
+        for domain in domains_of(name, used):
+            predicted = list(_predicted(name, domain, found, used, skipped))
+            rows += (_report(name, domain, row, row.role, value) for row, value in predicted)
             rows += _left_out(name, domain, found) if cross and name != "runs" else []
-    if folder is None:
-        for used, found in _own_runs():
-            rows += _predicted("runs", own_runs(used), found, used, skipped)
-            best += _winners(found, used)
-    elif tables["runs"] and calibration.machine:
-        best += _winners(tables["runs"], calibration)
+            best += _winners(predicted)
     roles = sorted({row.role for found in tables.values() for row in found} - set(ROLES))
     assumed = _assumed(tables["all_to_all"])
     return Report(tables=_summary(rows), rows=rows, unknown_roles=roles, skipped=skipped, assumed=assumed, winners=best)
@@ -115,16 +113,14 @@ def _assumed(rows: Iterable[Row]) -> list[str]:
     return [f"all_to_all: mode {mode!r} counts as normal in {times} rows" for mode, times in modes.items()]
 
 
-def _own_runs() -> Iterator[tuple[Calibration, list[Row]]]:
+def _own_runs() -> Iterator[tuple[str, list[Row], Calibration]]:
     """The runs that come with Soloist, with the calibration of the machine that they ran on."""
     for path in sorted(PUBLISHED.glob(f"{OWN_RUNS}*.jsonl")):
-        yield load_calibration(path.stem.removeprefix(OWN_RUNS)), read_measurements(path)["runs"]
+        yield "runs", read_measurements(path)["runs"], load_calibration(path.stem.removeprefix(OWN_RUNS))
 
 
-def _winners(rows: Iterable[Row], calibration: Calibration) -> list[Winner]:
-    domain = own_runs(calibration)
-    checked = [row for row in rows if isinstance(row, RunRow) and row.role != "fit"]
-    return winners((row, calibrated(domain, calibration, row)) for row in checked)
+def _winners(predicted: Iterable[tuple[Row, float]]) -> list[Winner]:
+    return winners((row, seconds) for row, seconds in predicted if isinstance(row, RunRow) and row.role != "fit")
 
 
 def domains_of(table: str, calibration: Calibration) -> tuple[Domain, ...]:
@@ -138,7 +134,8 @@ def domains_of(table: str, calibration: Calibration) -> tuple[Domain, ...]:
 
 def _predicted(
     table: str, domain: Domain, rows: Iterable[Row], calibration: Calibration, skipped: list[str]
-) -> Iterator[RowReport]:
+) -> Iterator[tuple[Row, float]]:
+    """What can be predicted; `skipped` is told of the others."""
     for row in rows:
         if domain.measured(row):
             try:
@@ -147,7 +144,7 @@ def _predicted(
                 skipped.append(f"{table}: {label(row)}: {error}")
                 continue
             if predicted > 0:
-                yield _report(table, domain, row, row.role, predicted)
+                yield row, predicted
             else:
                 skipped.append(f"{table}: {label(row)}: nothing happens between so few GPUs")
 

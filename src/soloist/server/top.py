@@ -18,6 +18,8 @@ from rich.text import Text
 from soloist.errors import ClusterError, ConfigurationError
 
 SHADES = " ░▒▓█"
+SHADES_A_LINE = 64  # with its neighbours a line of 80 columns
+NEAR, NEXT = (0, 2, 0, 0), (0, 1, 0, 0)  # padding of tables that fit into 80 columns
 INTERVAL_S = 2.0
 MOST_WAITS = 4
 ANSWER_S = 10.0
@@ -50,23 +52,23 @@ def view(details: Mapping[str, Any]) -> Group:
 
 
 def _head(details: Mapping[str, Any]) -> Table:
-    shown = Table(title=f"{details['model']} on {details['layout']}", box=None, expand=False)
+    shown = Table(title=f"{details['model']} on {details['layout']}", box=None, padding=NEAR, pad_edge=False)
     used, total = (sum(one[key] for one in details["leaders"]) for key in ("blocks_used", "blocks_total"))
     cells = {
         "tokens/s": f"{details['tokens']['tps']:.1f}",
-        "TTFT p50 / p99": f"{_ms(details['ttft_s']['p50'])} / {_ms(details['ttft_s']['p99'])}",
-        "TPOT p50 / p99": f"{_ms(details['tpot_s']['p50'])} / {_ms(details['tpot_s']['p99'])}",
+        "TTFT p50/p99, ms": f"{_ms(details['ttft_s']['p50'])} / {_ms(details['ttft_s']['p99'])}",
+        "TPOT p50/p99, ms": f"{_ms(details['tpot_s']['p50'])} / {_ms(details['tpot_s']['p99'])}",
         "open / waiting": f"{details['requests']['open']} / {details['requests']['waiting']}",
-        "KV blocks": f"{used} of {total}",
+        "KV blocks": f"{used / max(total, 1):.0%} of {total}",
     }
     for name in cells:
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", no_wrap=True)
     shown.add_row(*cells.values())
     return shown
 
 
 def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1e3:.1f} ms"
+    return "–" if seconds is None else f"{seconds * 1e3:.1f}"
 
 
 def _alerts(details: Mapping[str, Any]) -> Text:
@@ -77,19 +79,22 @@ def _alerts(details: Mapping[str, Any]) -> Text:
 
 def _experts(details: Mapping[str, Any]) -> Table:
     """A shade for each expert: its tokens over the layer's mean, full from twice the mean on."""
-    shown = Table("layer", "experts (shade: tokens over the mean)", "max/mean", box=None)
+    shown = Table(box=None, padding=NEXT, pad_edge=False)
+    for name in ("layer", "experts (shade: tokens over the mean)", "max/mean"):
+        shown.add_column(name, no_wrap=True)
     for layer, loads in details["experts"].items():
         relative = np.array(loads) / (np.mean(loads) or 1.0)
-        shades = (SHADES[min(len(SHADES) - 1, int(value * (len(SHADES) - 1) / 2))] for value in relative)
-        shown.add_row(layer, "".join(shades), f"{relative.max():.2f}")
+        shades = "".join(SHADES[min(len(SHADES) - 1, int(value * (len(SHADES) - 1) / 2))] for value in relative)
+        lines = (shades[start : start + SHADES_A_LINE] for start in range(0, len(shades), SHADES_A_LINE))
+        shown.add_row(layer, "\n".join(lines), f"{relative.max():.2f}")
     return shown
 
 
 def _ranks(details: Mapping[str, Any]) -> Table:
     """`waited for`: the share of their time that the others, on average, waited for this rank; the slowest has most."""
-    shown = Table("rank", "rows", "steps", "waited", "waited for", "sent, MB", "memory, MB", box=None)
-    for column in shown.columns:
-        column.justify = "right"
+    shown = Table(box=None, padding=NEAR, pad_edge=False)
+    for name in ("rank", "rows", "steps", "waited", "waited for", "sent, MB", "memory, MB"):
+        shown.add_column(name, justify="right", no_wrap=True)
     window_s, others = details["window_s"] or 1.0, max(1, len(details["ranks"]) - 1)
     for rank in details["ranks"]:
         memory = (rank["weight_bytes"] + rank["kv_bytes"]) / 1e6
