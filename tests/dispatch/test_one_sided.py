@@ -55,6 +55,16 @@ def test_several_dispatches_are_open_at_once() -> None:
         dispatchers[0].start_dispatch(*inputs[0])
 
 
+def test_the_lane_of_a_call_does_not_depend_on_how_many_came_before() -> None:
+    """In a step of several layers one rank may replay a graph, which makes no calls, and another one run it without."""
+    case = typical(2, node_of_group=(0, 0), tokens=(4, 3))
+    dispatchers = world(shape_of(case), LATENCY, lanes=2)
+    for _ in range(3):
+        check(exchange(dispatchers, case), case)
+        unused = dispatchers[0].lanes[1]
+        assert not unused.calls.any()
+
+
 @pytest.mark.parametrize("form", [LATENCY, COPY, replace(PUSH, pieces=2), replace(COPY, pieces=2)], ids=str)
 def test_expanded_rows_and_weighted_sums(form: Form) -> None:
     case = typical(2, node_of_group=(0, 0), tokens=(4, 3))

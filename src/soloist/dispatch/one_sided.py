@@ -8,8 +8,7 @@ the others hold anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from itertools import cycle
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,9 +48,10 @@ class Ticket:
 class OneSidedDispatcher(Dispatcher):
     """Dispatcher over the windows of one NVLink domain; the groups lie on one node.
 
-    Consecutive calls take the lanes in turn, so as many dispatches as there are lanes may be open at once. All ranks
-    use the same shape and form. `fit` gives the same dispatcher for smaller calls. `sms`: the most that a kernel of a
-    chosen form takes which only moves or sums tokens; 0: no limit.
+    A call takes the first lane that no other call holds, so as many as there are lanes may be under way at once. Which
+    one that is depends on these alone, not on the calls that came before: a rank that replays a graph makes none, and
+    its peers may run the same step without one. All ranks use the same shape and form. `fit` gives the same dispatcher
+    for smaller calls. `sms`: the most that a kernel of a chosen form takes which only moves or sums tokens; 0: any.
     """
 
     shape: ExchangeShape
@@ -59,13 +59,13 @@ class OneSidedDispatcher(Dispatcher):
     watch: Watch
     form: Form
     side: SideStream
-    turn: cycle[int] = field(repr=False)
     sms: int = 0
 
     @classmethod
-    def of(cls, shape: ExchangeShape, lanes: tuple[Lane, ...], watch: Watch, form: Form | None = None, sms: int = 0):
-        side = SideStream(lanes[0].window.device)
-        return cls(shape, lanes, watch, form or choose_form(shape, sms), side, cycle(range(len(lanes))), sms)
+    def of(
+        cls, shape: ExchangeShape, lanes: tuple[Lane, ...], watch: Watch, form: Form | None = None, sms: int = 0
+    ) -> OneSidedDispatcher:
+        return cls(shape, lanes, watch, form or choose_form(shape, sms), SideStream(lanes[0].window.device), sms)
 
     def fit(self, tokens: int, form: Form | None = None) -> OneSidedDispatcher:
         """For calls of at most `tokens` tokens a rank; agreed by all ranks."""
@@ -88,8 +88,8 @@ class OneSidedDispatcher(Dispatcher):
     # -- dispatch -----------------------------------------------------------------------------------------------
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
         self.watch.check()
-        lane = self.lanes[next(self.turn)]
-        assert not lane.busy, "combine an earlier dispatch first, or give the dispatcher more lanes"
+        lane = next((lane for lane in self.lanes if not lane.busy), None)
+        assert lane is not None, "combine an earlier dispatch first, or give the dispatcher more lanes"
         shape = self.shape.fit(max(self.shape.capacity, len(x_TD)))  # raises where there are too many tokens
         number = self.watch.number(phase(where, "dispatch"))
         ticket, x_TD = Ticket(lane, shape, choice, number), x_TD.contiguous()
