@@ -34,7 +34,7 @@ def test_a_prefill_is_written_count_x_tokens() -> None:
 
 def test_every_point_of_every_layout_is_written(tmp_path) -> None:
     lines = tmp_path / "lines.jsonl"
-    options = ["--prefill", "2x8", "--decode", "3", "--context", "4", "--tokens", "4", "--runs", "1", "--routing"]
+    options = ["--prefill", "2x8", "--decode", "3", "--context", "4", "--tokens", "32", "--runs", "1", "--routing"]
     command = ["bench", "offline", "ref-16l@1", "--layout", "ep1", "--random-weights", "1", "--lines", str(lines)]
     small = ["models/novels-moe-11m" if word == "ref-16l@1" else word for word in command]
     done = CliRunner().invoke(app, [*small, *options, "--device", "cpu"])

@@ -1,7 +1,7 @@
 """What the engine itself takes, without a server: prefill throughput and the time of a decoding step.
 
     prefill   N prompts of L tokens, one new token each: N · L / seconds from the first submission to the last answer
-    TPOT      N prompts, first with one new token, then with T more: the difference of the two times / T
+    TPOT      N prompts with 1 + T new tokens each: the mean time between tokens while all N sequences decode
 
 Layouts are started one after the other, forwards and backwards in turn, so that what drifts touches all alike; every
 figure is the median over a layout's starts and the repeats within each. Beside it stands what the machine allows at
@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import torch
 
+from soloist.bench.pace import steady_tpot_s, token_times
 from soloist.bench.report import Ceilings, commit
 from soloist.engine.llm import LLM
 from soloist.engine.options import EngineOptions
@@ -126,11 +127,9 @@ def measure(
         for count in load.decodes:
             prompts = draw(count, load.context)
             _rehearse(llm, prompts, 4)
-            pairs = [
-                (_generate(llm, prompts, 1 + load.tokens), _generate(llm, prompts, 1)) for _ in range(load.repeats)
-            ]
-            start.points["TPOT", str(count)] = [(long - short) / load.tokens for long, short in pairs]
-            tell("TPOT", str(count), start.points["TPOT", str(count)])
+            times = [steady_tpot_s(token_times(llm, prompts, 1 + load.tokens)) for _ in range(load.repeats)]
+            start.points["TPOT", str(count)] = times
+            tell("TPOT", str(count), times)
         start.memory = {rank: figures.memory for rank, figures in llm.figures().items()}
     return start
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import platform
-import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -20,13 +18,13 @@ import msgspec
 import numpy as np
 import uvicorn
 
+from soloist.bench.pace import steady_tpot_s, token_times
 from soloist.bench.report import commit
 from soloist.bench.serve import Planned, send
 from soloist.bench.sse import Client, run
 from soloist.engine.llm import LLM
 from soloist.engine.options import EngineOptions
-from soloist.errors import ClusterError, ConfigurationError, RequestError
-from soloist.scheduling.request import SamplingParams
+from soloist.errors import ClusterError
 from soloist.server.app import Limits, make_app
 from soloist.server.served import Served
 from soloist.specs.layout import Layout
@@ -51,7 +49,7 @@ def measure(
     found: dict[str, list[float]] = {"offline": [], "http": []}
     with LLM(model, cut, options=sized, show_progress="lines") as llm, Reader() as reader:
         draw = np.random.default_rng(0).integers(1, llm.spec.vocab, (streams, prompt))
-        ways = {"offline": lambda n: _offline(llm, draw.tolist(), n), "http": lambda n: _http(llm, reader, draw, n)}
+        ways = {"offline": lambda n: token_times(llm, draw.tolist(), n), "http": lambda n: _http(llm, reader, draw, n)}
         for way in ways.values():
             way(4)
         for turn in range(runs):
@@ -65,32 +63,6 @@ def measure(
         "all_offline_s": found["offline"], "all_http_s": found["http"],
         "machine": platform.node(), "commit": commit(),
     }  # fmt: skip
-
-
-def _offline(llm: LLM, prompts: Sequence[Sequence[int]], output: int) -> list[list[float]]:
-    """Seconds from the start to each token of each sequence. Raises RequestError for one that cannot be served."""
-    params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-    times: defaultdict[int, list[float]] = defaultdict(list)
-    begin = time.perf_counter()
-    for part in llm.stream(prompts, params):
-        if part.error:
-            raise RequestError(part.error)
-        times[part.prompt] += [time.perf_counter() - begin] * len(part.tokens)
-    return list(times.values())
-
-
-def steady_tpot_s(times: list[list[float]]) -> float:
-    """Mean seconds between tokens while every sequence decodes: after the last first token, before the first end.
-
-    Raises ConfigurationError where that window is empty.
-    """
-    begin_s, end_s = max(one[0] for one in times), min(one[-1] for one in times)
-    inside = [[moment for moment in one if begin_s <= moment <= end_s] for one in times]
-    gaps = [(one[-1] - one[0]) / (len(one) - 1) for one in inside if len(one) > 1]
-    if not gaps:
-        late = f"the last of {len(times)} sequences began {begin_s - end_s:.2f} s after the first had ended"
-        raise ConfigurationError.of("tokens", max(map(len, times)), f"{late}; ask for more tokens or fewer streams")
-    return float(np.mean(gaps))
 
 
 class Reader:
