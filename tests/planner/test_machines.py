@@ -10,7 +10,8 @@ from soloist.errors import ConfigurationError
 from soloist.planner.machines import calibration_of_logs, description, matrices, presets, save_cluster
 from soloist.planner.refit import calibrate_from
 from soloist.specs.cluster import ClusterSpec, GpuSpec, cluster, preset_clusters
-from tests.specs.test_cluster import LOG, TOPO, XML
+from tests.specs.test_cluster import TOPO, XML
+from tests.specs.test_nccl_tests import LOG
 
 
 def test_a_topology_stands_where_a_cluster_is_asked_for(tmp_path: Path) -> None:

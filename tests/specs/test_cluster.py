@@ -7,7 +7,6 @@ import pytest
 
 from soloist.errors import ConfigurationError
 from soloist.specs.cluster import ClusterSpec, cluster, load_clusters, preset_clusters, preset_gpus
-from soloist.specs.nccl_tests import parse_nccl_tests
 from soloist.specs.topology import from_nccl_xml, from_nvidia_smi, read_topology
 
 TOPO = """
@@ -35,17 +34,6 @@ XML = """<system version="1">
     <nic><net name="mlx5_1" dev="1" speed="400000" port="1" guid="0x2" gdr="1"/></nic>
   </cpu>
 </system>"""
-
-LOG = """# Collective test starting: alltoall_perf
-# nThread 1 nGpus 2 minBytes 1048576
-#  Rank  0 Group  0 Pid  11 on host device  0 [0000:19:00] NVIDIA H100 80GB HBM3
-#  Rank  1 Group  0 Pid  11 on host device  1 [0000:3b:00] NVIDIA H100 80GB HBM3
-NCCL version 2.28.9+cuda13.0
-#       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong
-     1048576        131072     float    none      -1    21.10   49.69   24.85      0    20.30   51.65   25.83    N/A
-    67108864       8388608     float    none      -1    144.2  465.39  232.69      0    145.0  462.82  231.41    N/A
-# Avg bus bandwidth    : 130
-"""
 
 
 def test_every_preset_has_a_source_and_a_size() -> None:
@@ -147,6 +135,24 @@ def test_nccl_xml_over_a_switch() -> None:
     assert spec.nvlink == 450e9
 
 
+@pytest.mark.parametrize("begin", ["\x1b[4m", "[4m"])
+def test_nvidia_smi_underlines_its_header_also_where_the_escape_was_lost(begin: str, tmp_path: Path) -> None:
+    text = TOPO.replace("GPU0", f"{begin}GPU0", 1)
+    for name, data in ("utf8", text.encode()), ("powershell", text.replace("\n", "\r\n").encode("utf-16")):
+        (tmp_path / name).write_bytes(data)
+        assert cluster(f"{tmp_path / name}#A100-80GB") == from_nvidia_smi(TOPO, "A100-80GB")
+
+
+def test_gpu_and_nic_are_for_topologies(tmp_path: Path) -> None:
+    (tmp_path / "topo.txt").write_text(TOPO)
+    for spec in cluster(f"{tmp_path}/topo.txt", "A100", 25), cluster(f"{tmp_path}/topo.txt#A100", nic_GBps=25):
+        assert spec == from_nvidia_smi(TOPO, "A100-80GB", nic_GBps=25)
+    with pytest.raises(ConfigurationError, match="--gpu = 'H200': is for a topology"):
+        cluster("dgx-h100", "H200")
+    with pytest.raises(ConfigurationError, match="--nic = 25: is for a topology"):
+        cluster("dgx-h100", nic_GBps=25)
+
+
 def test_nccl_xml_of_two_hosts_with_equal_bus_ids() -> None:
     """As of trays of one NVLink domain."""
     inside = XML[XML.index("<pci") : XML.index("</cpu>")]
@@ -182,19 +188,3 @@ def test_nccl_xml_refuses_other_files() -> None:
         from_nccl_xml("<system", "H100-80GB")
     with pytest.raises(ConfigurationError, match="no GPU"):
         from_nccl_xml("<graphs/>", "H100-80GB")
-
-
-def test_nccl_tests_log() -> None:
-    rows = parse_nccl_tests(LOG, "2xH100-NVLink")
-    assert [(r["collective"], r["gpus"], r["bytes"], r["us"]) for r in rows] == [
-        ("all_to_all", 2, 1048576, 20.3),
-        ("all_to_all", 2, 67108864, 144.2),
-    ]
-    assert rows[0]["library"] == "nccl-2.28.9"
-
-
-def test_nccl_tests_log_without_or_with_wrong_results() -> None:
-    with pytest.raises(ConfigurationError, match="no results"):
-        parse_nccl_tests("all_reduce_perf", "x")
-    with pytest.raises(ConfigurationError, match="wrong results"):
-        parse_nccl_tests(LOG.replace("24.85      0", "24.85      7"), "x")

@@ -173,7 +173,7 @@ def cluster(
         str | None, typer.Argument(help="A preset, a file, or the output of `nvidia-smi topo -m` or NCCL's XML.")
     ] = None,
     gpu: Annotated[str, typer.Option(help="The GPU that a topology does not name: H200.")] = "",
-    nic: Annotated[float, typer.Option(help="GB/s of a NIC, where a topology does not say it.")] = 50.0,
+    nic: Annotated[float | None, typer.Option(help="GB/s of a NIC, where a topology does not say it: 50.")] = None,
     gpus: Annotated[int, typer.Option(min=0, max=512, help="How many to show; 0: a node, or two.")] = 0,
     out: Annotated[Path | None, typer.Option(callback=to_write, help="Write it as a cluster file.")] = None,
 ) -> None:
@@ -181,13 +181,12 @@ def cluster(
     from soloist.planner import machines
     from soloist.planner.commands import console
     from soloist.specs.cluster import cluster as cluster_named
-    from soloist.specs.topology import read_topology
 
     show = console()
     if name is None:
         show.print(machines.presets())
         raise typer.Exit(0)
-    spec = read_topology(name, gpu, nic) if gpu else cluster_named(name)
+    spec = cluster_named(name, gpu, nic)
     count = gpus or min(spec.max_gpus or 16, 2 * spec.gpus_per_node if spec.nic_GBps else spec.gpus_per_node, 16)
     for line in machines.description(spec, count):
         show.print(line, highlight=False)

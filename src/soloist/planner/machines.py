@@ -77,7 +77,7 @@ def calibration_of_logs(logs: Sequence[Path], spec: ClusterSpec, out: Path) -> l
     machine = {"what": "machine", "cluster": msgspec.to_builtins(spec), "source": "nccl-tests"}
     lines, notes = [msgspec.json.encode(machine)], []
     for log in logs:
-        rows = parse_nccl_tests(read_text(log, "nccl-tests log"), fabric=spec.name)
+        rows = parse_nccl_tests(read_text(log, "nccl-tests log"), fabric=spec.name, path=str(log))
         for row in rows:
             spec.nodes(int(str(row["gpus"])))
         kinds = {str(row["collective"]) for row in rows}

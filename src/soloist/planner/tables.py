@@ -232,11 +232,9 @@ def read_measurements(path: str | Path) -> dict[str, list[Row]]:
     Records of other kinds are left alone. Raises ConfigurationError, naming file and line.
     """
     tables: dict[str, list[Row]] = {name: [] for name in TABLES}
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise ConfigurationError.of("measurements", str(path), f"cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "measurements").splitlines(), 1):
+        if not line.strip():
+            continue
         where = f"{path} line {number}"
         try:
             what = msgspec.json.decode(line, type=_Kind).what

@@ -148,12 +148,24 @@ def load_clusters(path: str | Path) -> dict[str, ClusterSpec]:
     return {name: _cluster(name, entry, gpus, path) for name, entry in tables.get("clusters", {}).items()}
 
 
-def cluster(name: str) -> ClusterSpec:
+def cluster(name: str, gpu: str = "", nic_GBps: float | None = None) -> ClusterSpec:
     """A preset by name, or the only cluster of a YAML file by path (`file.yaml#name` where it has several).
 
     A file of `soloist calibrate` (`.jsonl`) stands for the machine that it was measured on. The output of `nvidia-smi
-    topo -m` and NCCL's topology XML are read as a node of GPUs that they do not name: `topo.txt#H200`.
+    topo -m` and NCCL's topology XML are read as a node of GPUs that they do not name: `topo.txt#H200`, or `gpu`;
+    `nic_GBps` of a NIC, where they do not say it. Both are for topologies only.
     """
+    path, _, wanted = name.partition("#")
+    is_text = name not in preset_clusters() and Path(path).is_file() and not path.endswith(".jsonl")
+    if is_text and (topology := _topology(path, gpu or wanted, nic_GBps)):
+        return topology
+    for key, value in (("gpu", gpu), ("nic", nic_GBps)):
+        if value:
+            raise ConfigurationError.of(f"--{key}", value, f"is for a topology, and {name} is none; leave it out")
+    return _named(name)
+
+
+def _named(name: str) -> ClusterSpec:
     if name in preset_clusters():
         return preset_clusters()[name]
     path, _, wanted = name.partition("#")
@@ -165,8 +177,6 @@ def cluster(name: str) -> ClusterSpec:
         if machine := measured_cluster(path):
             return machine
         raise ConfigurationError.of("cluster", name, "holds no record of a machine; `soloist calibrate` writes one")
-    if topology := _topology(path, wanted):
-        return topology
     found = load_clusters(path)
     if wanted in found:
         return found[wanted]
@@ -177,10 +187,12 @@ def cluster(name: str) -> ClusterSpec:
     return next(iter(found.values()))
 
 
-def _topology(path: str, gpu: str) -> ClusterSpec | None:
-    from soloist.specs.topology import is_topology, read_topology  # which is made of the classes of this module
+def _topology(path: str, gpu: str, nic_GBps: float | None) -> ClusterSpec | None:
+    from soloist.specs.topology import NIC_GBPS, is_topology, read_topology  # made of the classes of this module
 
-    return read_topology(path, gpu) if is_topology(read_text(path, "cluster file")) else None
+    if not is_topology(read_text(path, "cluster file")):
+        return None
+    return read_topology(path, gpu, NIC_GBPS if nic_GBps is None else nic_GBps)
 
 
 def measured_cluster(path: str | Path) -> ClusterSpec | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,9 +14,14 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 
 def read_text(path: str | Path, key: str) -> str:
-    """The text of a file in UTF-8. Raises ConfigurationError for a file that is missing or holds something else."""
+    """The text of a file in UTF-8, or in the UTF-16 that Windows' shell writes, which begins with its byte order.
+
+    Raises ConfigurationError for a file that is missing or holds something else.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        data = Path(path).read_bytes()
+        encoding = "utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
+        return data.decode(encoding).replace("\r\n", "\n")
     except OSError as error:
         raise ConfigurationError.of(key, str(path), f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

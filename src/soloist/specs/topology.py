@@ -18,15 +18,17 @@ from soloist.specs.cluster import ClusterSpec, preset_gpus
 from soloist.specs.files import read_text
 
 LINKS_OF = {"A100-80GB": 12, "H100-80GB": 18, "H800": 8, "H200": 18, "H20": 18, "B200": 18, "GB200": 18}
+UNDERLINE = r"\x1b?\[[0-9;]+m"  # around the header; texts that were copied from a web page have lost the escape
+NIC_GBPS = 50.0  # of a NIC whose rate nobody says: 400 Gb/s
 PATH_GBPS = {"PIX": 25.0, "PXB": 24.0, "PHB": 20.0, "NODE": 18.0, "SYS": 12.0}
 
 
 def is_topology(text: str) -> bool:
     """Whether it may be one of the two."""
-    return text.lstrip().startswith("<") or re.search(r"^\s*(\x1b\[[0-9;]*m)?\s*GPU0\s", text, re.MULTILINE) is not None
+    return text.lstrip().startswith("<") or re.search(rf"^\s*({UNDERLINE})?\s*GPU0\s", text, re.MULTILINE) is not None
 
 
-def read_topology(path: str | Path, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
+def read_topology(path: str | Path, gpu: str, nic_GBps: float = NIC_GBPS) -> ClusterSpec:
     """A node from a file of either kind. `gpu`: a preset's name, or its part before the memory (`H100`). `nic_GBps` of
     a NIC, where the file does not say it.
 
@@ -41,12 +43,12 @@ def read_topology(path: str | Path, gpu: str, nic_GBps: float = 50.0) -> Cluster
     return from_nccl_xml(text, name) if text.lstrip().startswith("<") else from_nvidia_smi(text, name, nic_GBps)
 
 
-def from_nvidia_smi(text: str, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
+def from_nvidia_smi(text: str, gpu: str, nic_GBps: float = NIC_GBPS) -> ClusterSpec:
     """`nvidia-smi topo -m` of one node. `gpu` names a preset GPU; the text does not say the NICs' rate.
 
     Raises ConfigurationError where the text holds no GPU matrix or an unknown kind of path.
     """
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in text.splitlines()]
+    lines = [re.sub(UNDERLINE, "", line).split() for line in text.splitlines()]
     header = next((line for line in lines if line[:1] == ["GPU0"] and "X" not in line), None)
     rows = [line for line in lines if line and re.fullmatch(r"GPU\d+", line[0]) and "X" in line]
     if header is None or not rows:
@@ -55,9 +57,8 @@ def from_nvidia_smi(text: str, gpu: str, nic_GBps: float = 50.0) -> ClusterSpec:
     named = {line[0] for line in lines if "X" in line[1:]}  # older drivers print devices: mlx5_0, bnxt_re0
     nics = [name for name in header if name not in gpus and (name in named or re.fullmatch(r"NIC\d+", name))]
     if len(rows) != len(gpus) or any(len(row) < 1 + len(gpus) for row in rows):
-        raise ConfigurationError.of(
-            "topology", f"{len(rows)} rows", f"the header names {len(gpus)} GPUs; is it cut off?"
-        )
+        remedy = f"the header names {len(gpus)} GPUs; give the whole matrix of one node"
+        raise ConfigurationError.of("topology", f"{len(rows)} rows of GPUs", remedy)
     links = tuple(tuple(_rate(cell, gpu) for cell in row[1 : 1 + len(gpus)]) for row in rows)
     return _node(gpu, links, nics=len(nics), nic_GBps=nic_GBps * min(1.0, len(nics) / len(gpus)), source="nvidia-smi")
 
