@@ -32,12 +32,14 @@ def parse_nccl_tests(text: str, fabric: str, path: str = "") -> list[dict[str, o
     Raises ConfigurationError for a log that holds no results, for a table that names neither program nor ranks or only
     one rank, and for results that the test itself found wrong.
     """
-    name, library, ranks, groups = _program(path), "nccl", list[int](), set[str]()
+    name, library = _program(path), "nccl"
+    ranks: list[int] = []
+    groups: set[str] = set()
     rows: list[dict[str, object]] = []
     in_table = False
     for number, line in enumerate(text.splitlines(), 1):
         if in_table and (_RANK.search(line) or _program(line)):
-            name, ranks, groups, in_table = "", [], set(), False
+            name, ranks, groups, in_table = "", [], set[str](), False
         if rank := _RANK.search(line):
             ranks.append(int(rank[1]))
             groups.add(rank[2] or "0")
