@@ -26,6 +26,7 @@ from soloist.engine.world import World
 from soloist.kernels.language import AVAILABLE
 from soloist.placement.placement import Placement
 from soloist.planner.memory import pushed_tokens
+from soloist.planner.ways import Way, way
 from soloist.specs.model import ModelSpec
 from soloist.transport.base import Transport
 from soloist.transport.local import LocalGroup, LocalTransport
@@ -53,8 +54,8 @@ class Dispatchers:
         self.tokens, self.lanes = -(-most // layout.attention_ranks), 2 if halves else 1
         few = min(options.max_batch_tokens, options.replicate_below)
         # All ranks of the stage have the same replicated tokens, and only one group the expert of a choice.
-        whole = layout.ep > 1 and layout.attention_ranks == layout.stage_ranks
-        self.own = whole and not placement.has_replicas and not placement.has_empty_groups
+        self.repeats = placement.has_replicas or placement.has_empty_groups
+        self.own = layout.ep > 1 and self.way(replicated=True) == "stays"
         self.crossings = Crossings(spec, world, options, dtype)
         captured = max(options.graph_buckets(is_gpu=True), default=0) if options.exchange_captured else 0
         self.index = None
@@ -71,13 +72,19 @@ class Dispatchers:
             self.replicated = self._one_sided(seat.expert_peers, 1, -(-few * layout.tp // layout.attention_ranks))
 
     def captures(self, replicated: bool) -> bool:
-        """Whether no call of a step of this form asks the host for anything, so that a CUDA graph can hold it."""
+        """Whether no call of a step of this form asks the host for anything, so that a CUDA graph can hold it.
+
+        Where the planner expects it (planner/ways.py), if this machine has what it takes.
+        """
         if not self.spec.moe_layers:
             return True
-        if replicated and self.world.attention is not None:
-            return self.index is not None or self.replicated is not None
-        alone = self.world.seat.layout.stage_ranks == 1
-        return self.sharded is not None or self.railed is not None or (alone and self.index is not None)
+        shared = replicated and self.world.attention is not None
+        inside, across = (self.replicated, None) if shared else (self.sharded, self.railed)
+        return {"stays": self.index, "inside": inside, "across": across}[self.way(replicated)] is not None
+
+    def way(self, replicated: bool) -> Way:
+        """Where the tokens of a step of this form go."""
+        return way(self.world.seat.layout, self.world.gpus_per_node, replicated, self.repeats)
 
     def of(self, slots: int) -> tuple[Dispatcher, Dispatcher]:
         """For tokens that differ between the ranks of a TP group, and for tokens that are the same on all of them."""

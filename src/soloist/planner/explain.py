@@ -92,7 +92,7 @@ def exchange_lines(score: Score, cluster: ClusterSpec) -> list[str]:
     d = score.deployment
     if d.layout.ep == 1:
         return ["Exchange: none, every group holds all experts."]
-    if d.layout.stage_ranks <= cluster.gpus_per_node:
+    if d.layout.stages_fit(cluster.gpus_per_node):
         return ["Exchange: inside one node; nothing crosses."]
     links, size = links_of(cluster), round(row_bytes(d.model.d_model, d.precision.dispatch))
     traffic = Traffic.of(d.model, d.layout, cluster.gpus_per_node, size)

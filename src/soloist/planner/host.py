@@ -5,7 +5,7 @@
 A launch is what Triton and CUDA take, measured by `soloist calibrate`; python is our engine's own code around it. The
 step takes as long as its host or its GPU, whichever is slower. Hosts wait for nobody within a step, but GPUs wait for
 each other in every layer, so the slowest host of all ranks counts: the expected maximum of normal variates. A step that
-a graph holds has one launch, and nothing is added.
+a graph holds has one launch, and nothing is added. No graph holds steps whose tokens cross nodes (`ways`).
 
 Launches were counted in profiles of a prefill layer by torch's profiler, 8192 tokens of Qwen3-30B-A3B's shape: 13 in
 ep1, 23 in ep2, 23 and two of NCCL's collectives in tp2.
@@ -28,6 +28,8 @@ from soloist.specs.model import ModelSpec
 
 KERNELS = 13  # norms 2, projections 2, heads, attention, router's product and choice, index, rows, experts 2, sum
 TRAVELLING = 10  # flags, counts, pushes and copies between GPUs
+# Of dispatch/hierarchical.py, counted: 101 of torch's operations, each a sixth of a launch, and 6 calls of NCCL.
+CROSSING = 101 // 6 + 6 * 3
 LATENT, SHARED = 4, 5  # more of MLA's projections and norms; of shared experts: read off the code, not profiled
 COLLECTIVE = 3  # launches that a call of NCCL is worth: 330 µs with torch's bookkeeping, 250 to 420 in the profile
 SPREAD = 0.13  # of hosts: in the profiles one rank waited for the other for 3, 10, 20 and 41 % of a layer
@@ -39,11 +41,11 @@ THIN_FLOPS = 2e12  # of a layer on one GPU: some 3 ms, which is what the host ta
 KEPT_BYTES = 2e9  # of a step's activations, for it to have a graph: they stay with it
 
 
-def launches(model: ModelSpec, layout: Layout) -> int:
-    """Of a layer with experts, on one rank; calls of NCCL by what they are worth."""
+def launches(model: ModelSpec, layout: Layout, crosses: bool = False) -> int:
+    """Of a layer with experts, on one rank; calls of NCCL by what they are worth. `crosses`: tokens leave the node."""
     found = KERNELS + (LATENT if model.attention.kind == "mla" else 0) + (SHARED if model.shared_width else 0)
     if layout.stage_ranks > 1:
-        found += TRAVELLING
+        found += CROSSING if crosses else TRAVELLING
     if layout.attention_ranks > 1:  # tokens are gathered before attention, and sums scattered after it
         found += 2 * COLLECTIVE
     return found

@@ -18,6 +18,7 @@ from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.precision import Precision
 from soloist.planner.routing import activated, busiest, distinct, imbalance, straggler
 from soloist.planner.runtime import Runtime
+from soloist.planner.ways import Way, way
 from soloist.planner.weights import held_kv_heads, kv_elements
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec, Spec
@@ -55,8 +56,8 @@ class Deployment(Spec, frozen=True, kw_only=True):
 class Batch(NamedTuple):
     """What one attention group does in a step: `tokens` new ones, each seeing `context` on average.
 
-    padded: tokens of the graph that holds a prefill step, 0 if none does; experts and exchange see those of the step
-    alone. Decoding steps always have one.
+    padded: tokens of the graph that holds the step, 0 if none does; experts and exchange see those of the step alone.
+    Decoding steps have graphs of so many sizes that theirs counts as just as large as they are.
     """
 
     phase: str
@@ -70,7 +71,7 @@ class Batch(NamedTuple):
 
     @property
     def is_captured(self) -> bool:
-        return self.is_decode or self.padded > 0
+        return self.padded > 0
 
     @property
     def rows(self) -> float:
@@ -226,11 +227,17 @@ def _feed_forward(
     return total((up, kernels.matmul(batch.rows, d.model.d_model, cut, dtype))).times(runtime["kernels"])
 
 
+def way_of(d: Deployment, tokens: float, kernels: Kernels) -> Way:
+    """Where our own engine's tokens go in a step of so many in an attention group."""
+    replicated = tokens < kernels.replicates_below(d.layout.attention_ranks)
+    return way(d.layout, kernels.cluster.gpus_per_node, replicated, d.replicas > 0)
+
+
 def _exchange_parts(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernels, runtime: Runtime) -> Parts:
     """How rows reach the experts: dispatch and combine, or replication and all-reduce, whichever is faster."""
     tp, width = d.layout.tp, d.model.d_model
     size = batch.tokens * width * 2
-    if kernels.library == OWN_LIBRARY and d.layout.stage_ranks <= kernels.cluster.gpus_per_node:
+    if kernels.library == OWN_LIBRARY and way_of(d, batch.rows, kernels) != "across":
         return _own_exchange(d, batch, load, kernels, runtime)
     if d.layout.ep == 1:
         return {"expert exchange": kernels.collective("all_reduce", tp, size)}
@@ -249,7 +256,7 @@ def _own_exchange(d: Deployment, batch: Batch, load: ExpertLoad, kernels: Kernel
     """
     layout, skew = d.layout, load.fullest if d.skew else 1.0
     replicated = layout.attention_ranks > 1 and batch.rows < kernels.replicates_below(layout.attention_ranks)
-    stays = replicated and layout.attention_groups == 1 and not d.replicas
+    stays = replicated and way_of(d, batch.rows, kernels) == "stays"
     ranks, tp = (1 if stays else layout.ep, 1) if replicated else (layout.stage_ranks, layout.tp)
     slices = 1 if stays else layout.attention_ranks // layout.tp if replicated else layout.attention_ranks
     tokens, parts = batch.tokens / slices, {}

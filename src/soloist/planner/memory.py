@@ -14,6 +14,7 @@ from soloist.planner.compute import BYTES
 from soloist.planner.exchange import Mode, row_bytes
 from soloist.planner.halves import Halves
 from soloist.planner.precision import Precision
+from soloist.planner.ways import way
 from soloist.planner.weights import expert_slots, kv_elements, rank_weights
 from soloist.specs.layout import Layout, Seat
 from soloist.specs.model import ModelSpec, Spec
@@ -129,10 +130,11 @@ def pushed_tokens(spec: ModelSpec, layout: Layout, tokens: int, itemsize: float)
 def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: MemoryLoad, slots: int) -> float:
     """A window has room for every token that any rank could send: rows there, results of the experts, rows home.
 
-    Beside it lie choices and weights, and the index of expanded rows. Where steps go as two halves there are two of
-    them, each for a half. Attention groups of several ranks have one more for steps of few tokens, which all of their
-    ranks have. Where these tokens need not travel (one expert group, or one attention group and no replicas), there is
-    an index (dispatch/local.py) instead; a GPU by itself has only that.
+    Beside it lie choices and weights, and the index of expanded rows. Where any steps go as two halves there are two of
+    them, each for the most tokens that go at once: halves, or whole steps of those that are not cut. Attention groups
+    of several ranks have one more for steps of few tokens, which all of their ranks have. Where these tokens need not
+    travel (one expert group, or one attention group and no replicas), there is an index (dispatch/local.py) instead; a
+    GPU by itself has only that.
     """
     top_k, size = spec.router.top_k, BYTES[precision.combine]
 
@@ -145,8 +147,7 @@ def window_bytes(spec: ModelSpec, layout: Layout, precision: Precision, load: Me
     most = load.halves.largest(load.step_tokens, ceil(load.sequences))
     pushed = pushed_tokens(spec, layout, -(-most // attention), size)
     found = lanes * window(layout.stage_ranks, pushed) if layout.stage_ranks > 1 else 0.0
-    has_replicas = slots * layout.ep > spec.experts
-    if layout.ep == 1 or (layout.attention_groups == 1 and not has_replicas):
+    if way(layout, layout.size, replicated=True, repeats=slots > expert_slots(spec, layout)) == "stays":
         tokens = load.step_tokens if layout.ep == 1 else min(load.step_tokens, load.replicated)
         return found + 12 * tokens * min(top_k, max(slots, 1)) + 4 * (tokens * top_k + slots)
     if attention > 1:

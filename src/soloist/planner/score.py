@@ -84,13 +84,21 @@ class Scorer:
         self._models: dict[object, StepModel] = {}
         self._steps: dict[object, StepCost] = {}
         self._prompts: dict[object, Estimate] = {}
-        self._graphs: dict[object, tuple[int, ...]] = {}
 
     def most_sequences(self, deployment: Deployment, options: Options) -> float:
-        """Sequences of an attention group whose KV cache fits; below 1 where not even one does."""
-        none = sum(self._memory(deployment, options, 0).values())
-        one = sum(self._memory(deployment, options, 1).values()) - none
-        return (USABLE * 1e9 * self.kernels.cluster.gpu.memory_GB - none) / one
+        """Sequences of an attention group whose KV cache fits; below 1 where not even one does.
+
+        Where decoding steps of so many go as two halves, they have to fit beside the windows of both.
+        """
+        most = self._room(deployment, options, self._held_halves(deployment, options, 1))
+        halves = self._held_halves(deployment, options, most)
+        if halves.decode is None:
+            return most
+        return max(halves.decode // 2, self._room(deployment, options, halves))  # half as many do not pay
+
+    def _room(self, deployment: Deployment, options: Options, halves: Halves) -> float:
+        none, one = (sum(self._memory(deployment, options, batch, halves).values()) for batch in (0, 1))
+        return (USABLE * 1e9 * self.kernels.cluster.gpu.memory_GB - none) / (one - none)
 
     def score(self, deployment: Deployment, options: Options, batch: float) -> Score:
         """`batch` sequences in flight in every attention group."""
@@ -107,15 +115,17 @@ class Scorer:
             ttft=self._first_token(deployment, options, decode),
             output_rate=tpot.inverse(batch * groups),
             input_rate=prefill.seconds.inverse(options.chunk_tokens * groups),
-            memory=self._memory(deployment, options, batch),
+            memory=self._memory(deployment, options, batch, self._held_halves(deployment, options, batch)),
             decode=decode,
             prefill=prefill,
         )
 
     def halves(self, score: Score) -> Halves:
         """The steps of a deployment that are faster as two halves, as the largest are and all down to these."""
-        deployment, options = score.deployment, score.options
-        each = ceil(score.batch / max(1, min(options.micro_batches or deployment.layout.pp, int(score.batch))))
+        return self._halves(score.deployment, score.options, score.batch)
+
+    def _halves(self, deployment: Deployment, options: Options, batch: float) -> Halves:
+        each = ceil(batch / max(1, min(options.micro_batches or deployment.layout.pp, int(batch))))
         return Halves(
             self._halved_from("prefill", deployment, options, options.chunk_tokens),
             self._halved_from("decode", deployment, options, each),
@@ -160,46 +170,45 @@ class Scorer:
         self, phase: str, deployment: Deployment, options: Options, tokens: float, micro_batches: int = 0
     ) -> StepCost:
         """A step of one of the `dp` equal replicas. `micro_batches` 0: as the options say."""
-        model = self._key(deployment, options)
-        key = (model, phase, tokens, micro_batches)
-        if model not in self._models:
-            self._models[model] = self.step_model(deployment, options)
+        key = (self._key(deployment, options), phase, tokens, micro_batches)
         if key not in self._steps:
             context = self.load.context if phase == "decode" else self.load.prompt / 2
-            step = self._models[model].decode if phase == "decode" else self._models[model].prefill
+            model = self.step_model(deployment, options)
+            step = model.decode if phase == "decode" else model.prefill
             self._steps[key] = step(tokens, context, micro_batches or options.micro_batches)
         return self._steps[key]
 
     def step_model(self, deployment: Deployment, options: Options) -> StepModel:
-        """What its steps take, one by one."""
-        buckets = self._buckets(deployment, options)
-        return StepModel(deployment, self.kernels, self.runtime, options.overlap, buckets)
-
-    def _buckets(self, deployment: Deployment, options: Options) -> tuple[int, ...]:
-        """Tokens of the prefill steps in graphs, which our own engine has on GPUs."""
+        """What its steps take, one by one. Graphs of prefill steps are our own engine's, on GPUs."""
         key = self._key(deployment, options)
-        if key not in self._graphs:
-            has_them = self.kernels.library == OWN_LIBRARY and self.kernels.cluster.gpu.name != "cpu"
+        if key not in self._models:
+            has_graphs = self.kernels.library == OWN_LIBRARY and self.kernels.cluster.gpu.name != "cpu"
             fp8 = deployment.precision.experts == "fp8"
             given = (options.mixed_graphs, deployment.model, deployment.layout, options.chunk_tokens, fp8)
-            self._graphs[key] = host.buckets_of(*given) if has_them else ()
-        return self._graphs[key]
+            buckets = host.buckets_of(*given) if has_graphs else ()
+            self._models[key] = StepModel(deployment, self.kernels, self.runtime, options.overlap, buckets)
+        return self._models[key]
 
     def _key(self, deployment: Deployment, options: Options) -> object:
         """What step times depend on: not on `dp`."""
         layout = deployment.layout
         traced = (deployment.node_copies, deployment.rank_copies)
-        return (layout.pp, layout.attention_ranks, layout.ep, layout.tp, deployment.slots, traced, options)
+        fits = layout.stages_fit(self.kernels.cluster.gpus_per_node)
+        return (layout.pp, layout.attention_ranks, layout.ep, layout.tp, fits, deployment.slots, traced, options)
 
     def _mode(self, layout: Layout) -> Mode:
         """Of the exchange whose buffers stay: Soloist's own inside a node."""
-        inside = layout.stage_ranks <= self.kernels.cluster.gpus_per_node
+        inside = layout.stages_fit(self.kernels.cluster.gpus_per_node)
         return "pushed" if self.runtime.name == OWN_LIBRARY and inside else "normal"
 
-    def _memory(self, deployment: Deployment, options: Options, batch: float) -> dict[str, float]:
-        graphs, longest = self._buckets(deployment, options), self.load.longest
+    def _held_halves(self, deployment: Deployment, options: Options, batch: float) -> Halves:
+        """Those that need windows of their own: of the pushed exchange."""
+        is_pushed = (deployment.mode or self._mode(deployment.layout)) == "pushed"
+        return self._halves(deployment, options, batch) if is_pushed else Halves()
+
+    def _memory(self, deployment: Deployment, options: Options, batch: float, halves: Halves) -> dict[str, float]:
+        graphs, longest = self.step_model(deployment, options).mixed_graphs, self.load.longest
         mode, tokens = deployment.mode or self._mode(deployment.layout), options.chunk_tokens
-        halved = self._halved_from("prefill", deployment, options, tokens) if mode == "pushed" else None
         load = MemoryLoad(
             sequences=batch,
             longest=longest,
@@ -208,6 +217,6 @@ class Scorer:
             step_tokens=tokens,
             replicated=self.kernels.replicates_below(deployment.layout.attention_ranks),
             spare_slots=options.spare_slots,
-            halves=Halves(halved),
+            halves=halves,
         )
         return worst_rank(deployment.model, deployment.layout, deployment.precision, load, mode, deployment.slots)

@@ -2,7 +2,8 @@
 
     stage  = layers of the slowest stage, with overlap or without, + output head
     decode = micro-batches in flight · stage(batch / micro-batches) + hops + host's part   (pipeline full)
-    prefill = max(stage(chunk), the host's launches where no graph holds them: `host`) · (1 + bubble)
+    prefill = stage(chunk) · (1 + bubble)
+    stage at least as long as the host's launches where no graph holds the step: `host`
 
 Overlap of two half batches: each half's compute C and exchange M take 2C + 2M − η · min(2C, 2M), which pays only if the
 fixed costs that both halves pay, and the launches of both, are less than what is hidden.
@@ -18,7 +19,7 @@ from typing import Literal, NamedTuple
 from soloist.planner import host
 from soloist.planner.estimate import ZERO, Estimate, total
 from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
-from soloist.planner.layer import COMMUNICATION, Batch, Deployment, dense_parts, moe_parts
+from soloist.planner.layer import COMMUNICATION, Batch, Deployment, dense_parts, moe_parts, way_of
 from soloist.planner.runtime import Runtime
 from soloist.specs.model import ModelSpec
 
@@ -50,9 +51,12 @@ class StepModel:
         overlap: Overlap = "auto",
         mixed_graphs: tuple[int, ...] = (),
     ) -> None:
-        """mixed_graphs: tokens of prefill steps that graphs hold, as in the engine's option of this name."""
+        """mixed_graphs: tokens of prefill steps that graphs are asked to hold, as in the engine's option of this name.
+
+        Those that none can hold are left out.
+        """
         self.deployment, self.kernels, self.runtime, self.overlap = deployment, kernels, runtime, overlap
-        self.mixed_graphs = mixed_graphs
+        self.mixed_graphs = tuple(tokens for tokens in mixed_graphs if not self._crosses(tokens))
         self._known: dict[Batch, Parts] = {}  # a half batch is another batch's whole
 
     def decode(self, sequences: float, context: float, micro_batches: int = 0) -> StepCost:
@@ -62,9 +66,10 @@ class StepModel:
         """
         pp = self.deployment.layout.pp
         flights = max(1, min(micro_batches or pp, int(max(1.0, sequences))))
-        batch = Batch("decode", sequences / flights, context)
-        cost = self._with_step(self._fastest(self._stages(batch)), max(flights, pp), sequences / flights)
-        return _waiting(cost, 1e-6 * self.runtime["sequence_us"] * sequences / flights if pp > 1 else 0.0)
+        tokens = sequences / flights
+        batch = Batch("decode", tokens, context, 0.0 if self._crosses(tokens) else tokens)
+        cost = self._step(batch, max(flights, pp))
+        return _waiting(cost, 1e-6 * self.runtime["sequence_us"] * tokens if pp > 1 else 0.0)
 
     def prefill(self, tokens: float, context: float, micro_batches: int = 0) -> StepCost:
         """A chunk of `tokens` new tokens of every attention group, each seeing `context` tokens on average.
@@ -75,23 +80,38 @@ class StepModel:
         bucket = host.bucket_of(self.mixed_graphs, tokens) if 2 * context <= host.SHORT_CONTEXT else None
         flights = max(1, micro_batches or 8 * pp)
         bubble = (flights + pp - 1) / flights / (self.runtime["pipeline"] if pp > 1 else 1.0)
+        return self._step(Batch("prefill", tokens, context, float(bucket or 0)), bubble)
+
+    def _step(self, batch: Batch, factor: float) -> StepCost:
+        """A stage's cost `factor` times, and what a step costs once, in the form that is faster."""
 
         def cost(stage: StepCost) -> StepCost:
-            found = self._with_step(stage, bubble, tokens)
-            started = self._launching().times(2.0 if stage.is_overlapped else 1.0)
-            return found if bucket else _slowed(found, started, stage.seconds.value, bubble)
+            found = self._with_step(stage, factor, batch.tokens)
+            if batch.is_captured:
+                return found
+            started = self._launching(batch).times(2.0 if stage.is_overlapped else 1.0)
+            return _slowed(found, started, stage.seconds.value, factor)
 
-        stages = self._stages(Batch("prefill", tokens, context, float(bucket or 0)))
-        return self._fastest([cost(stage) for stage in stages])
+        return self._fastest([cost(stage) for stage in self._stages(batch)])
 
-    def _launching(self) -> Estimate:
-        """Of a whole step's kernels on the slowest host."""
+    @property
+    def _launches(self) -> bool:
+        """Whether this is our own engine, whose launches are known, on GPUs."""
+        return self.kernels.library == OWN_LIBRARY and self.kernels.cluster.gpu.name != "cpu"
+
+    def _crosses(self, tokens: float) -> bool:
+        """Whether a step is in no graph because its tokens cross nodes."""
+        return self._launches and way_of(self.deployment, tokens, self.kernels) == "across"
+
+    def _launching(self, batch: Batch) -> Estimate:
+        """Of a stage's kernels on the slowest host."""
         model, layout = self.deployment.model, self.deployment.layout
-        if self.kernels.library != OWN_LIBRARY or self.kernels.cluster.gpu.name == "cpu":
+        if not self._launches:
             return ZERO
         each = total((self.kernels.launch, Estimate(1e-6 * self.runtime["python_us"], 0.3, "interpolated")))
         ranks = layout.size // layout.dp
-        return each.times(host.launches(model, layout) * -(-model.layers // layout.pp) * host.slowest(ranks))
+        a_layer = host.launches(model, layout, self._crosses(batch.tokens))
+        return each.times(a_layer * -(-model.layers // layout.pp) * host.slowest(ranks))
 
     def _with_step(self, stage: StepCost, factor: float, tokens: float) -> StepCost:
         """A stage's cost `factor` times, plus what a step costs once."""
@@ -107,13 +127,19 @@ class StepModel:
     def _stages(self, batch: Batch) -> list[StepCost]:
         """The slowest stage in each form that may be taken: the first, which has the most layers, with the output head
         as if it were the last. Whole, and as two halves."""
-        found, can_overlap = list[StepCost](), self.deployment.layout.ep > 1
+        found, can_overlap = list[StepCost](), self._travels(batch.tokens)
         if self.overlap != "on" or not can_overlap:
             plain = self._layers(batch)
             found.append(StepCost(total(plain.values()), plain, False))
         if self.overlap != "off" and can_overlap:
             found.append(self._overlapped(batch))
         return [self._with_head(cost, batch) for cost in found]
+
+    def _travels(self, tokens: float) -> bool:
+        """Whether halves could overlap; our own engine cuts no step whose tokens all ranks of a group have."""
+        layout = self.deployment.layout
+        shared = layout.attention_ranks > 1 and tokens < self.kernels.replicates_below(layout.attention_ranks)
+        return layout.ep > 1 and not (self.kernels.library == OWN_LIBRARY and shared)
 
     def _fastest(self, costs: Sequence[StepCost]) -> StepCost:
         """The last, halves, where it is faster: in our own engine by what makes it worth their while."""
@@ -139,7 +165,7 @@ class StepModel:
     def _beside(self) -> tuple[str, ...]:
         """What travels beside the other half's kernels. In our own engine inside a node that is what copy engines move:
         results go home by a kernel, which shares the SMs with them."""
-        inside = self.deployment.layout.stage_ranks <= self.kernels.cluster.gpus_per_node
+        inside = self.deployment.layout.stages_fit(self.kernels.cluster.gpus_per_node)
         return ("dispatch",) if inside and self.kernels.library == OWN_LIBRARY else ("dispatch", "combine")
 
     def _layers(self, batch: Batch) -> Parts:

@@ -73,6 +73,10 @@ class Layout(Spec, frozen=True, kw_only=True):
         """Ranks in all."""
         return self.dp * self.pp * self.stage_ranks
 
+    def stages_fit(self, gpus_per_node: int) -> bool:
+        """Whether every stage lies inside one node of so many ranks."""
+        return self.size <= gpus_per_node or gpus_per_node % self.stage_ranks == 0
+
     def check(self, spec: ModelSpec) -> None:
         """Raise ConfigurationError unless this layout can cut that model."""
         for key, degree, most, what in (
