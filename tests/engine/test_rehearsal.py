@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
+from soloist.engine.graphs import StaticSteps
 from soloist.engine.options import EngineOptions
 from soloist.engine.rehearsal import rehearsals
 from soloist.engine.runner import Runner
@@ -49,12 +52,40 @@ def answer(transport: Transport, layout: Layout, rehearsed: bool | None) -> tupl
     runner = Runner(spec, layout, Placement.linear(spec, layout.ep), world, source, OPTIONS)
     runner.allocate(6)
     if rehearsed is not None:
-        runner.rehearse(rehearsed)
+        runner.compile(steps=rehearsed)
+    if rehearsed:
+        runner.rehearse()
     with torch.inference_mode():
         logits = runner.logits(StepBatch(1, (Chunk(0, PROMPT, 0, (0, 1), samples=True),), len(PROMPT)))
     chosen = [count for counts in runner.figures().chosen.values() for count in counts]
     world.close()
     return logits, chosen
+
+
+def captured_when(transport: Transport, came: list[str]) -> list[str]:
+    """What ranks had come to when this one began to capture."""
+    layout, source = Layout.parse("ep2"), RandomWeights(tiny_spec(), 0, torch.float32)
+    world, seen = World.build(transport, layout, gpus_per_node=8), list[str]()
+
+    class Watched(Runner):
+        def _static_steps(self, buckets: Sequence[int], mixed: Sequence[int]) -> StaticSteps:
+            steps = super()._static_steps(buckets, mixed)
+            steps.capture = lambda: seen.extend(came)
+            return steps
+
+    def meet(stage: str) -> None:
+        came.append(stage)
+        transport.barrier()
+
+    world.await_everybody = meet
+    Watched(tiny_spec(), layout, Placement.linear(tiny_spec(), 2), world, source, OPTIONS).allocate(6)
+    world.close()
+    return seen
+
+
+def test_graphs_are_captured_when_all_have_loaded_and_compiled() -> None:
+    stages = ["loaded", "loaded", "compiled", "compiled"]
+    assert run_threads(2, captured_when, []) == [stages, stages]
 
 
 @pytest.mark.parametrize("rehearsed", [False, True])

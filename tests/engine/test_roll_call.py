@@ -18,7 +18,7 @@ from torch.distributed import HashStore
 
 from soloist.engine.meeting import Job, Meeting, Place, bounded, first_host, master_from
 from soloist.engine.options import EngineOptions
-from soloist.engine.roll_call import TWICE, checkpoint_digest, disagreement, passport_of, roll_call
+from soloist.engine.roll_call import TWICE, await_everybody, checkpoint_digest, disagreement, passport_of, roll_call
 from soloist.errors import ClusterError, ConfigurationError
 from soloist.placement.placement import Placement
 from soloist.specs.layout import Layout
@@ -200,3 +200,27 @@ def test_what_takes_too_long():
         bounded(never.wait, 0.1)
     never.set()
     assert bounded(lambda: timedelta(1), 60) == timedelta(1)
+
+
+def test_nobody_goes_on_before_the_last_has_loaded() -> None:
+    store, went_on = HashStore(), []
+
+    def rank(number: int) -> None:
+        await_everybody(store, Place(number, 3, number, 3), 60.0, "loaded")
+        went_on.append(number)
+
+    threads = [threading.Thread(target=rank, args=(number,), daemon=True) for number in (0, 2)]
+    for thread in threads:
+        thread.start()
+    while store.add("loaded", 0) < 2:
+        time.sleep(0.01)
+    assert went_on == []
+    rank(1)
+    for thread in threads:
+        thread.join(60)
+    assert sorted(went_on) == [0, 1, 2]
+
+
+def test_who_has_not_loaded_in_time_is_named() -> None:
+    with pytest.raises(ClusterError, match=r"rank 1: ranks 0, 2 had not loaded within 0\.2 s"):
+        await_everybody(HashStore(), Place(1, 3, 1, 3), 0.2, "loaded")

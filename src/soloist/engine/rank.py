@@ -19,6 +19,7 @@ from soloist.engine.blame import cause, tell
 from soloist.engine.crew import CACHE, Crew, Executor, follow
 from soloist.engine.leader import Leader
 from soloist.engine.meeting import FRONT_END, Job, Meeting
+from soloist.engine.roll_call import await_everybody
 from soloist.engine.world import World
 from soloist.errors import CommunicationError, ConfigurationError
 from soloist.frontend.sockets import Spoke
@@ -137,7 +138,9 @@ def build_world(job: Job, meeting: Meeting, device: torch.device) -> World:
     control = leaders_only(job, meeting) if device.type == "cuda" else None
     windows = partial(symmetric_group, meeting, device) if options.transport == "auto" and nvlink(meeting) else None
     inside, rails = node_ranks(job, meeting, device), may_go_by_node(job) and kind != SHARED
-    return World.build(root, job.layout, options.gpus_per_node, control, windows, inside, rails, options.nvlink_sums)
+    world = World.build(root, job.layout, options.gpus_per_node, control, windows, inside, rails, options.nvlink_sums)
+    world.await_everybody = partial(await_everybody, store, place, options.start_deadline_s)
+    return world
 
 
 def nvlink(meeting: Meeting) -> bool:

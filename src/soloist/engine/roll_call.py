@@ -100,6 +100,22 @@ def roll_call(store: Store, place: Place, passport: Passport, deadline_s: float)
         raise ClusterError(f"rank {place.rank}: {verdict}")
 
 
+def await_everybody(store: Store, place: Place, deadline_s: float, stage: str) -> None:
+    """Returns when all ranks have called it for this stage of the start, once each.
+
+    Raises ClusterError, which names those that did not come in time, or says that the store is gone.
+    """
+    try:
+        store.set(f"{stage} {place.rank}", "")
+        if store.add(stage, 1) == place.size:
+            store.set(f"{stage} all", "")
+        if _wait_for(store, [f"{stage} all"], time.monotonic() + deadline_s):
+            missing = [rank for rank in range(place.size) if not store.check([f"{stage} {rank}"])]
+            raise ClusterError(f"rank {place.rank}: {_named(missing)} had not {stage} within {deadline_s:.3g} s")
+    except RuntimeError as error:
+        raise ClusterError(f"rank {place.rank}: rank 0: its store does not answer any more ({error})") from error
+
+
 def _judge(store: Store, size: int, deadline_s: float) -> str:
     """Who came twice stands in the place of somebody who will not come."""
     keys = [f"passport {rank}" for rank in range(size)]

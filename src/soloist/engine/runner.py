@@ -5,7 +5,8 @@ Shape legend: C tokens whose logits are wanted, V vocabulary, t tokens that this
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import msgspec
@@ -87,7 +88,9 @@ class Runner:
     def allocate(self, blocks: int) -> None:
         """Make the KV cache, after the ranks of a sequence have agreed on the number of blocks; capture the graphs.
 
-        One block more than agreed takes what padding leaves. Called by all ranks of a stage together.
+        One block more than agreed takes what padding leaves. Called by all ranks, each when it has read its weights:
+        some take minutes longer than others. So all wait for the last one on the host before anything waits in a
+        kernel, which is bounded as in service.
         """
         options = self.options
         self.kv_blocks = blocks
@@ -100,8 +103,13 @@ class Runner:
         is_gpu = self.device.type == "cuda"
         self.buckets = Buckets(self.spec, self.world.seat.layout, options, self.decoder, self.dispatchers, is_gpu)
         self.static = self._static_steps(self.buckets.decodes, self.buckets.mixed)
-        if is_gpu and not self.recorder and (options.rehearse or self.static.steps):
-            self.rehearse(options.rehearse)
+        rehearses = is_gpu and options.rehearse and not self.recorder
+        self.world.await_everybody("loaded")
+        if is_gpu and (rehearses or self.static.steps):
+            self.compile(rehearses)
+        self.world.await_everybody("compiled")
+        if rehearses:
+            self.rehearse()
         self.static.capture()
         self.watch.enabled = is_enabled
 
@@ -140,24 +148,35 @@ class Runner:
         return torch.empty(rows, self.spec.d_model, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
-    def rehearse(self, steps: bool = True) -> None:
-        """Run all graphs' steps, and steps of all sizes (engine/rehearsal.py), through a layer of each kind. Nothing of
-        them is counted. Their kernels are compiled first, side by side, where nothing but kernels reads what kernels
-        wrote, neither the host nor the index of another operation; without `steps` that is all.
+    def compile(self, steps: bool) -> None:
+        """The kernels of all graphs' steps, and with `steps` those of `rehearse`, side by side.
+
+        Only where nothing but kernels reads what kernels wrote, neither the host nor the index of another operation.
         """
+        asks_nothing = self.buckets.captures(1) and self.buckets.captures(self.options.max_batch_tokens)
+        if (asks_nothing or not steps) and not self.options.exchange_captured:
+            with self._layer_of_each_kind(), compile_ahead(torch.get_num_threads()):
+                self._rehearse(steps)
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Run all graphs' steps, and steps of all sizes (engine/rehearsal.py). Called by all ranks together."""
+        with self._layer_of_each_kind():
+            self._rehearse(steps=True)
+        self.world.check()
+
+    @contextmanager
+    def _layer_of_each_kind(self) -> Iterator[None]:
+        """Steps go through no other layers meanwhile, and nothing of them is counted."""
         blocks, caches = self.decoder.blocks, self.caches
         kept = kinds(self.spec, self.placement, self.decoder.layers)
-        asks_nothing = self.buckets.captures(1) and self.buckets.captures(self.options.max_batch_tokens)
         self.decoder.blocks, self.caches = [blocks[index] for index in kept], [caches[index] for index in kept]
-        if (asks_nothing or not steps) and not self.options.exchange_captured:
-            with compile_ahead(torch.get_num_threads()):
-                self._rehearse(steps)
-        if steps:
-            self._rehearse(steps)
-        self.decoder.blocks, self.caches = blocks, caches
-        self.world.check()
-        self.stats.forget()
-        self.world.take_traffic()
+        try:
+            yield
+        finally:
+            self.decoder.blocks, self.caches = blocks, caches
+            self.stats.forget()
+            self.world.take_traffic()
 
     def _rehearse(self, steps: bool) -> None:
         options = self.options

@@ -39,6 +39,7 @@ class World:
     inside: Transport | None = None  # all ranks of the own node, where it has memory that they share
     windows: Windows | None = None  # where the GPUs of a node reach each other's memory
     gpus_per_node: int = 1
+    await_everybody: Callable[[str], None] = lambda stage: None  # on the host: until all ranks have come so far
     watches: list[Watch] = field(default_factory=list)
 
     @classmethod
