@@ -14,16 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import msgspec
 import numpy as np
 import yaml
 
 from soloist.errors import ConfigurationError
+from soloist.placement.archive import Array, read_arrays
 from soloist.placement.eplb import EplbMaps, physical_map
 from soloist.placement.placement import LayerSlots, Placement
-from soloist.placement.trace import Array
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
 
@@ -46,7 +45,7 @@ def import_placement(spec: ModelSpec, groups: int, form: str, path: str | Path) 
         physical_LR = np.array(_IMPORTS[form](spec, Path(path)), np.int64)
     except OSError as error:
         raise ConfigurationError.of("placement", str(path), f"cannot be read: {error.strerror or error}") from error
-    except (KeyError, TypeError, ValueError, EOFError, BadZipFile, msgspec.DecodeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError, ValueError, msgspec.DecodeError, yaml.YAMLError) as error:
         remedy = f"is not {form}'s file for {spec.name}: {error!r}"
         raise ConfigurationError.of("placement", str(path), remedy) from error
     return from_physical(physical_LR, spec, groups, str(path))
@@ -121,8 +120,7 @@ def _import_tensorrt(spec: ModelSpec, path: Path) -> Iterable[Any]:
 
 
 def _import_eplb(spec: ModelSpec, path: Path) -> Iterable[Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        return archive["phy2log"]
+    return read_arrays(path)["phy2log"]
 
 
 def _unknown(form: str) -> ConfigurationError:

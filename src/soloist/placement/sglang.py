@@ -20,8 +20,9 @@ import msgspec
 import numpy as np
 
 from soloist.errors import ConfigurationError
+from soloist.placement.archive import Array, read_arrays
 from soloist.placement.torch_file import read_torch_file
-from soloist.placement.trace import Array, RoutingTrace, Sample, TraceModel
+from soloist.placement.trace import RoutingTrace, Sample, TraceModel
 from soloist.specs.model import ModelSpec
 
 
@@ -43,8 +44,7 @@ def _read(path: Path) -> dict[str, Any]:
         return read_torch_file(path)
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return dict(archive)
+            return dict[str, Any](read_arrays(path))
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise ConfigurationError.of("dump", str(path), f"cannot be read: {error.strerror or error}") from error

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from soloist.errors import ConfigurationError
-from soloist.placement.trace import Array
+from soloist.placement.archive import Array
 
 DTYPES = {
     "BoolStorage": "?",
@@ -40,7 +40,7 @@ def read_torch_file(path: str | Path) -> Any:
                 return _Reader(file, archive, member.removesuffix("data.pkl")).load()
     except OSError as error:
         raise ConfigurationError.of("file", str(path), f"cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, EOFError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         raise ConfigurationError.of("file", str(path), f"is no file of tensors by torch.save: {error}") from error
 
 

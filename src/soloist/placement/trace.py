@@ -9,20 +9,17 @@ of some of the tokens, the *sample*, it may hold the choice itself. The file is 
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from soloist.errors import ConfigurationError
+from soloist.placement.archive import Array, read_arrays
 from soloist.specs.model import ModelSpec, Spec
 
-Array = NDArray[Any]
 FORMAT = "soloist-trace/1"
 
 
@@ -197,11 +194,10 @@ def _narrow(array: Array) -> Array:
 
 def _read(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
+        return read_arrays(path)
     except OSError as error:
         raise ConfigurationError.of(
             "trace", str(path), f"cannot be read: {error.strerror or error}; `soloist record` makes one"
         ) from error
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         raise ConfigurationError.of("trace", str(path), "is not a trace; soloist record makes one") from error
