@@ -10,6 +10,7 @@ from soloist.placement import commands
 from soloist.placement.layer import Weights
 from soloist.placement.placement import Placement
 from soloist.placement.trace import RoutingTrace
+from soloist.specs.named import shape_of
 
 MODEL = Path(__file__).parents[2] / "models" / "novels-moe-11m"
 
@@ -48,7 +49,7 @@ def test_traces_of_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"routing\.trace"):
         commands.run_solve("ref-16l", "ep16", tmp_path / "p.json")
     placement = tmp_path / "p.json"
-    Placement.linear(commands.spec_of(str(MODEL)), 4).save(placement)
+    Placement.linear(shape_of(str(MODEL)), 4).save(placement)
     with pytest.raises(ConfigurationError, match="layer = 6"):
         commands.run_show(placement, layer=6)
 

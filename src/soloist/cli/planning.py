@@ -232,6 +232,6 @@ def calibrate(
 
 def _spec(name: str) -> ModelSpec:
     """Of a folder, a hub id or a preset."""
-    from soloist.engine.model import Model
+    from soloist.specs.named import shape_of
 
-    return Model.shape(name)
+    return shape_of(name)

@@ -11,12 +11,8 @@ from soloist.errors import ConfigurationError
 from soloist.specs.hf import read_config
 from soloist.specs.hub import locate
 from soloist.specs.model import ModelSpec
+from soloist.specs.named import is_folder_or_hub_id
 from soloist.specs.presets import preset
-
-
-def is_folder_or_hub_id(name: Path | str) -> bool:
-    """What is not the name of a preset."""
-    return Path(name).expanduser().is_dir() or "/" in str(name)
 
 
 @dataclass(frozen=True)
@@ -42,11 +38,6 @@ class Model:
         if not random_weights:
             raise ConfigurationError.of("model", str(name), "a preset has no weights: give random_weights a seed")
         return cls(spec, None)
-
-    @staticmethod
-    def shape(name: Path | str) -> ModelSpec:
-        """The spec alone, as the checkpoint has it: weights are not fetched."""
-        return read_config(locate(name, weights=False)) if is_folder_or_hub_id(name) else preset(str(name))
 
     @property
     def tokenizer(self) -> Path | None:

@@ -19,11 +19,9 @@ from soloist.placement.solve import Solution, solve
 from soloist.placement.trace import Array, RoutingTrace
 from soloist.placement.traffic import measure
 from soloist.specs.cluster import cluster as cluster_named
-from soloist.specs.hf import read_config
-from soloist.specs.hub import locate
 from soloist.specs.layout import Layout
-from soloist.specs.model import DTYPE_BYTES, ModelSpec
-from soloist.specs.presets import preset
+from soloist.specs.model import DTYPE_BYTES
+from soloist.specs.named import shape_of
 
 Named = dict[str, tuple[Placement, Array | None]]
 
@@ -47,7 +45,7 @@ def run_solve(
     slots: of each group; None: as many as there are experts. current: a placement to start from. split_groups: experts
     of one router group may lie on several nodes.
     """
-    spec, cut = spec_of(model), Layout.parse(layout)
+    spec, cut = shape_of(model), Layout.parse(layout)
     recorded = RoutingTrace.load(trace or Path(model).expanduser() / "routing.trace")
     recorded.check(spec)
     machine = cluster_named(cluster) if cluster else None
@@ -95,31 +93,24 @@ def run_show(placement: Path, trace: Path | None = None, gpus_per_node: int = 8,
 
 def run_export(placement: Path, model: str, form: str, output: Path) -> None:
     """Write a placement as another engine's file."""
-    _say(export_placement(Placement.load(placement), spec_of(model), form, output), output)
+    _say(export_placement(Placement.load(placement), shape_of(model), form, output), output)
 
 
 def run_import(file: Path, model: str, form: str, groups: int, output: Path) -> None:
     """Write another engine's file as a placement."""
-    placement, notices = import_placement(spec_of(model), groups, form, file)
+    placement, notices = import_placement(shape_of(model), groups, form, file)
     placement.save(output)
     _say(notices, output)
 
 
 def run_read_dumps(model: str, dumps: Sequence[Path], output: Path) -> None:
     """Write what SGLang's recorder dumped as a trace."""
-    trace = read_sglang_dumps(spec_of(model), dumps)
+    trace = read_sglang_dumps(shape_of(model), dumps)
     trace.save(output)
     notices = [f"{trace.tokens} tokens of {trace.model}"]
     if trace.sample is None:
         notices.append("these dumps hold counts only: a placement solved from them evens out load, not traffic")
     _say(notices, output)
-
-
-def spec_of(model: str) -> ModelSpec:
-    """The shape of a folder, a hub id or a preset; no weights are fetched."""
-    if Path(model).expanduser().is_dir() or "/" in model:
-        return read_config(locate(model, weights=False))
-    return preset(model)
 
 
 def nodes(layout: Layout, gpus_per_node: int) -> list[int]:
