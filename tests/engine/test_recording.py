@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def test_texts_are_cut_into_windows(tmp_path: Path, alone: tuple[LLM, RoutingTra
         windows(llm, [tmp_path / "a.txt"], 10_000, 4096)
     with pytest.raises(ConfigurationError, match="cannot be read"):
         windows(llm, [tmp_path / "none.txt"], 10, 5)
+
+
+def test_a_packed_text_is_read_whole_or_refused(tmp_path: Path, alone: tuple[LLM, RoutingTrace]) -> None:
+    llm, _ = alone
+    packed, text = tmp_path / "a.txt.xz", "It was a dark and stormy night – " * 20
+    packed.write_bytes(lzma.compress(text.encode()))
+    assert windows(llm, [packed], 32, 32) == [llm.tokens(text)[:32]]
+    packed.write_bytes(packed.read_bytes()[:-8])
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        windows(llm, [packed], 32, 32)
 
 
 def test_an_engine_that_does_not_record_says_so() -> None:

@@ -5,7 +5,7 @@ Shape legend: R rows (`ranks · capacity`), D model width, K top-k, X expanded r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class ExchangeShape:
         """The same for calls of at most `tokens` tokens a rank, in the same memory."""
         if tokens > self.capacity:
             raise CapacityError(f"{tokens} tokens in a call, buffers hold {self.capacity}: send them in rounds")
-        return ExchangeShape(**{**vars(self), "capacity": tokens})
+        return replace(self, capacity=tokens)
 
 
 class WindowPlan:

@@ -27,7 +27,10 @@ from soloist.transport.base import Pending, Transport
 
 @dataclass(frozen=True)
 class Places:
-    """Where each choice's row stands in the slab. A token's second choice of a group takes no row of its own."""
+    """Where each choice's row stands in the slab. A token's second choice of a group takes no row of its own.
+
+    The ticket of a batch: by it the rows go home.
+    """
 
     place_TK: Tensor  # int64 row of the slab; its last, spare one for a choice without a row
     group_TK: Tensor  # int64; G for a choice without a row
@@ -52,14 +55,6 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """How the rows of a batch go home."""
-
-    places: Places
-    rounds: int
-
-
-@dataclass(frozen=True)
 class PaddedDispatcher(Dispatcher):
     """Dispatcher with equal splits. `peers`, `topology`, `slots` and `tp` as in RaggedDispatcher.
 
@@ -79,7 +74,7 @@ class PaddedDispatcher(Dispatcher):
         return self.capacity * self.rounds
 
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
-        if len(x_TD) > self.capacity * self.rounds:
+        if len(x_TD) > self.limit:
             reason = f"{len(x_TD)} tokens in a call, {self.rounds} rounds of {self.capacity} rows may not hold them"
             raise CapacityError(f"{reason}: allow more rounds or a larger capacity")
         groups, where = self.peers.size, phase(where, "dispatch")
@@ -113,13 +108,13 @@ class PaddedDispatcher(Dispatcher):
         return torch.stack(parts).unflatten(1, (self.peers.size, self.capacity)).transpose(0, 1).flatten(0, 2)
 
     def start_combine(self, y_RD: Tensor, batch: ExpertBatch, where: str = "") -> Returning:
-        ticket, where = batch.ticket, phase(where, "combine")
-        assert isinstance(ticket, Ticket), "this batch came from another dispatcher"
+        places, where = batch.ticket, phase(where, "combine")
+        assert isinstance(places, Places), "this batch came from another dispatcher"
         if self.tp is not None:
             share = len(y_RD) // self.tp.size
             y_RD = self.tp.reduce_scatter_rows(y_RD.contiguous(), [share] * self.tp.size, where)
         by_round = y_RD.unflatten(0, (self.peers.size, self.rounds, self.capacity)).transpose(0, 1).flatten(0, 2)
-        return Returning(self, ticket.places, self._exchange(by_round, where))
+        return Returning(self, places, self._exchange(by_round, where))
 
     def sum(self, y_RD: Tensor, places: Places) -> Tensor:
         """out_TD: fp32 over the groups of a node, rounded, fp32 over the nodes, rounded."""
@@ -160,7 +155,7 @@ class Arriving:
             message_RW = tp.all_gather_rows(message_RW.contiguous(), [len(message_RW)] * tp.size, self.where)
         rows_RD, slot_RK, weight_RK = self.form.parts(message_RW)
         index = expert_major(slot_RK, weight_RK, dispatcher.slots)
-        return ExpertBatch(rows_RD, *index, Ticket(self.places, dispatcher.rounds), dense=False)
+        return ExpertBatch(rows_RD, *index, self.places, dense=False)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from soloist.placement.placement import Placement
 from soloist.planner.memory import pushed_tokens
 from soloist.planner.ways import Way, way
 from soloist.specs.model import ModelSpec
-from soloist.transport.base import Transport
 from soloist.transport.local import LocalGroup, LocalTransport
 
 
@@ -88,17 +87,17 @@ class Dispatchers:
 
     def of(self, slots: int) -> tuple[Dispatcher, Dispatcher]:
         """For tokens that differ between the ranks of a TP group, and for tokens that are the same on all of them."""
-        world, layout = self.world, self.world.seat.layout
+        layout = self.world.seat.layout
         local = LocalDispatcher(slots, self.index) if self.index else None
         sharded = _resized(self.sharded, slots) or (local if layout.stage_ranks == 1 else None)
         replicated = local or _resized(self.replicated, slots) or (self.here(slots) if self.own else None)
         return (
-            sharded or self._across_nodes(slots, world.tp),
+            sharded or self._across_nodes(slots),
             replicated or self.crossings.of(slots),
         )
 
-    def _across_nodes(self, slots: int, tp: Transport | None) -> Dispatcher:
-        many = self.crossings.of(slots, tp)
+    def _across_nodes(self, slots: int) -> Dispatcher:
+        many = self.crossings.of(slots, self.world.tp)
         return many if self.railed is None else FewByRails(self.railed.with_slots(slots), many)
 
     def here(self, slots: int) -> Dispatcher:

@@ -95,19 +95,20 @@ class LocalRanks:
     """One process for each rank, forked from a server that has imported torch."""
 
     def __init__(self, job: Job, make_executor: Callable[..., Any] | None = None) -> None:
+        _check_memory(job)
         self.folder = Path(tempfile.mkdtemp(prefix="soloist-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.processes: list[Any] = []
+        self.hub: Hub[ToFrontEnd] = Hub(f"ipc://{self.folder}/front-end", ToFrontEnd)
         try:
-            self.hub: Hub[ToFrontEnd] = Hub(f"ipc://{self.folder}/front-end", ToFrontEnd)
             self._start(job, make_executor)
         except BaseException:
+            self.hub.close()
             self.close()
             raise
 
     def _start(self, job: Job, make_executor: Callable[..., Any] | None) -> None:
         size = job.layout.size
-        _check_memory(job)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["soloist.engine.preload"])
         with _without_main():

@@ -55,8 +55,9 @@ def _read(path: Path) -> str:
     if path.suffix != ".xz":
         return read_text(path, "text")
     try:
-        return lzma.open(path, "rt").read()
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+        with lzma.open(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise ConfigurationError.of("text", str(path), f"cannot be read: {error}") from error
 
 

@@ -60,8 +60,8 @@ class LoadStats:
         for counts in self._counts.values():
             counts.zero_()
 
-    def reader(self) -> Reader:
-        return Reader(self._counts)
+    def reader(self) -> LoadReader:
+        return LoadReader(self._counts)
 
     def take(self) -> dict[int, LayerLoad]:
         """The counters of each layer since the last call."""
@@ -69,7 +69,7 @@ class LoadStats:
 
 
 @dataclass
-class Reader:
+class LoadReader:
     """Reads counters that grow; several readers do not disturb each other."""
 
     counts: dict[int, Tensor]

@@ -28,7 +28,7 @@ from soloist.transport.base import Transport
 from soloist.transport.exchange import Exchange, ExchangeTransport, parts_of
 
 MESSAGE_TAG = 0  # of point-to-point messages; each exchange has two tags of its own, for counts and for rows
-TAGS = 1 << 30
+TAGS = 1 << 30  # that exchanges take in turn, behind it
 UNDER_WAY = 4  # messages to one peer before `send` waits
 
 
@@ -81,7 +81,7 @@ class GlooTransport(ExchangeTransport):
     def _start(
         self, rows_RW: Tensor, send_counts: Sequence[int] | None, recv_counts: Sequence[int] | None, where: str
     ) -> _GlooExchange:
-        self._tag = (self._tag + 2) % TAGS
+        self._tag = self._tag % TAGS + 2
         parts = parts_of(rows_RW, send_counts, self.size)
         return _GlooExchange(self, parts, recv_counts, self._tag, where)
 
