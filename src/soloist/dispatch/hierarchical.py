@@ -28,6 +28,7 @@ from soloist.specs.layout import share
 from soloist.transport.base import Pending, Transport
 
 TAG_BITS = 16  # of a row's slots: the group inside its node while the row crosses, the source's group while it fans out
+TAG_MASK = (1 << TAG_BITS) - 1
 MOST = 1 << (TAG_BITS - 1)
 Rows = Pending[tuple[Tensor, list[int]]]  # on their way, with how many come from each member
 
@@ -128,9 +129,9 @@ class HierarchicalDispatcher(Dispatcher):
     def start_dispatch(self, x_TD: Tensor, choice: SlotChoice, where: str = "") -> Arriving:
         """The host waits for the counts of the rail's other ranks, once for all chunks."""
         form, where = RowFormat(x_TD.dtype, x_TD.shape[1], choice.group_TK.shape[1]), phase(where, "dispatch")
-        by_node = self._by_node(choice)
+        nodes = by_node(choice, self.rails.topology, self.rail.device)
         spans = [share(len(x_TD), self.chunks, chunk) for chunk in range(self.chunks)]
-        parts = [SlotChoice(*(t[start:stop] for t in vars(by_node).values())) for start, stop in spans]
+        parts = [SlotChoice(*(t[start:stop] for t in vars(nodes).values())) for start, stop in spans]
         leaving = [Departures.of(part, len(self.rails.nodes)) for part in parts]
         sent_CM = [self._to_members(departures.counts) for departures in leaving]
         received_MC = self.rail.exchange_counts(torch.tensor(sent_CM).T, phase(where, "across nodes"))
@@ -143,12 +144,6 @@ class HierarchicalDispatcher(Dispatcher):
             crossings.append(Crossing(departures, sent, received, pending))
         return Arriving(self, form, crossings, where)
 
-    def _by_node(self, choice: SlotChoice) -> SlotChoice:
-        """The choice as the rail sees it: nodes for groups; the group inside its node and the slot for slots."""
-        node_G, local_G = places_of(self.rails.topology, self.rail.device)
-        place_TK = (local_G[choice.group_TK] << TAG_BITS) | choice.slot_TK
-        return SlotChoice(node_G[choice.group_TK], place_TK, choice.weight_TK)
-
     def _to_members(self, counts_N: list[int]) -> list[int]:
         """Rows to each member of the rail, from those to each node."""
         to = dict(zip(self.rails.gateways, counts_N, strict=True))
@@ -160,7 +155,7 @@ class HierarchicalDispatcher(Dispatcher):
         x_RD, place_RK, weight_RK = form.parts(message_RW)
         rail = torch.tensor(self.rails.rail, device=message_RW.device)
         source_R = rail.repeat_interleave(torch.tensor(received, device=message_RW.device))
-        tagged_RK = (source_R[:, None] << TAG_BITS) | (place_RK & (MOST * 2 - 1))
+        tagged_RK = (source_R[:, None] << TAG_BITS) | (place_RK & TAG_MASK)
         inside = SlotChoice((place_RK >> TAG_BITS).long(), tagged_RK, weight_RK)  # −1 >> 16 is −1
         leaving = Departures.of(inside, self.node.size)
         message_RW = form.pack(x_RD, inside, leaving)
@@ -219,7 +214,7 @@ class Arriving:
         order_R = (place_RK >> TAG_BITS).amax(1).argsort(stable=True)
         message_RW = message_RW.index_select(0, order_R)
         place_RK = self.form.parts(message_RW)[1]
-        place_RK.copy_(torch.where(place_RK < 0, -1, place_RK & (MOST * 2 - 1)))
+        place_RK.copy_(torch.where(place_RK < 0, -1, place_RK & TAG_MASK))
         return message_RW, order_R
 
 
@@ -240,9 +235,19 @@ class Returning:
         return torch.cat(summed)
 
 
+def by_node(choice: SlotChoice, topology: Topology, device: torch.device) -> SlotChoice:
+    """The choice as a rail sees it: nodes for groups; for slots the group inside its node, above TAG_BITS of slot."""
+    node_G, local_G = places_of(topology, device)
+    place_TK = (local_G[choice.group_TK] << TAG_BITS) | choice.slot_TK
+    return SlotChoice(node_G[choice.group_TK], place_TK, choice.weight_TK)
+
+
 @lru_cache(maxsize=64)
 def places_of(topology: Topology, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Node of each group and its index there; behind the last, −1 for the group −1 of a token that goes nowhere."""
+    """Node of each group and its index there; behind the last, −1 for the group −1 of a token that goes nowhere.
+
+    Kept from a first call, so that a captured one copies nothing from the host.
+    """
     nodes = Rails(topology, 0).nodes
     places = [(node, index) for node, groups in enumerate(nodes) for index in range(len(groups))]
     node_G, local_G = torch.tensor([*places, (-1, 0)], device=device).T

@@ -30,15 +30,12 @@ from soloist.dispatch.base import (
     PendingTokens,
     SlotChoice,
 )
-from soloist.dispatch.hierarchical import Rails, places_of
+from soloist.dispatch.hierarchical import TAG_BITS, TAG_MASK, Rails, by_node
 from soloist.dispatch.local import LocalDispatcher
 from soloist.dispatch.one_sided import OneSidedDispatcher
 from soloist.dispatch.rows import RowFormat, phase
 from soloist.errors import CapacityError, ConfigurationError
 from soloist.transport.base import Pending, Transport
-
-SLOT_BITS = 16  # of a row's slots, below the group inside its node
-SLOT_MASK = (1 << SLOT_BITS) - 1
 
 
 @dataclass(frozen=True)
@@ -91,15 +88,14 @@ class RailedDispatcher(Dispatcher):
 
     def _pack(self, form: RowFormat, x_TD: Tensor, choice: SlotChoice) -> Tensor:
         """[N · C, W]; rows behind a rank's last token go nowhere."""
-        node_G, local_G = places_of(self.rails.topology, self.rail.device)  # kept from a call that is not captured
-        node_TK, place_TK = node_G[choice.group_TK], (local_G[choice.group_TK] << SLOT_BITS) | choice.slot_TK
+        nodes = by_node(choice, self.rails.topology, self.rail.device)
         message_NCW = x_TD.new_zeros(self.rail.size, self.capacity, form.row_bytes, dtype=torch.uint8)
         x_RD, place_RK, weight_RK = form.parts(message_NCW.flatten(0, 1))
         place_RK.fill_(-1)
         for node in range(self.rail.size):
             rows = slice(node * self.capacity, node * self.capacity + len(x_TD))
             x_RD[rows] = x_TD
-            place_RK[rows] = place_TK.where(node_TK == node, -1).to(torch.int32)
+            place_RK[rows] = nodes.slot_TK.where(nodes.group_TK == node, -1).to(torch.int32)
             weight_RK[rows] = choice.weight_TK
         return message_NCW.flatten(0, 1)
 
@@ -149,8 +145,8 @@ class Arriving:
     def _fan_out(self) -> PendingBatch:
         x_RD, place_RK, weight_RK = self.form.parts(self.crossing.wait()[0])
         place_RK = place_RK.contiguous()
-        group_RK, is_none_RK = (place_RK >> SLOT_BITS).long(), place_RK < 0  # −1 >> 16 is −1
-        choice = SlotChoice(group_RK, (place_RK & SLOT_MASK).long().where(~is_none_RK, -1), weight_RK.contiguous())
+        group_RK, is_none_RK = (place_RK >> TAG_BITS).long(), place_RK < 0  # −1 >> 16 is −1
+        choice = SlotChoice(group_RK, (place_RK & TAG_MASK).long().where(~is_none_RK, -1), weight_RK.contiguous())
         return self.dispatcher.inside.start_dispatch(x_RD.contiguous(), choice, self.where)
 
     def wait(self) -> ExpertBatch:
