@@ -163,6 +163,23 @@ def test_numbers_that_mean_nothing_are_refused_with_their_option(arguments):
     assert arguments[-2] in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "--from", "vllm serve Qwen/Qwen3-30B-A3B", "--gpus", "16"),
+        ("plan", "--from", "vllm serve Qwen/Qwen3-30B-A3B", "--out", "plan.json"),
+        ("simulate", "plan.json", "--layout", "ep8"),
+        ("calibrate", "--nccl-tests", "job.log", "--only", "links"),
+        ("calibrate", "--cluster", "dgx-h100"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(arguments):
+    result = run(*arguments)
+    assert result.exit_code == cli.USER_ERROR
+    assert f"{arguments[-2]} = {arguments[-1]!r}".replace("'16'", "16") in result.stderr
+    assert "has no effect with" in result.stderr
+
+
 @pytest.mark.parametrize(("module", "extra"), [("torch", "run"), ("uvicorn.config", "serve"), ("matplotlib", "plot")])
 def test_a_plain_installation_says_what_to_install(monkeypatch, module, extra):
     def missing(as_json):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
-from soloist.planner.engine_commands import read_command
+from soloist.planner.engine_commands import Engine, read_command
 from soloist.planner.engines import launch_flags
 from soloist.planner.environment import recommended, review
 from soloist.planner.layer import Deployment
@@ -36,6 +38,10 @@ SGLANG = "python -m sglang.launch_server --model-path"
         ("python3 -m vllm.entrypoints.openai.api_server --model M -tp 4", "tp4"),
         ("docker run --gpus all -e A=1 -v /m:/m vllm/vllm-openai:v0.11.0 --model M -tp 4", "tp4"),
         ("docker run lmsysorg/sglang:latest python3 -m sglang.launch_server --model-path M --tp 4", "tp4"),
+        ("vllm serve \\\n  M \\\r\n  --tensor-parallel-size 4 \\\n", "tp4"),
+        ("trtllm-serve M --tp_size 8 --pp_size 2", "tp8pp2"),
+        ("mpirun -n 16 trtllm-llmapi-launch trtllm-serve serve M --tp_size 16 --ep_size 16", "attn16ep16"),
+        ("trtllm-serve M --tensor_parallel_size 8 --ep_size 2 --backend pytorch", "attn8ep2tp4"),
         ("A=1 /opt/bin/vllm serve M -tp 4 --seed -1 2>&1 | tee -a log", "tp4"),
     ],
 )
@@ -49,6 +55,35 @@ def test_overlap_replicas_and_limits_are_read() -> None:
     )
     found = read_command(f"{SGLANG} deepseek-ai/DeepSeek-R1 {flags} --max-running-requests 512")
     assert (found.is_overlapped, found.redundant, found.sequences) == (True, 16, 512)
+
+
+def test_tensorrt_s_options_stand_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    command = f"trtllm-serve M --tp_size 8 --max_batch_size 64 --extra_llm_api_options {file}"
+    assert "cannot be read" in read_command(command).notes[0]
+    file.write_text(
+        "enable_attention_dp: true\nmoe_expert_parallel_size: 8\nkv_cache_config: {dtype: fp8}\nx: {y: 1}\n"
+    )
+    found = read_command(command)
+    assert (str(found.layout), found.sequences, found.kv, found.notes) == ("ep8", 512, "fp8", ())
+    file.write_text(
+        "enable_attention_dp: false\nmoe_tensor_parallel_size: 2\nspeculative_config: {decoding_type: MTP}\n"
+    )
+    found = read_command(command)
+    assert (str(found.layout), found.sequences) == ("attn8ep4tp2", 64)
+    assert "speculative" in found.notes[0]
+    file.write_text("- a list")
+    assert "cannot be read" in read_command(command).notes[0]
+
+
+def test_what_a_change_leaves_out_is_said() -> None:
+    load, used = Load.parse("prompt=1000,output=200"), Calibration.published()
+    text = "vllm serve Qwen/Qwen3-30B-A3B -dp 8 -ep --all2all-backend deepep_low_latency --enable-dbo"
+    notes = "; ".join(advise(text, cluster("hgx-h100"), load, used).notes)
+    assert "Leave out --enable-dbo" in notes
+    assert "of ep8 with overlap on" in notes
+    notes = "; ".join(advise("trtllm-serve Qwen/Qwen3-30B-A3B --tp_size 4", cluster("hgx-h100"), load, used).notes)
+    assert "enable_attention_dp: true" in notes
 
 
 def test_what_does_not_work_is_noted() -> None:
@@ -125,6 +160,8 @@ def test_heads_that_an_engine_would_not_cut() -> None:
         "vllm serve M -tp zero",
         'vllm serve "M',
         "vllm serve M --eplb-config {bad",
+        "vllm serve",
+        "trtllm-serve --tp_size 4",
     ],
 )
 def test_other_commands_are_refused(text: str) -> None:
@@ -133,17 +170,25 @@ def test_other_commands_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tp8", "tp8pp2", "ep16", "attn8ep8", "attn2ep16", "attn16ep8tp2"])
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_flags_read_back_as_the_same_layout(engine: str, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "start", "not_said"),
+    [
+        ("vllm", "vllm serve M", {"attn16ep8tp2"}),  # it cannot cut experts inside EP groups
+        ("sglang", f"{SGLANG} M", set[str]()),
+        ("tensorrt", "trtllm-serve M", {"attn2ep16"}),
+    ],
+)
+def test_flags_read_back_as_the_same_layout(
+    engine: Engine, start: str, not_said: set[str], layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("options.yaml").write_text("enable_attention_dp: true")
     deployment = Deployment(model=preset("deepseek-v3"), layout=Layout.parse(layout), precision=Precision.named("fp8"))
-    flags = launch_flags("vllm" if engine == "vllm" else "sglang", deployment, is_overlapped=False)
-    if flags is None:
-        assert engine == "vllm"
-        assert deployment.layout.tp > 1  # vLLM cannot cut experts inside EP groups
-        return
-    command = f"vllm serve M {flags}" if engine == "vllm" else f"{SGLANG} M {flags}"
-    assert read_command(command).layout.size == deployment.layout.size
-    assert str(read_command(command).layout) == layout
+    flags = launch_flags(engine, deployment, is_overlapped=False)
+    if layout in not_said:
+        assert flags is None
+    else:
+        assert str(read_command(f"{start} {flags}").layout) == layout
 
 
 def test_advice_names_flags_and_gain() -> None:

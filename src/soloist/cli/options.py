@@ -63,6 +63,19 @@ def to_fill(param: typer.CallbackParam, folder: Path) -> Path:
     raise ConfigurationError.of(param.opts[0], str(folder), remedy)
 
 
+def only_with(context: typer.Context, option: str, used: set[str]) -> None:
+    """Of a command that does something else with `option`: parameters beside `used` would have no effect.
+
+    Raises ConfigurationError for one that was given.
+    """
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name or "")
+        if param.name not in used and source is not None and source.name == "COMMANDLINE":
+            value = context.params.get(param.name or "")
+            shown = str(value) if isinstance(value, Path) else value
+            raise ConfigurationError.of(param.opts[0], shown, f"has no effect with {option}; leave one of them out")
+
+
 def engine_options(
     device: str,
     dtype: str | None,

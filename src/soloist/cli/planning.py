@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from soloist.cli.options import to_write
+from soloist.cli.options import only_with, to_write
 from soloist.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder, hub id or preset.")] = None,
     cluster: ClusterOption = "h100-ib",
     gpus: Annotated[int, typer.Option(max=131072, help="How many of its GPUs.")] = 8,
@@ -38,7 +39,9 @@ def plan(
         str, typer.Option(help="Of Soloist: tokens of the prefill steps in graphs: auto, off, or like 256,8192.")
     ] = "auto",
     out: Annotated[Path | None, typer.Option(callback=to_write, help="Write the best layout as a plan file.")] = None,
-    from_command: Annotated[str, typer.Option("--from", help="A `vllm serve` or SGLang command to improve.")] = "",
+    from_command: Annotated[
+        str, typer.Option("--from", help="A command of vllm serve, SGLang or trtllm-serve to improve.")
+    ] = "",
     calibration: CalibrationOption = None,
 ) -> None:
     """Which layout, how fast, how much memory, what is the bottleneck: a search over every layout."""
@@ -47,6 +50,7 @@ def plan(
 
     wanted = f"{load},{slo}" if slo else load
     if from_command:
+        only_with(context, "--from", {"model", "cluster", "load", "slo", "from_command", "calibration"})
         raise typer.Exit(run_advise(from_command, cluster, wanted, _spec(model) if model else None, calibration))
     if model is None:
         raise ConfigurationError.of("MODEL", None, "name one, or give --from 'vllm serve …'")
@@ -70,6 +74,7 @@ def plan(
 
 
 def simulate(
+    context: typer.Context,
     plan: Annotated[Path | None, typer.Argument(help="A plan file; or give --model, --cluster and --layout.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder, hub id or preset.")] = None,
     cluster: Annotated[str | None, typer.Option(help="A preset (`soloist cluster` lists them), or a file.")] = None,
@@ -98,6 +103,9 @@ def simulate(
     from soloist.simulator.commands import run_simulate
     from soloist.specs.cluster import cluster as cluster_named
 
+    if plan:
+        described = {"model", "cluster", "layout", "precision"}
+        only_with(context, "a plan file", {param.name or "" for param in context.command.params} - described)
     raise typer.Exit(
         run_simulate(
             plan,
@@ -198,6 +206,7 @@ def cluster(
 
 
 def calibrate(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(callback=to_write, help="File of JSON lines to write.")] = Path(
         "calibration.jsonl"
     ),
@@ -214,6 +223,8 @@ def calibrate(
     """Measure this machine in about a minute, for `--calibration` and `--cluster` of the other commands."""
     from soloist.planner.commands import run_fit
 
+    used = {"out", "logs", "cluster"} if logs else {"out", "ranks", "cpu", "only"}
+    only_with(context, "--nccl-tests" if logs else "measuring this machine", used)
     if logs:
         from soloist.planner.machines import calibration_of_logs
         from soloist.specs.cluster import cluster as cluster_named

@@ -1,7 +1,8 @@
-"""vLLM's and SGLang's launch commands as people have them, read into our vocabulary.
+"""Other engines' launch commands as people have them, read into our vocabulary.
 
     vllm serve M …            python -m vllm.entrypoints.openai.api_server --model M …
     sglang serve …            python -m sglang.launch_server --model-path M …        docker run … vllm/vllm-openai …
+    trtllm-serve M …          with what stands in the YAML file of its --config
 
 each with what may stand before it (variables, `env`, `docker run …`) and behind it (pipes). What changes the speed and
 is not modelled is noted, never dropped in silence.
@@ -12,12 +13,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
+
+import yaml
 
 from soloist.errors import ConfigurationError
+from soloist.specs.files import read_text
 from soloist.specs.layout import Layout
 
-Engine = Literal["vllm", "sglang"]
+Engine = Literal["vllm", "sglang", "tensorrt"]
 Phase = Literal["", "prefill", "decode"]
 Flags = dict[str, str]
 
@@ -30,6 +34,11 @@ SGLANG_NAMES = {
     "dp": "dp-size", "data-parallel-size": "dp-size", "ep": "ep-size", "expert-parallel-size": "ep-size",
     "model": "model-path",
 }  # fmt: skip
+TENSORRT_NAMES = {
+    "tensor-parallel-size": "tp-size", "pipeline-parallel-size": "pp-size", "moe-expert-parallel-size": "ep-size",
+    "extra-llm-api-options": "config", "decoding-config": "speculative-config",
+}  # fmt: skip
+NAMES: dict[Engine, Flags] = {"vllm": VLLM_NAMES, "sglang": SGLANG_NAMES, "tensorrt": TENSORRT_NAMES}
 ENDS = {"|", "||", "&", "&&", ";", ">", ">>", "2>", "2>&1", "&>"}  # words of a shell behind which the command is over
 SWITCH = re.compile(r"(enable|disable|no|skip)-|(trust-remote-code|headless|enforce-eager|async-scheduling)$")
 QUANTIZATION = {
@@ -63,18 +72,23 @@ class Command(NamedTuple):
 def read_command(text: str) -> Command:
     """Raises ConfigurationError for what is no such command, and for flags that contradict each other."""
     try:
-        words = shlex.split(text, comments=True)
+        words = shlex.split(re.sub(r"\\\r?\n", " ", text), comments=True)
     except ValueError as error:
         raise ConfigurationError.of("from", text[:60], f"cannot be read as a command: {error}") from error
     found = _started(words) or _in_container(words)
     if found is None:
-        remedy = "give a `vllm serve …` or `python -m sglang.launch_server …` command"
+        remedy = "give a `vllm serve …`, `python -m sglang.launch_server …` or `trtllm-serve …` command"
         raise ConfigurationError.of("from", text[:60], remedy)
     engine, start = found
     stop = next((at for at, word in enumerate(words) if at >= start and word in ENDS), len(words))
-    positional, flags = _flags(words[start:stop], VLLM_NAMES if engine == "vllm" else SGLANG_NAMES)
+    positional, flags = _flags(words[start:stop], NAMES[engine])
     variables = dict(word.split("=", 1) for word in words[:start] if re.match(r"[A-Z_][A-Z0-9_]*=", word))
-    command = _vllm(positional, flags, variables) if engine == "vllm" else _sglang(positional, flags)
+    if engine == "vllm":
+        command = _vllm(positional, flags, variables)
+    else:
+        command = _sglang(positional, flags) if engine == "sglang" else _tensorrt(positional, flags)
+    if not command.model:
+        raise ConfigurationError.of("from", text[:60], "names no model; write it as for the engine itself")
     return command._replace(notes=(*command.notes, *_unmodelled(flags)))
 
 
@@ -97,6 +111,8 @@ def _started(words: list[str]) -> tuple[Engine, int] | None:
             return "sglang", at + 2
         if re.fullmatch(r"sglang(_router)?\.launch_server", word):
             return "sglang", at + 1
+        if name == "trtllm-serve":
+            return "tensorrt", at + 1 + serves
     return None
 
 
@@ -121,10 +137,14 @@ def _flags(words: list[str], names: dict[str, str]) -> tuple[list[str], Flags]:
         if not value and queue and _is_value(queue[0], name):
             value = queue.pop(0)
         flags[name] = value or "true"
-    for name in [name for name, value in flags.items() if name.startswith("no-") or value.lower() == "false"]:
-        del flags[name]
-        flags.pop(name.removeprefix("no-"), None)
-    return positional, flags
+    return positional, _told(flags)
+
+
+def _told(flags: Flags) -> Flags:
+    """Without what is told off, and what tells it."""
+    off = {name for name, value in flags.items() if name.startswith("no-") or value.lower() == "false"}
+    off |= {name.removeprefix("no-") for name in off}
+    return {name: value for name, value in flags.items() if name not in off}
 
 
 def _is_value(word: str, name: str) -> bool:
@@ -191,23 +211,57 @@ def _sglang(positional: list[str], flags: Flags) -> Command:
     exchanges = older or flags.get("moe-a2a-backend", "none") != "none"
     ep = stage if exchanges else _count(flags, "ep-size")
     notes: list[str] = []
-    if stage % ep or stage % groups:
-        raise ConfigurationError.of(
-            "--tp-size", stage, f"must be a multiple of ep {ep} and of the attention groups {groups}"
-        )
-    if stage // groups % (stage // ep):
-        notes.append(
-            f"experts cut over {stage // ep} ranks of several attention groups; stated as whole experts on them"
-        )
-        ep = stage
-    replicas = 1 if has_dp else _count(flags, "dp-size")
-    layout = Layout(pp=pp, dp=replicas, attn_tp=stage // groups, ep=ep, tp=stage // ep)
+    layout = _layout(pp, 1 if has_dp else _count(flags, "dp-size"), stage, groups, ep, notes)
     precision, kv = _precision(flags, notes)
     return Command(
         "sglang", flags.get("model-path", (positional or [""])[0]), layout, "enable-two-batch-overlap" in flags,
         _count(flags, "ep-num-redundant-experts", 0), _count(flags, "max-running-requests", 0), precision, kv,
         _phase(flags.get("disaggregation-mode", ""), notes), tuple(notes),
     )  # fmt: skip
+
+
+def _layout(pp: int, replicas: int, stage: int, groups: int, ep: int, notes: list[str]) -> Layout:
+    """Of stages of `stage` GPUs with so many attention groups and expert groups."""
+    if stage % ep or stage % groups:
+        remedy = f"must be a multiple of ep {ep} and of the attention groups {groups}"
+        raise ConfigurationError.of("--tp-size", stage, remedy)
+    if stage // groups % (stage // ep):
+        cut = f"experts cut over {stage // ep} ranks of several attention groups"
+        notes.append(f"{cut}; stated as whole experts on them")
+        ep = stage
+    return Layout(pp=pp, dp=replicas, attn_tp=stage // groups, ep=ep, tp=stage // ep)
+
+
+def _tensorrt(positional: list[str], flags: Flags) -> Command:
+    """With enable_attention_dp every GPU is an attention group, and --max_batch_size counts for each."""
+    notes: list[str] = []
+    if file := flags.pop("config", ""):
+        flags.update(_options(file, notes))
+    stage = _count(flags, "tp-size")
+    groups = stage if "enable-attention-dp" in flags else 1
+    ep = _count(flags, "ep-size", max(1, stage // _count(flags, "moe-tensor-parallel-size", stage)))
+    layout = _layout(_count(flags, "pp-size"), 1, stage, groups, ep, notes)
+    precision, kv = _precision(flags, notes)
+    sequences = _count(flags, "max-batch-size", 0) * groups
+    return Command(
+        "tensorrt", (positional or [""])[0], layout, False, 0, sequences, precision, kv, "", tuple(notes),
+    )  # fmt: skip
+
+
+def _options(file: str, notes: list[str]) -> Flags:
+    """The options of a YAML file as flags, where it is at hand; a note where it is not."""
+    try:
+        found: Any = yaml.safe_load(read_text(file, "--config"))
+    except (ConfigurationError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        notes.append(f"{file} cannot be read here, so its options are missing: counted without enable_attention_dp")
+        return {}
+    options = cast("dict[str, Any]", found)
+    cache = options.get("kv_cache_config")
+    given = {**options, "kv_cache_dtype": cast("dict[str, Any]", cache).get("dtype") if isinstance(cache, dict) else ""}
+    named = {str(name).replace("_", "-"): str(value) for name, value in given.items()}
+    return _told({TENSORRT_NAMES.get(name, name): value for name, value in named.items()})
 
 
 def _precision(flags: Flags, notes: list[str]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""A deployment as flags of vLLM and SGLang. What an engine cannot express is said in words, never dropped."""
+"""A deployment as flags of other engines. What an engine cannot express is said in words, never dropped."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from soloist.planner.engine_commands import Engine
 from soloist.planner.layer import Deployment
 from soloist.specs.layout import Layout
 
+TENSORRT_FILE = "options.yaml"
+TENSORRT_SPELLING = "--config is spelled --extra_llm_api_options in older releases"
+OVERLAP_FLAGS: dict[Engine, str] = {"vllm": "--enable-dbo", "sglang": "--enable-two-batch-overlap"}
+
 
 def launch_flags(engine: Engine, deployment: Deployment, is_overlapped: bool) -> str | None:
     """A deployment as the engine's flags; None where it cannot express the layout."""
     layout = deployment.layout
     if layout.dp > 1 or cuts_heads(deployment):
         return None
+    if engine == "tensorrt":
+        flags = None if deployment.replicas or is_overlapped else tensorrt_flags(layout)
+        return f"{flags} --config {TENSORRT_FILE}" if flags and layout.attention_groups > 1 else flags
     flags = _vllm_flags(layout, deployment.replicas) if engine == "vllm" else _sglang_flags(layout, deployment.replicas)
     if flags is None or not is_overlapped:
         return flags
-    return flags + (" --enable-dbo" if engine == "vllm" else " --enable-two-batch-overlap")
+    return f"{flags} {OVERLAP_FLAGS[engine]}"
 
 
 def cannot(engine: Engine, deployment: Deployment) -> str:
@@ -36,6 +43,13 @@ def cuts_heads(deployment: Deployment) -> bool:
     ranks, attention = deployment.layout.attention_ranks, deployment.model.attention
     few = min(ranks, attention.kv_heads)
     return attention.heads % ranks > 0 or attention.kv_heads % few > 0 or ranks % few > 0
+
+
+def tensorrt_flags(layout: Layout) -> str | None:
+    """Attention is cut over all GPUs of a stage or none; which of both stands in a file (`TENSORRT_FILE`)."""
+    if layout.attention_ranks not in (1, layout.stage_ranks):
+        return None
+    return f"--tp_size {layout.stage_ranks} --ep_size {layout.ep} --pp_size {layout.pp}"
 
 
 def _vllm_flags(layout: Layout, replicas: int) -> str | None:

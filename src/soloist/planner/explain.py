@@ -23,7 +23,10 @@ def name_of(deployment: Deployment) -> str:
 def why(best: Score, other: Score) -> str:
     """What decides between two scores: the parts of a token's time that differ most, per sequence and step."""
     ratio = best.rate_per_gpu / other.rate_per_gpu
-    heads = f"{name_of(best.deployment)} gives {ratio:.2f} x the tokens per GPU of {name_of(other.deployment)}"
+    names = [name_of(score.deployment) for score in (best, other)]
+    if names[0] == names[1]:
+        names[1] += f" with overlap {'on' if other.decode.is_overlapped else 'off'}"
+    heads = f"{names[0]} gives {ratio:.2f} x the tokens per GPU of {names[1]}"
     gains = _differences(best, other)
     parts = [(name, *(_micros(_per_token(score, name)) for score in (other, best))) for name in gains[:3]]
     faster = ", ".join(f"{name} {before} → {after}" for name, before, after in parts)

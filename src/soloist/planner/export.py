@@ -10,7 +10,7 @@ import msgspec
 
 from soloist.errors import ConfigurationError
 from soloist.placement.formats import export_placement
-from soloist.planner.engines import cannot, launch_flags
+from soloist.planner.engines import TENSORRT_FILE, TENSORRT_SPELLING, cannot, launch_flags, tensorrt_flags
 from soloist.planner.environment import OBSOLETE, recommended, review
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import Plan
@@ -70,16 +70,16 @@ def _command(plan: Plan, deployment: Deployment, engine: str) -> Iterator[str]:
 
 def _tensorrt(plan: Plan, checkpoint: str | None) -> Iterator[str]:
     layout = plan.layout
-    if layout.attention_ranks not in (1, layout.stage_ranks):
+    flags = tensorrt_flags(layout)
+    if flags is None:
         yield f"no command: attention is cut over all {layout.stage_ranks} GPUs or none, not {layout.attention_ranks}"
         return
-    flags = f"--tp_size {layout.stage_ranks} --ep_size {layout.ep} --pp_size {layout.pp}"
-    flags += f" --max_num_tokens {plan.options.chunk_tokens}"
-    yield f"command: trtllm-serve {checkpoint} {flags} --config options.yaml"
-    yield "  (--config is spelled --extra_llm_api_options in older releases)"
-    yield f"  options.yaml: enable_attention_dp: {str(layout.attention_ranks == 1).lower()}"
-    yield f"  options.yaml: moe_expert_parallel_size: {layout.ep}"
-    yield f"  options.yaml: moe_tensor_parallel_size: {layout.tp}"
+    tokens = f"--max_num_tokens {plan.options.chunk_tokens}"
+    yield f"command: trtllm-serve {checkpoint} {flags} {tokens} --config {TENSORRT_FILE}"
+    yield f"  ({TENSORRT_SPELLING})"
+    yield f"  {TENSORRT_FILE}: enable_attention_dp: {str(layout.attention_groups > 1).lower()}"
+    yield f"  {TENSORRT_FILE}: moe_expert_parallel_size: {layout.ep}"
+    yield f"  {TENSORRT_FILE}: moe_tensor_parallel_size: {layout.tp}"
     if plan.halves:
         yield "  not said there: two half batches that overlap; TensorRT-LLM has no such option"
 

@@ -9,7 +9,14 @@ import msgspec
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.engine_commands import Command, read_command
-from soloist.planner.engines import cannot, cuts_heads, launch_flags
+from soloist.planner.engines import (
+    OVERLAP_FLAGS,
+    TENSORRT_FILE,
+    TENSORRT_SPELLING,
+    cannot,
+    cuts_heads,
+    launch_flags,
+)
 from soloist.planner.explain import name_of, why
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Deployment
@@ -67,6 +74,11 @@ def advise(
     gain = best.rate_per_gpu / current.rate_per_gpu - 1
     if gain < current.tpot.band:
         notes.append(f"The gain is within the prediction's band of {current.tpot.band:.0%}: measure before you change.")
+    parts = [score.deployment.layout.attention_groups > 1 for score in (current, best)]
+    if command.engine == "tensorrt" and any(parts):
+        notes.append(f"{TENSORRT_FILE} says enable_attention_dp: {str(parts[1]).lower()} ({TENSORRT_SPELLING}).")
+    if command.is_overlapped and not best.decode.is_overlapped:
+        notes.append(f"Leave out {OVERLAP_FLAGS[command.engine]}.")
     return Advice(command, current, best, flags, gain, [*notes, why(best, current)])
 
 
