@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from soloist.errors import CapacityError, ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.commands import run_plan
-from soloist.planner.explain import one_expert_per_gpu, ties, why
+from soloist.planner.explain import headline, one_expert_per_gpu, ties, why
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.plan import Plan, placement_of, plan_of
@@ -165,3 +165,28 @@ def test_command_prints_front_baseline_and_writes_the_plan(tmp_path: Path, capsy
 def test_a_baseline_that_does_not_fill_the_gpus() -> None:
     with pytest.raises(ConfigurationError, match="baseline"):
         run_plan(preset("ref-16l"), "h100-ib", 16, "sequences=16", baseline="tp3", options=Options())
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_where_nothing_is_decoded_prompts_count(output: int, tmp_path: Path) -> None:
+    """A server for prefill alone: no TPOT, prompts' tokens, no more prompts at once than a step takes."""
+    load = f"prompt=2000,output={output},ttft=1s"
+    found = find("deepseek-v3", 32, load)
+    best = found.best
+    assert not best.decodes
+    assert best.rate_per_gpu == max(score.input_rate.value / 32 for score in found.scores)
+    assert best.request_rate.value == pytest.approx(best.input_rate.value / 2000)
+    assert best.output_rate.value == pytest.approx(output * best.request_rate.value)
+    assert all(score.batch * 2000 <= Options().chunk_tokens and score.ttft.value <= 1 for score in found.scores)
+    assert [score.ttft.value for score in found.front] == sorted(score.ttft.value for score in found.front)
+    assert len(found.front) > 1
+    assert "prompt tok/s" in headline(best)
+    plan_of(best, cluster("dgx-h100"), Load.parse(load), "published").save(tmp_path / "plan.json")
+    assert "tpot" not in Plan.load_file(tmp_path / "plan.json").predicted
+
+
+def test_prompts_alone_meet_a_rate() -> None:
+    most = find("deepseek-v3", 32, "prompt=2000,output=1").best.request_rate.value
+    assert find("deepseek-v3", 32, f"prompt=2000,output=1,rate={most / 2:.1f}").best.request_rate.value >= most / 2
+    with pytest.raises(CapacityError, match="requests/s"):
+        find("deepseek-v3", 32, f"prompt=2000,output=1,rate={2 * most:.1f}")

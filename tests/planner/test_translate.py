@@ -139,7 +139,17 @@ def test_a_server_for_decode_alone_does_not_prefill() -> None:
     )
     assert alone.current.tpot.value < 1.05 * alone.current.decode.seconds.value
     assert alone.current.rate_per_gpu > 2 * whole.current.rate_per_gpu
-    assert "prefill alone" in read_command(f"{SGLANG} M --disaggregation-mode prefill").notes[0]
+
+
+def test_a_server_for_prefill_alone_does_not_decode() -> None:
+    text = f"{SGLANG} deepseek-ai/DeepSeek-V3 --tp 32 --attn-dp-size 32 --moe-a2a-backend deepep"
+    load, used = Load.parse("prompt=2000,output=200,tpot=50ms"), Calibration.published()
+    alone = advise(f"{text} --disaggregation-mode prefill", cluster("hgx-h100"), load, used)
+    score = alone.current
+    assert not score.decodes
+    assert score.rate == score.input_rate
+    assert score.memory["KV cache"] < 1e9, "no more prompts than a step takes"
+    assert "prefill alone" in alone.notes[0]
 
 
 def test_heads_that_an_engine_would_not_cut() -> None:

@@ -166,6 +166,17 @@ def test_a_full_deployment_serves_what_the_planner_says(layout: str, sequences: 
     assert result.met_slo is None
 
 
+@pytest.mark.parametrize("output", [0, 1])
+def test_a_deployment_for_prefill_alone_serves_what_the_planner_says(output: int) -> None:
+    """Two prompts of 4000 tokens fill a step of each of eight groups."""
+    load = Load(prompt=4000, output=output, sequences=32)
+    result, _ = simulate(setup(), load, requests=320)
+    planned = setup().scorer(load).score(setup().deployment, Options(), 2)
+    assert result.input_tps == pytest.approx(planned.input_rate.value, rel=0.05)
+    assert planned.output_rate.value == pytest.approx(output * planned.request_rate.value)
+    assert result.output_tps == pytest.approx(output * result.input_tps / 4000)
+
+
 def test_attention_groups_wait_for_the_one_that_prefills_as_the_planner_says() -> None:
     """Under requests that arrive independently; the number in flight by Little's law."""
     given, load = setup("ep8"), Load(prompt=1000, output=200, rate=30)
@@ -183,7 +194,7 @@ def test_attention_groups_wait_for_the_one_that_prefills_as_the_planner_says() -
 )
 def test_a_lone_prompt_takes_as_long_as_the_planner_says(layout: str, prompt: int) -> None:
     """Without the decode step that a prompt comes behind; requests are so rare that nearly none meets another."""
-    given, load = setup(layout), Load(prompt=prompt, output=1, rate=0.01)
+    given, load = setup(layout), Load(prompt=prompt, output=2, rate=0.01)
     planned = given.scorer(load).score(given.deployment, given.options, 1)
     result, _ = simulate(given, load, requests=20)
     assert result.ttft_s

@@ -14,6 +14,7 @@ from soloist.placement.balance import balance
 from soloist.placement.placement import Placement
 from soloist.simulator.arrivals import Arrivals, arrivals
 from soloist.simulator.losses import Loss
+from soloist.simulator.report import result_of
 from soloist.simulator.routing import Drift, Routing
 from soloist.simulator.simulation import Simulation
 from soloist.specs.workload import Load
@@ -36,6 +37,15 @@ def test_one_request_by_hand() -> None:
     assert ledger.finish_s.tolist() == [13.0]
     assert ledger.ttft_s.tolist() == [2.0]
     assert ledger.tpot_s.tolist() == [2.0]
+
+
+def test_a_request_for_no_token_ends_with_its_prompt() -> None:
+    simulation = simulate("ep1", requests((0.0, 10, 0), (3.0, 10, 2)), Constant(2.0))
+    assert simulation.ledger.finish_s.tolist() == [2.0, 7.0]
+    result = result_of(simulation)
+    assert result.finished == 2
+    assert result.output_tps == pytest.approx(2 / 7)
+    assert sum(result.timeline.output_tps) * 7 / len(result.timeline.time_s) == pytest.approx(2, rel=1e-3)
 
 
 def test_a_request_waits_for_the_step_under_way() -> None:

@@ -27,6 +27,13 @@ def test_azure(tmp_path: Path) -> None:
     assert len(read_trace(path, Load(), requests=2)) == 2
 
 
+def test_a_request_that_got_no_token_is_one_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "code.csv"
+    path.write_text(AZURE + "2023-11-16 18:15:47,500,0\n")
+    trace = read_trace(path, Load())
+    assert (trace.prompts.tolist(), trace.outputs.tolist()) == ([374, 500, 879, 396], [44, 0, 55, 109])
+
+
 def test_a_rate_stretches_the_pattern(tmp_path: Path) -> None:
     path = tmp_path / "code.csv"
     path.write_text(AZURE)
@@ -54,7 +61,8 @@ def test_lengths_without_times_arrive_as_the_load_says(tmp_path: Path) -> None:
         ("a.csv", AZURE + "yesterday,7,8\n", r"a.csv:5: TIMESTAMP = 'yesterday'"),
         ("a.csv", AZURE + "nan,7,8\n", r"a.csv:5: TIMESTAMP = 'nan'"),
         ("a.csv", AZURE + "2023-11-16 18:15:50,-7,8\n", r"a.csv:5: ContextTokens = '-7'"),
-        ("a.csv", AZURE + "2023-11-16 18:15:50,7,0\n", r"a.csv:5: GeneratedTokens = '0'"),
+        ("a.csv", AZURE + "2023-11-16 18:15:50,0,7\n", r"a.csv:5: ContextTokens = '0'"),
+        ("a.csv", AZURE + "2023-11-16 18:15:50,7,-1\n", r"a.csv:5: GeneratedTokens = '-1'"),
         ("a.csv", AZURE.splitlines()[0], "holds no requests"),
         ("a.json", "{}", "must be a JSON list"),
         ("a.json", '[{"prompt": 1, "output": 2, "when": 3}]', r"a.json\[0\] = \['when'\]"),

@@ -23,7 +23,7 @@ MACHINES = {"H100": ("hgx-h100", "2xh100"), "H200": ("hgx-h200", "2xh200")}  # c
 
 def prefill(spec: ModelSpec, layout: Layout, count: int, tokens: int, chunk: int, gpu: str) -> dict[str, Any]:
     """Of `count` prompts of `tokens`, in steps of at most `chunk` tokens for an attention group."""
-    score = _score(spec, layout, 1.0, Load(prompt=tokens, output=1), chunk, gpu)
+    score = _score(spec, layout, 1.0, Load(prompt=tokens, output=2), chunk, gpu)
     seconds = count * tokens / score.input_rate.value
     return _record("prefill", spec, layout, gpu, f"{count}x{tokens}", seconds, score.input_rate.band)
 
@@ -31,7 +31,7 @@ def prefill(spec: ModelSpec, layout: Layout, count: int, tokens: int, chunk: int
 def decode(spec: ModelSpec, layout: Layout, sequences: int, context: float, gpu: str) -> dict[str, Any]:
     """Of a decoding step of `sequences` in the whole deployment."""
     each = max(1.0, sequences / (layout.dp * layout.attention_groups))
-    score = _score(spec, layout, each, Load(prompt=int(context), output=1), 2048, gpu)
+    score = _score(spec, layout, each, Load(prompt=int(context), output=2), 2048, gpu)
     return _record("TPOT", spec, layout, gpu, str(sequences), score.decode.seconds.value, score.decode.seconds.band)
 
 

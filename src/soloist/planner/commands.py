@@ -129,7 +129,7 @@ def _conclusions(found: Found, baseline: Score | None, load: Load) -> list[str]:
     lines += [f"Why: {why(best, rivals[0])}"] if rivals else []
     lines += [one_expert_per_gpu(best, found.single), *ties(found.scores, load)]
     if baseline:
-        total, per_gpu = best.output_rate.value / baseline.output_rate.value, best.rate_per_gpu / baseline.rate_per_gpu
+        total, per_gpu = best.rate.value / baseline.rate.value, best.rate_per_gpu / baseline.rate_per_gpu
         lines += [
             f"Baseline {headline(baseline)}" + _beyond(baseline, load),
             f"Against the baseline: {total:.2f} x in all, {per_gpu:.2f} x per GPU.",
@@ -146,7 +146,8 @@ def _beyond(score: Score, load: Load) -> str:
 
 
 def _print_front(found: Found, show: Console) -> None:
-    table = Table(title=f"Pareto front of {found.considered} layouts", title_justify="left")
+    what = "" if found.best.decodes else ", prefill alone: tokens of prompts"
+    table = Table(title=f"Pareto front of {found.considered} layouts{what}", title_justify="left")
     for name in (
         "layout",
         "batch",
@@ -162,11 +163,13 @@ def _print_front(found: Found, show: Console) -> None:
         table.add_column(name, justify="left" if name in ("layout", "bottleneck", "origin") else "right", no_wrap=True)
     step = max(1, len(found.front) // SHOWN)
     for score in found.front[::step]:
-        tpot = f"{1e3 * score.tpot.value:.1f} ± {score.tpot.band:.0%}"
+        tpot, ttft = f"{1e3 * score.tpot.value:.1f}", f"{1e3 * score.ttft.value:.0f}"
+        band = f" ± {score.latency.band:.0%}"
+        times = (tpot + band, ttft) if score.decodes else ("–", ttft + band)
         table.add_row(
-            name_of(score.deployment), f"{score.batch:g}", tpot, f"{1e3 * score.ttft.value:.0f}",
-            f"{score.output_rate.value:,.0f}", f"{score.rate_per_gpu:,.1f}", f"{sum(score.memory.values()) / 1e9:.1f}",
-            _overlapped(score), score.decode.bottleneck, score.tpot.origin,
+            name_of(score.deployment), f"{score.batch:g}", *times, f"{score.rate.value:,.0f}",
+            f"{score.rate_per_gpu:,.1f}", f"{sum(score.memory.values()) / 1e9:.1f}",
+            _overlapped(score), score.work.bottleneck, score.latency.origin,
         )  # fmt: skip
     show.print(table)
 

@@ -274,7 +274,9 @@ def _precision(flags: Flags, notes: list[str]) -> tuple[str, str]:
 
 def _phase(text: str, notes: list[str]) -> Phase:
     if text == "prefill":
-        notes.append("A server for prefill alone is not modelled: predicted as if it decoded, too")
+        notes.append(
+            "A server for prefill alone: tokens are those of prompts; sending their KV cache on is not counted"
+        )
         return "prefill"
     if text == "decode":
         notes.append("A server for decode alone: prompts come with their KV cache, and cost no prefill here")

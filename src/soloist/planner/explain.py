@@ -35,7 +35,7 @@ def why(best: Score, other: Score) -> str:
 
 def _differences(best: Score, other: Score) -> list[str]:
     """Names of parts, the one that saves most first."""
-    names = {*best.decode.parts, *other.decode.parts, PREFILL}
+    names = {*best.work.parts, *other.work.parts} | ({PREFILL} if best.decodes else set())
     return sorted(names, key=lambda name: _per_token(best, name) - _per_token(other, name))
 
 
@@ -47,13 +47,14 @@ PREFILL = "prefill of arriving prompts"
 
 
 def _per_token(score: Score, name: str) -> float:
-    """GPU-microseconds that one output token costs in a part."""
+    """GPU-microseconds that one token costs in a part, of which the whole step takes `1 / rate_per_gpu`."""
+    whole = score.tpot.value if score.decodes else score.prefill.seconds.value
     if name == PREFILL:
         seconds = score.tpot.value - score.decode.seconds.value
     else:
-        part = score.decode.parts.get(name)
+        part = score.work.parts.get(name)
         seconds = part.value if part else 0.0
-    return 1e6 * seconds * score.gpus / score.sequences
+    return 1e6 * seconds / whole / score.rate_per_gpu
 
 
 def one_expert_per_gpu(best: Score, single: Score | None) -> str:
@@ -65,13 +66,14 @@ def one_expert_per_gpu(best: Score, single: Score | None) -> str:
         return "One expert per GPU is the best choice here."
     change = single.rate_per_gpu / best.rate_per_gpu - 1
     verdict = f"gives {abs(change):.0%} {'more' if change > 0 else 'less'} per GPU than the best"
-    slower = single.tpot.value / best.tpot.value - 1
-    return f"One expert per GPU ({name_of(single.deployment)}) {verdict}, its TPOT is {slower:+.0%}."
+    slower = single.latency.value / best.latency.value - 1
+    what = "TPOT" if best.decodes else "TTFT"
+    return f"One expert per GPU ({name_of(single.deployment)}) {verdict}, its {what} is {slower:+.0%}."
 
 
 def ties(scores: Sequence[Score], load: Load) -> list[str]:
     """The layouts, best first, that predictions do not tell from the best one; nothing where there is none."""
-    worth = [1 / score.tpot.value if load.rate else score.rate_per_gpu for score in scores]
+    worth = [1 / score.latency.value if load.rate else score.rate_per_gpu for score in scores]
     near = range(1, tied(worth))
     if not near:
         return []
@@ -82,11 +84,12 @@ def ties(scores: Sequence[Score], load: Load) -> list[str]:
 
 def headline(score: Score) -> str:
     """One line on a score."""
+    tokens, sequences, what = ("output", "sequences", "TPOT") if score.decodes else ("prompt", "prompts", "TTFT")
+    latency = score.latency
     return (
-        f"{name_of(score.deployment)}: {score.output_rate.value:,.0f} output tok/s ({score.rate_per_gpu:,.0f} a GPU) "
-        f"with {score.sequences:,.0f} sequences, "
-        f"TPOT {1e3 * score.tpot.value:.1f} ms ± {score.tpot.band:.0%} ({score.tpot.origin}), "
-        f"bottleneck {score.decode.bottleneck}"
+        f"{name_of(score.deployment)}: {score.rate.value:,.0f} {tokens} tok/s ({score.rate_per_gpu:,.0f} a GPU) "
+        f"with {score.sequences:,.0f} {sequences}, {what} {1e3 * latency.value:.1f} ms ± {latency.band:.0%} "
+        f"({latency.origin}), bottleneck {score.work.bottleneck}"
     )
 
 

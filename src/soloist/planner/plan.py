@@ -97,16 +97,16 @@ def plan_of(
         placement=placement_of(d),
         memory_bytes={name: round(size) for name, size in score.memory.items()},
         predicted=figures(score),
-        parts={name: Figure.of(part, "ms", 1e3) for name, part in score.decode.parts.items()},
+        parts={name: Figure.of(part, "ms", 1e3) for name, part in score.work.parts.items()},
         calibration=calibration,
         system=system,
     )
 
 
 def figures(score: Score) -> dict[str, Figure]:
-    """The numbers that a user looks at."""
-    return {
-        "tpot": Figure.of(score.tpot, "ms", 1e3),
+    """The numbers that a user looks at; no TPOT where nothing is decoded."""
+    tpot = {"tpot": Figure.of(score.tpot, "ms", 1e3)} if score.decodes else {}
+    return tpot | {
         "ttft": Figure.of(score.ttft, "ms", 1e3),
         "output": Figure.of(score.output_rate, "tok/s"),
         "output per GPU": Figure.of(score.output_rate.times(1 / score.gpus), "tok/s/GPU"),

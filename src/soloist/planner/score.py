@@ -7,6 +7,9 @@ Attention groups meet at every layer's exchange, so all wait for the one that pr
 spread over all. If a group prefills in a share q of the steps and G groups do so independently of each
 other, a step waits in a share 1 - (1 - q)^G: the parts that each group does by itself cost (1 - (1 - q)^G) / q times
 what they would cost if all prefilled in the same steps.
+
+Where nothing is decoded there are only steps of prompts: the batch's go together, in all groups at once, and the next
+ones follow.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from math import ceil, expm1
 from typing import NamedTuple
 
 from soloist.planner import host
-from soloist.planner.estimate import Estimate, total
+from soloist.planner.estimate import ZERO, Estimate, total
 from soloist.planner.exchange import Mode
 from soloist.planner.halves import FEWEST, Halves
 from soloist.planner.kernels import OWN_LIBRARY, Kernels
@@ -48,13 +51,17 @@ class Options(Spec, frozen=True, kw_only=True):
 
 
 class Score(NamedTuple):
-    """A deployment under a load. Rates are tokens/s of the whole deployment; `batch` sequences an attention group."""
+    """A deployment under a load. Rates are tokens/s of the whole deployment; `batch` sequences an attention group.
+
+    Where nothing is decoded, `tpot` and `decode` are nothing.
+    """
 
     deployment: Deployment
     options: Options
     batch: float
     tpot: Estimate
     ttft: Estimate
+    request_rate: Estimate  # requests/s
     output_rate: Estimate
     input_rate: Estimate
     memory: dict[str, float]
@@ -66,9 +73,28 @@ class Score(NamedTuple):
         return self.deployment.layout.size
 
     @property
+    def decodes(self) -> bool:
+        return self.tpot.value > 0
+
+    @property
+    def work(self) -> StepCost:
+        """The steps that the deployment is there for."""
+        return self.decode if self.decodes else self.prefill
+
+    @property
+    def rate(self) -> Estimate:
+        """Output tokens/s, or prompt tokens/s where nothing is decoded."""
+        return self.output_rate if self.decodes else self.input_rate
+
+    @property
+    def latency(self) -> Estimate:
+        """TPOT, or TTFT where nothing is decoded."""
+        return self.tpot if self.decodes else self.ttft
+
+    @property
     def rate_per_gpu(self) -> float:
-        """Output tokens/s and GPU."""
-        return self.output_rate.value / self.gpus
+        """Tokens/s and GPU."""
+        return self.rate.value / self.gpus
 
     @property
     def sequences(self) -> float:
@@ -102,22 +128,47 @@ class Scorer:
 
     def score(self, deployment: Deployment, options: Options, batch: float) -> Score:
         """`batch` sequences in flight in every attention group."""
+        if not self.load.decodes:
+            return self._of_prompts(deployment, options, batch)
         layout = deployment.layout
         decode = self._step("decode", deployment, options, batch)
         prefill = self._step("prefill", deployment, options, options.chunk_tokens)
         tpot = total((decode.seconds, self._arriving(prefill, layout.attention_groups, options, batch)))
         groups = layout.dp * layout.attention_groups
+        output_rate = tpot.inverse(batch * groups)
         return Score(
             deployment=deployment,
             options=options,
             batch=batch,
             tpot=tpot,
             ttft=self._first_token(deployment, options, decode),
-            output_rate=tpot.inverse(batch * groups),
+            request_rate=output_rate.times(1 / self.load.output),
+            output_rate=output_rate,
             input_rate=prefill.seconds.inverse(options.chunk_tokens * groups),
             memory=self._memory(deployment, options, batch, self._held_halves(deployment, options, batch)),
             decode=decode,
             prefill=prefill,
+        )
+
+    def _of_prompts(self, deployment: Deployment, options: Options, batch: float) -> Score:
+        """`batch` prompts at once, in as few equal steps as they need."""
+        tokens, groups = batch * self.load.fresh, deployment.layout.dp * deployment.layout.attention_groups
+        steps = ceil(tokens / options.chunk_tokens)
+        step = self._step("prefill", deployment, options, tokens / steps)
+        through = self._step("prefill", deployment, options, tokens / steps, micro_batches=1)
+        request_rate = step.seconds.inverse(batch * groups / steps)
+        return Score(
+            deployment=deployment,
+            options=options,
+            batch=batch,
+            tpot=ZERO,
+            ttft=through.seconds.times(steps),
+            request_rate=request_rate,
+            output_rate=request_rate.times(self.load.output),
+            input_rate=request_rate.times(self.load.fresh),
+            memory=self._memory(deployment, options, batch, self._held_halves(deployment, options, batch)),
+            decode=StepCost(ZERO, {}, False),
+            prefill=step,
         )
 
     def halves(self, score: Score) -> Halves:
@@ -128,7 +179,7 @@ class Scorer:
         each = ceil(batch / max(1, min(options.micro_batches or deployment.layout.pp, int(batch))))
         return Halves(
             self._halved_from("prefill", deployment, options, options.chunk_tokens),
-            self._halved_from("decode", deployment, options, each),
+            self._halved_from("decode", deployment, options, each) if self.load.decodes else None,
         )
 
     def _halved_from(self, phase: str, deployment: Deployment, options: Options, most: int) -> int | None:
@@ -138,7 +189,7 @@ class Scorer:
 
     def _arriving(self, prefill: StepCost, groups: int, options: Options, batch: float) -> Estimate:
         """Prefill, for each decode step, of the prompts that take the place of those that end."""
-        prompts, new = batch / self.load.output, self.load.prompt * (1 - self.load.prefix)  # of a group in a step
+        prompts, new = batch / self.load.output, self.load.fresh  # of a group in a step
         chunk = options.chunk_tokens
         busy = -expm1(-prompts * max(1.0, new / chunk))  # share of the steps in which a group prefills
         alone = (1 - (1 - busy) ** groups) / busy
@@ -158,7 +209,7 @@ class Scorer:
         In as few equal chunks as the largest step allows, one after the other through all stages, since a sequence is
         in one batch at a time.
         """
-        new = self.load.prompt * (1 - self.load.prefix)
+        new = self.load.fresh
         chunks = ceil(new / options.chunk_tokens)
         own, shared = (
             self._step("prefill", deployment, options, new / chunks / groups, micro_batches=1).parts

@@ -3,13 +3,15 @@
 1 enumerate  pp · dp · ep · tp = N, attention groups of every size, slots beyond the least where routing is skewed
 2 reject     by shape, by memory, by SLO: one line each
 3 score      at every batch that fits (or at the batch that the load states)
-4 choose     most output tokens/s and GPU within the SLO; the Pareto front of that against TPOT is kept
+4 choose     most tokens/s and GPU within the SLO; the Pareto front of that against latency is kept: output tokens
+             and TPOT, or prompt tokens and TTFT where nothing is decoded
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from math import inf
 from typing import NamedTuple
 
 import msgspec
@@ -131,15 +133,16 @@ def replicated(scores: list[Score], load: Load) -> list[Deployment]:
     return [msgspec.structs.replace(d, slots=d.held + more) for d in able for more in (1, 2)]
 
 
-def batches(load: Load, layout: Layout, most: float) -> list[float] | str:
-    """Sequences of an attention group to try; or why none can be."""
+def batches(load: Load, layout: Layout, most: float, chunk_tokens: int) -> list[float] | str:
+    """Sequences of an attention group to try; or why none can be. Prompts alone: no more than a step holds."""
     groups = layout.dp * layout.attention_groups
     if load.sequences:
         wanted = load.sequences / groups
         if wanted > most:
             return f"KV cache for {wanted:.0f} sequences an attention group does not fit, only {most:.1f}"
         return [wanted]
-    return [float(b) for b in BATCHES if b <= most]
+    held = inf if load.decodes else max(1.0, chunk_tokens / load.fresh)
+    return [float(b) for b in BATCHES if b <= min(most, held)]
 
 
 def _scored(deployment: Deployment, options: Options, scorer: Scorer, load: Load) -> list[Score] | str:
@@ -150,7 +153,7 @@ def _scored(deployment: Deployment, options: Options, scorer: Scorer, load: Load
         part = max(memory, key=lambda name: memory[name])
         size = sum(memory.values()) / 1e9
         return f"{size:.0f} GB a GPU for one sequence, {part} {memory[part] / 1e9:.0f} GB of it"
-    sizes = batches(load, deployment.layout, most)
+    sizes = batches(load, deployment.layout, most, options.chunk_tokens)
     if isinstance(sizes, str):
         return sizes
     scores: list[Score] = []
@@ -163,14 +166,14 @@ def _scored(deployment: Deployment, options: Options, scorer: Scorer, load: Load
 
 def at_best(deployment: Deployment, options: Options, scorer: Scorer) -> Score:
     """A given deployment at the load's batch, or as much of it as fits; else at the batch with most tokens within the
-    SLO, or with the least TPOT where none is. `most_sequences` must be 1 or more."""
+    SLO, or with the least latency where none is. `most_sequences` must be 1 or more."""
     load, most = scorer.load, scorer.most_sequences(deployment, options)
-    sizes = batches(load, deployment.layout, most)
+    sizes = batches(load, deployment.layout, most, options.chunk_tokens)
     scores = [scorer.score(deployment, options, size) for size in ([most] if isinstance(sizes, str) else sizes)]
     quick = [score for score in scores if score.tpot.value <= limit_of(load)]
     quick = [score for score in quick if not load.ttft_s or score.ttft.value <= load.ttft_s]
     if not quick:
-        return min(scores, key=lambda score: score.tpot.value)
+        return min(scores, key=lambda score: score.latency.value)
     return max(quick, key=lambda score: score.rate_per_gpu)
 
 
@@ -181,10 +184,9 @@ def limit_of(load: Load) -> float:
 
 def _served(scores: list[Score], load: Load) -> list[Score] | str:
     """Those that meet the SLO and the arrival rate."""
-    demand = load.rate * load.output
-    able = [s for s in scores if s.output_rate.value >= demand]
+    able = [s for s in scores if s.request_rate.value >= load.rate]
     if not able:
-        most = max(s.output_rate.value for s in scores) / load.output
+        most = max(s.request_rate.value for s in scores)
         return f"serves {most:.1f} requests/s, not {load.rate:g}"
     limit = limit_of(load)
     quick = [s for s in able if s.tpot.value <= limit]
@@ -194,13 +196,13 @@ def _served(scores: list[Score], load: Load) -> list[Score] | str:
     first = [s for s in quick if not load.ttft_s or s.ttft.value <= load.ttft_s]
     if not first:
         return f"TTFT {min(s.ttft.value for s in quick):.2f} s is above {load.ttft_s:g} s"
-    return [min(first, key=lambda s: s.tpot.value)] if load.rate else first
+    return [min(first, key=lambda s: s.latency.value)] if load.rate else first
 
 
 def _outcome(scores: list[Score], rejections: list[Rejection], considered: int, load: Load) -> Found:
     ranked = sorted(scores, key=lambda s: -s.rate_per_gpu)
     if load.rate:  # the demand is met by all: the least latency wins
-        ranked = sorted(scores, key=lambda s: s.tpot.value)
+        ranked = sorted(scores, key=lambda s: s.latency.value)
     singles = [s for s in ranked if is_single(s.deployment)]
     best_of: dict[str, Score] = {}
     for score in ranked:
@@ -216,9 +218,9 @@ def _outcome(scores: list[Score], rejections: list[Rejection], considered: int, 
 
 
 def front(scores: list[Score]) -> list[Score]:
-    """Scores that no other beats in both throughput per GPU and TPOT, fastest first."""
+    """Scores that no other beats in both throughput per GPU and latency, fastest first."""
     kept: list[Score] = []
-    for score in sorted(scores, key=lambda s: (s.tpot.value, -s.rate_per_gpu)):
+    for score in sorted(scores, key=lambda s: (s.latency.value, -s.rate_per_gpu)):
         if not kept or score.rate_per_gpu > kept[-1].rate_per_gpu:
             kept.append(score)
     return kept

@@ -53,6 +53,8 @@ def advise(
         load = msgspec.structs.replace(load, sequences=command.sequences)
     if command.phase == "decode":  # the last token of a prompt is computed here
         load = msgspec.structs.replace(load, prefix=1 - 1 / load.prompt)
+    if command.phase == "prefill":  # the first token of an answer is made here
+        load = msgspec.structs.replace(load, output=1, tpot_s=0.0)
     spec = model or model_of(command.model)
     precision = _precision(command, spec)
     scorer = Scorer(Kernels(cluster, calibration), Runtime.named(command.engine, calibration), load)
@@ -72,8 +74,8 @@ def advise(
         return Advice(command, current, None, "", 0.0, notes)
     flags = launch_flags(command.engine, best.deployment, best.decode.is_overlapped) or ""
     gain = best.rate_per_gpu / current.rate_per_gpu - 1
-    if gain < current.tpot.band:
-        notes.append(f"The gain is within the prediction's band of {current.tpot.band:.0%}: measure before you change.")
+    if gain < current.rate.band:
+        notes.append(f"The gain is within the prediction's band of {current.rate.band:.0%}: measure before you change.")
     parts = [score.deployment.layout.attention_groups > 1 for score in (current, best)]
     if command.engine == "tensorrt" and any(parts):
         notes.append(f"{TENSORRT_FILE} says enable_attention_dp: {str(parts[1]).lower()} ({TENSORRT_SPELLING}).")

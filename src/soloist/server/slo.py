@@ -43,11 +43,10 @@ def admitted(plan: Plan, slo: Slo) -> int | None:
     None without a limit of the TTFT. Raises ConfigurationError for a promise that the plan itself does not keep.
     """
     for key, limit_s in (("ttft", slo.ttft_s), ("tpot", slo.tpot_s)):
-        predicted = plan.predicted[key]
-        if limit_s and predicted.value * 1e-3 > limit_s:
+        predicted = plan.predicted.get(key)  # without answers of several tokens there is no TPOT
+        if limit_s and predicted and predicted.value * 1e-3 > limit_s:
             remedy = f"the plan predicts {predicted.value:.3g} ms with {plan.batch:g} sequences; plan with this --slo"
             raise ConfigurationError.of(f"slo.{key}", f"{limit_s * 1e3:g} ms", remedy)
     if not slo.ttft_s:
         return None
-    fresh = plan.load.prompt * (1 - plan.load.prefix)
-    return max(1, int(slo.ttft_s * plan.predicted["prefill"].value / fresh))
+    return max(1, int(slo.ttft_s * plan.predicted["prefill"].value / plan.load.fresh))

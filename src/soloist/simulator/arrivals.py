@@ -23,7 +23,7 @@ class Arrivals(NamedTuple):
 
     times_s: np.ndarray  # float64
     prompts: np.ndarray  # int64, tokens
-    outputs: np.ndarray  # int64, tokens
+    outputs: np.ndarray  # int64, tokens; 0: nothing is wanted but the prompt
     shared: np.ndarray  # int64, leading tokens of the prompt that all requests have in common
     in_flight: int = 0
 
@@ -61,8 +61,8 @@ def gaps(load: Load, count: int, random: np.random.Generator) -> np.ndarray:
 
 
 def lengths(mean: int, spread: float, count: int, random: np.random.Generator, law: LengthLaw) -> np.ndarray:
-    """`[count]` lengths of a mean and of a standard deviation of `spread` times the mean, at least 1."""
-    if not spread:
+    """`[count]` lengths of a mean and of a standard deviation of `spread` times the mean, at least 1 if the mean is."""
+    if not spread or not mean:
         return np.full(count, mean, np.int64)
     if law == "uniform":
         half = spread * 3**0.5

@@ -31,7 +31,7 @@ class Ledger:
 
     @property
     def ttft_s(self) -> np.ndarray:
-        """From arrival to the first token, of the finished requests."""
+        """From arrival to the first token, or the end of a prompt that asks for none, of the finished requests."""
         return (self.first_s - self.arrival_s)[self.finished]
 
     @property

@@ -160,7 +160,8 @@ def timeline(run: Simulation) -> Timeline:
 
     stepping = np.maximum(level(np.ones(len(rows))), 1e-12)
     evenness = (rows["decodes"] + rows["prefills"]) / run.layout.attention_groups / rows["peak"]
-    firsts = np.histogram(run.ledger.first_s[run.ledger.finished], edges)[0] / width
+    answered = run.ledger.finished & (run.ledger.requests.outputs > 0)
+    firsts = np.histogram(run.ledger.first_s[answered], edges)[0] / width
     return Timeline(
         time_s=_list(edges[:-1]),
         computing=_list(spent(rows["stage_s"] - rows["links_s"]) / run.layout.dp),

@@ -89,7 +89,7 @@ class Simulation:
 
     def _submit(self, request: int) -> None:
         """Hand a request, or what is left of it, to the group with the least to do, as the front end does."""
-        output = int(self.requests.outputs[request] - self.ledger.done[request])
+        output = max(1, int(self.requests.outputs[request] - self.ledger.done[request]))  # what prefill ends with
         prompt = self._prompt(request)
         replica, group = divmod(int(np.argmin(self.load)), self.layout.attention_groups)
         try:

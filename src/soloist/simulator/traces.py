@@ -3,7 +3,7 @@
 `.csv`: the Azure LLM inference traces' columns `TIMESTAMP,ContextTokens,GeneratedTokens`, times as dates or seconds.
 `.json`: a list of `{"prompt": tokens, "output": tokens, "time": seconds}`, `time` being optional, or of ShareGPT's
 `{"conversations": [{"value": text}, …]}`, of which the first two turns count, at four characters a token. Requests
-without times arrive as the load says.
+without times arrive as the load says. Requests that got no token (Azure's have such rows) count with their prompts.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def _entry(where: str, row: list[str]) -> Entry:
     if len(row) != len(COLUMNS):
         raise ConfigurationError.of(where, ",".join(row), f"must have the {len(COLUMNS)} fields {', '.join(COLUMNS)}")
     time_s, prompt, output = row
-    return Entry(_time(where, time_s), _count(where, "ContextTokens", prompt), _count(where, "GeneratedTokens", output))
+    prompts = _count(where, "ContextTokens", prompt)
+    return Entry(_time(where, time_s), prompts, _count(where, "GeneratedTokens", output, 0))
 
 
 def _time(where: str, text: str) -> float:
@@ -89,10 +90,10 @@ def _time(where: str, text: str) -> float:
     raise ConfigurationError.of(f"{where}: TIMESTAMP", text, "must be a date or seconds")
 
 
-def _count(where: str, key: str, value: object) -> int:
+def _count(where: str, key: str, value: object, least: int = 1) -> int:
     text = str(value).strip()
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigurationError.of(f"{where}: {key}", value, "must be a whole number of tokens, at least 1")
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigurationError.of(f"{where}: {key}", value, f"must be a whole number of tokens, at least {least}")
     return int(text)
 
 
@@ -112,8 +113,7 @@ def _item(where: str, item: dict[str, Any]) -> Entry:
     time_s = item.get("time")
     if time_s is not None and not isinstance(time_s, int | float):
         raise ConfigurationError.of(f"{where}.time", time_s, "must be seconds")
-    counts = (_count(where, key, item.get(key)) for key in ("prompt", "output"))
-    return Entry(time_s, *counts)
+    return Entry(time_s, _count(where, "prompt", item.get("prompt")), _count(where, "output", item.get("output"), 0))
 
 
 def _conversation(where: str, turns: Any) -> Entry:

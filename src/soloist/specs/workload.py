@@ -20,6 +20,7 @@ class Load(Spec, frozen=True, kw_only=True):
 
     Either `sequences` are in flight in the whole deployment (closed loop) or `rate` requests arrive a second (open
     loop). With neither, the planner chooses the batch that serves best. `ttft_s` and `tpot_s` are the SLO; 0: none.
+    With 1 token out (which the prompt's last step gives) or none nothing is decoded, as on a server for prefill alone.
     """
 
     prompt: int = 1000
@@ -34,7 +35,7 @@ class Load(Spec, frozen=True, kw_only=True):
     tpot_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for key, least in (("prompt", 1), ("output", 1), ("sequences", 0), ("rate", 0)):
+        for key, least in (("prompt", 1), ("output", 0), ("sequences", 0), ("rate", 0)):
             if getattr(self, key) < least:
                 raise ConfigurationError.of(f"load.{key}", getattr(self, key), f"must be at least {least}")
         for key in ("spread", "skew", "ttft_s", "tpot_s"):
@@ -64,6 +65,16 @@ class Load(Spec, frozen=True, kw_only=True):
     def __str__(self) -> str:
         fields = msgspec.to_builtins(self)
         return ",".join(f"{key}={value}" for key, value in fields.items()) or "prompt=1000,output=200"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether there are steps between a request's first token and its last."""
+        return self.output > 1
+
+    @property
+    def fresh(self) -> float:
+        """Tokens of a prompt that are not found in the prefix cache."""
+        return self.prompt * (1 - self.prefix)
 
     @property
     def context(self) -> float:
