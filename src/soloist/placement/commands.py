@@ -136,8 +136,7 @@ def summary(found: Solution, target: Target) -> str:
     """What the search did, and how far its result may be from the best."""
     part = "node" if target.exchange == "hierarchical" else "group"
     text = f"{found.swaps} swaps on rows that a token sends once to each {part}"
-    if found.gap is not None and found.bound_L is not None:
-        text += f"; lower bound {found.bound_L.mean():.4f} (gap {found.gap:.1%})"
+    text += f"; lower bound {found.bound_L.mean():.4f} (gap {found.gap:.1%})"
     if found.keeps_groups:
         text += "; every router group lies whole on one node"
     return text

@@ -89,7 +89,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Solved:
-    """One layer's slots, its objective and a lower bound of it (0 if not wanted)."""
+    """One layer's slots, its objective and a lower bound of it."""
 
     slots: LayerSlots
     value: float
@@ -117,7 +117,7 @@ class LayerSearch:
         self.current = current.slots[layer] if current else None
         self._known: dict[tuple[int, ...], tuple[Array, Array]] = {}
 
-    def run(self, count_E: Array, rivals: Sequence[Placement], bound: bool) -> Solved:
+    def run(self, count_E: Array, rivals: Sequence[Placement]) -> Solved:
         """Begin with the best start, swap until nothing improves, and divide the parts among their groups."""
         starts = [*(self._start(rival.slots[self.layer]) for rival in rivals), *self._starts(count_E)]
         partitions = [Partition(self.problem_of(start.expert_S), start.part_S) for start in starts]
@@ -126,7 +126,7 @@ class LayerSearch:
         swaps = best.improve() if best.problem.parts > 1 else 0
         group_S, more = self._groups(best)
         slots = layer_slots(best.problem.expert_S, group_S, self.target.groups)
-        least = lower_bound(best.problem, self.target.room_P) if bound else 0.0
+        least = lower_bound(best.problem, self.target.room_P)
         return Solved(slots, best.value, least, values[: len(rivals)], swaps + more)
 
     # -- the problem ------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class GroupedSearch(LayerSearch):
         self.wholes_P, self.groups = wholes_P, int(wholes_P.sum())
         self.size = len(self.load_E) // self.groups  # experts of a router group
 
-    def run(self, count_E: Array, rivals: Sequence[Placement], bound: bool) -> Solved:
+    def run(self, count_E: Array, rivals: Sequence[Placement]) -> Solved:
         """`count_E` counts for nothing: each node's free slots go to its own experts."""
         coarse = self._coarse()
         starts = [Partition(coarse, start_R) for start_R in self._group_starts(coarse, rivals)]
@@ -58,7 +58,7 @@ class GroupedSearch(LayerSearch):
         partition = Partition(self.problem_of(expert_S), part_E[expert_S])
         group_S, more = self._groups(partition)
         slots = layer_slots(expert_S, group_S, self.target.groups)
-        least = lower_bound(coarse, self.wholes_P) if bound else 0.0
+        least = lower_bound(coarse, self.wholes_P)
         return Solved(slots, partition.value, least, [self._value(rival) for rival in rivals], swaps + more)
 
     def _coarse(self) -> Problem:

@@ -23,15 +23,15 @@ class Solution:
 
     placement: Placement
     value_L: Array
-    bound_L: Array | None
+    bound_L: Array
     baselines: dict[str, tuple[Placement, Array]]
     swaps: int
     keeps_groups: bool = False  # every router group lies whole on one node
 
     @property
-    def gap(self) -> float | None:
+    def gap(self) -> float:
         """How far the objective is above its bound, as a share of the bound."""
-        return None if self.bound_L is None else float(self.value_L.sum() / self.bound_L.sum() - 1)
+        return float(self.value_L.sum() / self.bound_L.sum() - 1)
 
 
 def solve(
@@ -41,7 +41,6 @@ def solve(
     matrices: tuple[Array, Array] | None = None,
     row_bytes: float = 16384.0,
     current: Placement | None = None,
-    bound: bool = True,
     router_groups: int = 1,
 ) -> Solution:
     """The best placement found for recorded routing; never worse than the baselines in the objective.
@@ -62,7 +61,7 @@ def solve(
         given = (trace, layer, target, weights or Weights(), current)
         return LayerSearch(*given) if wholes_P is None else GroupedSearch(*given, wholes_P)
 
-    solved = [search(layer).run(count_E, rivals, bound) for layer, count_E in enumerate(count_LE)]
+    solved = [search(layer).run(count_E, rivals) for layer, count_E in enumerate(count_LE)]
     values = np.array([layer.rivals for layer in solved])
     slots = tuple(
         layer.slots if current else _spread_rails(layer.slots, count, target)
@@ -71,7 +70,7 @@ def solve(
     return Solution(
         placement=Placement(experts=trace.model.experts, slots=slots),
         value_L=np.array([layer.value for layer in solved]),
-        bound_L=np.array([layer.bound for layer in solved]) if bound else None,
+        bound_L=np.array([layer.bound for layer in solved]),
         baselines={name: (found, values[:, i]) for i, (name, found) in enumerate(baselines.items())},
         swaps=sum(layer.swaps for layer in solved),
         keeps_groups=wholes_P is not None,
