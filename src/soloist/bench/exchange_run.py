@@ -72,7 +72,7 @@ class ExchangeRun:
         self.bench.barrier()
         for lane in self.dispatcher.lanes:
             lane.y_RD(self.shape).normal_()
-        # Captured one after the other on one lane; the eager calls of `captured` would take the other lane's turn.
+        # Captured one after the other: eager calls of `captured` would dispatch again what nobody has combined.
         both = [captured(work, warm_up=0) for work in (dispatch, combine)]
         first, second = self.bench.seconds(*both)
         trace.shot(name, lambda: (self.bench.enter(), [half() for half in both]))

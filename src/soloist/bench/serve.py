@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from rich.table import Table
 
@@ -23,10 +24,10 @@ from soloist.bench.serve_plot import plot_serve
 from soloist.bench.sse import Client, Outcome
 from soloist.errors import ConfigurationError
 from soloist.planner.plots import drawn
+from soloist.server.slo import Slo
 from soloist.simulator.arrivals import gaps, lengths
+from soloist.simulator.report import PERCENTILES, Spread
 from soloist.specs.workload import Load
-
-PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def summarise(outcomes: Sequence[Outcome], load: Load, dataset: Path | None = No
     good = [outcome for outcome in outcomes if outcome.error is None and outcome.tokens]
     begin = min(outcome.due_s for outcome in outcomes)
     wall_s = max((outcome.last_s for outcome in good), default=begin) - begin
-    met = [outcome for outcome in good if _meets(outcome, load)]
+    slo = Slo.of(load)
+    met = [outcome for outcome in good if slo.is_met(outcome.first_s - outcome.due_s, outcome.tpot_s or 0.0)]
     tokens = sum(outcome.tokens for outcome in good)
     tpot_s = [value for outcome in good if (value := outcome.tpot_s) is not None]
     return {
@@ -135,11 +137,6 @@ def summarise(outcomes: Sequence[Outcome], load: Load, dataset: Path | None = No
     }
 
 
-def _meets(outcome: Outcome, load: Load) -> bool:
-    in_time = not load.ttft_s or outcome.first_s - outcome.due_s <= load.ttft_s
-    return in_time and (not load.tpot_s or (outcome.tpot_s or 0.0) <= load.tpot_s)
-
-
 def _hit_rate(outcomes: Sequence[Outcome]) -> float | None:
     """Share of the prompt tokens that were found in the server's cache; None where it does not tell."""
     told = [outcome for outcome in outcomes if outcome.cached_tokens is not None]
@@ -149,10 +146,8 @@ def _hit_rate(outcomes: Sequence[Outcome]) -> float | None:
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     """Mean, the usual percentiles, and the largest."""
-    if not values:
-        return {}
-    found = {f"p{percent}": float(np.percentile(values, percent)) for percent in PERCENTILES}
-    return {"mean": float(np.mean(values)), **found, "max": float(max(values))}
+    spread = Spread.of(np.array(values))
+    return msgspec.structs.asdict(spread) if spread else {}
 
 
 def _errors(outcomes: Sequence[Outcome]) -> dict[str, int]:

@@ -99,13 +99,14 @@ class SequenceState:
 
     def ends_with_next(self, max_positions: int) -> bool:
         """The next token will be the last one, whatever it is."""
-        return len(self.tokens) + 1 >= self._longest(max_positions)
+        return len(self.tokens) + 1 >= self.longest(max_positions)
 
     def stop_reason(self, max_positions: int) -> FinishReason | None:
         """Why the last token ends the sequence, if it does."""
         if self.tokens[-1] in self.ends:
             return "stop"
-        return "length" if len(self.tokens) >= self._longest(max_positions) else None
+        return "length" if len(self.tokens) >= self.longest(max_positions) else None
 
-    def _longest(self, max_positions: int) -> int:
+    def longest(self, max_positions: int) -> int:
+        """Tokens with which it ends, if no token ends it before."""
         return min(self.prompt_length + self.params.max_tokens, max_positions)

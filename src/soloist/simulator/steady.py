@@ -59,7 +59,8 @@ class SteadyScheduler(Scheduler):
         if any(_has_news(state) for state in states):
             return 0
         blocks = self._pool.available // len(states) * self.config.block_size
-        return min(blocks, *(self._last_length(state) - 1 - len(state.tokens) for state in states))
+        longest = self.config.max_positions
+        return min(blocks, *(state.longest(longest) - 1 - len(state.tokens) for state in states))
 
     def advance(self, batch: StepBatch, rounds: int) -> StepBatch:
         """Take `rounds` rounds of a batch under way, at most `steady_rounds`. Returns the batch that is then under way.
@@ -80,23 +81,8 @@ class SteadyScheduler(Scheduler):
         length = len(state.tokens) + rounds
         state.tokens += [TOKEN] * rounds
         state.blocks += self._pool.take(self.config.blocks_for(length) - len(state.blocks))
-        state.computed = length - 1
-        self._offer(state)
+        self._computed(state, length - 1)
         return state.chunk(1)
-
-    def _offer(self, state: SequenceState) -> None:
-        """Let others find the blocks that are full, as `update` does."""
-        full = state.computed // self.config.block_size
-        if not self.config.prefix_caching or full <= state.cached:
-            return
-        digests = state.full_digests(self.config.block_size, full)
-        for index in range(state.cached, full):
-            self._pool.cache(state.blocks[index], digests[index])
-        state.cached = full
-
-    def _last_length(self, state: SequenceState) -> int:
-        """Tokens with which the sequence ends."""
-        return min(state.prompt_length + state.params.max_tokens, self.config.max_positions)
 
     def _keeps_shape(self, sizes: list[int]) -> bool:
         """A batch that comes back is scheduled whole: it would not be split, see `_share`."""
