@@ -26,8 +26,8 @@ _WAKING_BYTES = 32 << 20  # sent four times: some 0.35 ms
 
 
 @dataclass
-class Meeting:
-    """A barrier of ranks through their windows, on the current stream; it costs the host nothing."""
+class WindowBarrier:
+    """Ranks wait for each other through their windows, on the current stream; it costs the host nothing."""
 
     window: Window
     calls: torch.Tensor
@@ -36,7 +36,7 @@ class Meeting:
     BYTES: ClassVar[int] = 1 << 16  # of a window
 
     @classmethod
-    def of(cls, window: Window, watch: Watch) -> Meeting:
+    def of(cls, window: Window, watch: Watch) -> WindowBarrier:
         return cls(window, torch.zeros(LINE_BYTES // 8, dtype=torch.int64, device=window.device), watch)
 
     def __call__(self) -> None:
@@ -58,7 +58,7 @@ class OneGpu:
     size: int
     device: torch.device
     watch: Watch
-    meeting: Meeting | None = None
+    at_windows: WindowBarrier | None = None
     _meet: Callable[[], None] | None = None  # the barrier as a graph
 
     @classmethod
@@ -72,13 +72,16 @@ class OneGpu:
         """All of `size` ranks on the current GPU, each to work on a stream of its own."""
         device = _own_gpu()
         watches = [Watch(rank, tuple(range(size)), device, deadline_s) for rank in range(size)]
-        windows = windows_in_process(size, Meeting.BYTES, device)
-        return [cls(w.rank, size, device, w, Meeting.of(window, w)) for window, w in zip(windows, watches, strict=True)]
+        windows = windows_in_process(size, WindowBarrier.BYTES, device)
+        return [
+            cls(w.rank, size, device, w, WindowBarrier.of(window, w))
+            for window, w in zip(windows, watches, strict=True)
+        ]
 
     def barrier(self) -> None:
         """On the current stream: what follows begins on all ranks together."""
-        if self.meeting is not None:
-            self.meeting()
+        if self.at_windows is not None:
+            self.at_windows()
 
     def wake(self) -> None:
         """Bring the link out of the sleep that a pause sends it into."""
@@ -101,7 +104,7 @@ class OneGpu:
         host run ahead of it.
         """
         marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
-        self._meet = self._meet or (captured(self.barrier) if self.meeting else self.barrier)
+        self._meet = self._meet or (captured(self.barrier) if self.at_windows else self.barrier)
         for _ in range(warm_up + repeats):
             torch.cuda._sleep(_HEAD_START)
             marks.append([self._timed(part, pause_s) for part in parts])
@@ -154,9 +157,9 @@ class Bench(OneGpu):
         watch = Watch(rank, tuple(range(size)), device, deadline_s)
         window, awake = (
             group.window(held) if size > 1 else windows_in_process(1, held, device)[0]
-            for held in (Meeting.BYTES, _WAKING_BYTES)
+            for held in (WindowBarrier.BYTES, _WAKING_BYTES)
         )  # fmt: skip
-        return cls(rank, size, device, watch, Meeting.of(window, watch), group=group, awake=awake)
+        return cls(rank, size, device, watch, WindowBarrier.of(window, watch), group=group, awake=awake)
 
     def wake(self) -> None:
         own, peer = (self.awake.bytes_of[rank % self.size] for rank in (self.rank, self.rank + 1))
@@ -200,17 +203,20 @@ def start_ranks(module: str, arguments: Sequence[str], size: int, limit_s: float
         port = probe.getsockname()[1]
     world = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", module, *arguments]
-    ranks = [subprocess.Popen(command, env=world | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(size)]
+    ranks: list[subprocess.Popen[bytes]] = []
     until = time.monotonic() + limit_s
     try:
+        for rank in map(str, range(size)):
+            ranks.append(subprocess.Popen(command, env=world | {"RANK": rank, "LOCAL_RANK": rank}))
         while (codes := [rank.poll() for rank in ranks]).count(None) and not any(codes):
             if time.monotonic() > until:
                 raise ClusterError(f"{module}: not done after {limit_s:.0f} s on {size} ranks")
             time.sleep(0.02)
         return max(abs(code or 0) for code in codes)
     finally:
-        for rank in ranks:
-            rank.kill()
+        for process in ranks:
+            process.kill()
+            process.wait()
 
 
 def captured(work: Callable[[], object], warm_up: int = 2) -> Callable[[], None]:
