@@ -26,6 +26,7 @@ from soloist.doctor.examination import examine_host, report
 from soloist.doctor.finding import Finding, exit_code, note
 from soloist.doctor.limits import numbers
 from soloist.doctor.planned import preset_of
+from soloist.errors import ClusterError
 
 
 @pytest.fixture
@@ -300,6 +301,16 @@ def test_visits_are_gathered(tmp_path):
     assert [visit.machine.host for visit in found[0]] == ["node0", "node1", "node2"]
     assert all(abs(visit.ahead_s) <= visit.uncertain_s + 1e-3 for visit in found[0])
     assert found[1] == found[2] == []
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, "rank 1 of 2 did not come"), (1, "rank 0 did not turn to rank 1")])
+def test_a_rank_that_does_not_come_is_named(rank, told):
+    from torch.distributed import HashStore
+
+    from soloist.engine.meeting import Meeting, Place
+
+    with pytest.raises(ClusterError, match=f"{told} within 0.1 s"):
+        gather(Meeting(Place(rank, 2, rank, 2), HashStore()), machine(), 0.1)
 
 
 # -- the report ------------------------------------------------------------------------------------------------------

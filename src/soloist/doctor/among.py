@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 
@@ -28,29 +30,46 @@ class Visit(msgspec.Struct, frozen=True):
 def gather(meeting: Meeting, machine: Machine, deadline_s: float) -> list[Visit]:
     """Called by all ranks. Rank 0 gets everybody's, in order of rank; the others an empty list.
 
-    Raises ClusterError that names the first rank that does not come.
+    Raises ClusterError: at rank 0 it names the first rank that does not come, on the others whom they waited for.
     """
     store, place = meeting.store, meeting.place
     store.set_timeout(timedelta(seconds=deadline_s))
     if place.rank:
-        store.get(f"clock turn {place.rank}")
-        before = time.time()
-        store.set(f"clock asked {place.rank}", "")
-        told = float(store.get(f"clock told {place.rank}"))
-        after = time.time()
-        visit = Visit(machine, (before + after) / 2 - told, (after - before) / 2)
-        store.set(f"visit {place.rank}", msgspec.json.encode(visit).decode())
+        with _bounded(f"rank 0 did not turn to rank {place.rank}", deadline_s):
+            _pay(store, place.rank, machine)
         return []
     visits = [Visit(machine)]
     for rank in range(1, place.size):
-        try:
-            store.set(f"clock turn {rank}", "")
-            store.get(f"clock asked {rank}")
-            store.set(f"clock told {rank}", repr(time.time()))
-            visits.append(msgspec.json.decode(store.get(f"visit {rank}"), type=Visit))
-        except RuntimeError as error:
-            raise ClusterError(f"rank {rank} of {place.size} did not come within {deadline_s:g} s") from error
+        with _bounded(f"rank {rank} of {place.size} did not come", deadline_s):
+            visits.append(_receive(store, rank))
     return visits
+
+
+@contextmanager
+def _bounded(failure: str, deadline_s: float) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the store's, when it has waited too long
+        raise ClusterError(f"{failure} within {deadline_s:g} s") from error
+
+
+def _pay(store: Any, rank: int, machine: Machine) -> None:
+    """This rank's visit to rank 0, whose clock it asks when its turn has come."""
+    store.get(f"clock turn {rank}")
+    before = time.time()
+    store.set(f"clock asked {rank}", "")
+    told = float(store.get(f"clock told {rank}"))
+    after = time.time()
+    visit = Visit(machine, (before + after) / 2 - told, (after - before) / 2)
+    store.set(f"visit {rank}", msgspec.json.encode(visit).decode())
+
+
+def _receive(store: Any, rank: int) -> Visit:
+    """Another rank's visit, at rank 0."""
+    store.set(f"clock turn {rank}", "")
+    store.get(f"clock asked {rank}")
+    store.set(f"clock told {rank}", repr(time.time()))
+    return msgspec.json.decode(store.get(f"visit {rank}"), type=Visit)
 
 
 def hosts_of(visits: Sequence[Visit]) -> list[Machine]:

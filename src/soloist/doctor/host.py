@@ -81,9 +81,9 @@ def interfaces(root: Path = ROOT) -> tuple[Interface, ...]:
     )
 
 
-def memory(root: Path = ROOT) -> tuple[int, int]:
-    """Free and total bytes of the host, from /proc/meminfo."""
-    lines = (line.split() for line in _text(root / "proc/meminfo").splitlines())
+def memory() -> tuple[int, int]:
+    """Free and total bytes of the host."""
+    lines = (line.split() for line in _text(Path("/proc/meminfo")).splitlines())
     table = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
     return table.get("MemAvailable", 0), table.get("MemTotal", 0)
 
