@@ -188,3 +188,13 @@ def test_nccl_xml_refuses_other_files() -> None:
         from_nccl_xml("<system", "H100-80GB")
     with pytest.raises(ConfigurationError, match="no GPU"):
         from_nccl_xml("<graphs/>", "H100-80GB")
+
+
+@pytest.mark.parametrize(
+    "rest", ['"cluster":{"na', '"machine":"a GPU"}', '"cluster":{"gpu":"H200","gpus_per_node":8}}']
+)
+def test_a_damaged_record_of_a_machine_is_named(tmp_path: Path, rest: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"what":"machine",' + rest + "\n")
+    with pytest.raises(ConfigurationError, match="mine.jsonl"):
+        cluster(str(path))

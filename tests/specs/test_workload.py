@@ -28,6 +28,7 @@ def test_writing_and_reading_agree(prompt: int, output: int, sequences: int, ske
         ("prompt", "key=value"), ("promt=3", "promt"), ("prompt=-3", "prompt"), ("prompt=many", "prompt"),
         ("prompt=0", "prompt"), ("rate=1,sequences=2", "rate"), ("prefix=1", "prefix"), ("arrival=never", "never"),
         ("output=1.5", "output"), ("rate=-5", "from 0 up"), ("rate=nan", "rate"), ("tpot=0s", "no limit"),
+        ("rate=1e999", "rate"),
     ],
 )  # fmt: skip
 def test_nonsense_is_named(text: str, names: str) -> None:

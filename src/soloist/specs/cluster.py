@@ -141,6 +141,12 @@ class ClusterSpec(Spec, frozen=True, kw_only=True):
         return local * nics // self.gpus_per_node
 
 
+class _MachineRecord(msgspec.Struct):
+    """What `soloist calibrate` writes of a machine, as far as it concerns this module."""
+
+    cluster: ClusterSpec
+
+
 def load_clusters(path: str | Path) -> dict[str, ClusterSpec]:
     """All clusters of a YAML file with tables `gpus` and `clusters`. Raises ConfigurationError, naming file and key."""
     tables = _read(Path(path))
@@ -196,10 +202,16 @@ def _topology(path: str, gpu: str, nic_GBps: float | None) -> ClusterSpec | None
 
 
 def measured_cluster(path: str | Path) -> ClusterSpec | None:
-    """The machine that a file of measurements (JSON lines) names, if it names one."""
+    """The machine that a file of measurements (JSON lines) names, if it names one.
+
+    Raises ConfigurationError for a file that cannot be read and for a machine that is none.
+    """
     for line in read_text(path, "measurements").splitlines():
         if line.startswith('{"what":"machine"'):
-            return _convert(ClusterSpec, msgspec.json.decode(line)["cluster"], f"{path}: machine")
+            try:
+                return msgspec.json.decode(line, type=_MachineRecord).cluster
+            except msgspec.DecodeError as error:
+                raise ConfigurationError.of("measurements", str(path), f"the record of its machine: {error}") from error
     return None
 
 

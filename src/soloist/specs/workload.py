@@ -7,6 +7,7 @@ Compact form: comma-separated `key=value`, for instance `prompt=1000,output=200,
 from __future__ import annotations
 
 import re
+from math import isinf
 from typing import Literal
 
 import msgspec
@@ -89,10 +90,10 @@ class Load(Spec, frozen=True, kw_only=True):
 
 def _number(key: str, text: str) -> float | int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)(ms|s|k|K|M)?", text)
-    if not match:
+    if not match or isinf(float(match[1])):
         raise ConfigurationError.of(f"load.{key}", text, "must be a number from 0 up, perhaps with ms, s, k or M")
     value = float(match[1]) * {"ms": 1e-3, "s": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, None: 1.0}[match[2]]
-    return int(value) if value == int(value) else value
+    return int(value) if value.is_integer() else value
 
 
 def _convert(values: dict[str, object]) -> Load:
