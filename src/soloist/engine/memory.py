@@ -20,6 +20,13 @@ def settle(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
+def release(device: torch.device) -> None:
+    """Give back what PyTorch keeps unused: graphs have a pool of their own, so that steps which ran to prepare them
+    would hold their memory twice."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def device_bytes(device: torch.device) -> tuple[int, int]:
     """Of a GPU: used by whomever, and in all. (0, 0) on a CPU."""
     if device.type != "cuda":
@@ -31,12 +38,12 @@ def device_bytes(device: torch.device) -> tuple[int, int]:
 def held(
     decoder: Decoder, caches: Sequence[LayerCache], dispatchers: Dispatchers, settled: int
 ) -> dict[str, int]:  # fmt: skip
-    """Weights by part, KV cache, exchange buffers; on a GPU also the activations of the largest step so far and the
-    most that PyTorch had reserved, which is all of these but the exchange's windows, and what it could not fill."""
+    """Weights by part, KV cache, exchange buffers; on a GPU also the activations of the largest step so far and what
+    PyTorch has reserved, which is all of these but the exchange's windows, and what it could not fill."""
     found = decoder.weight_parts()
     found["KV cache"] = sum(cache.nbytes for cache in caches)
     found["exchange buffers"] = dispatchers.nbytes
     if dispatchers.device.type == "cuda":
         found["activations"] = torch.cuda.max_memory_allocated(dispatchers.device) - settled
-        found["reserved"] = torch.cuda.max_memory_reserved(dispatchers.device)
+        found["reserved"] = torch.cuda.memory_reserved(dispatchers.device)
     return found

@@ -22,7 +22,7 @@ from soloist.engine.feedback import Feedback
 from soloist.engine.graphs import Shape, StaticStep, StaticSteps, widths
 from soloist.engine.history import History
 from soloist.engine.kv_cache import allocate, blocks_that_fit
-from soloist.engine.memory import device_bytes, held, settle
+from soloist.engine.memory import device_bytes, held, release, settle
 from soloist.engine.moe_layers import moe_layers, moe_layers_of, slots_of
 from soloist.engine.options import EngineOptions
 from soloist.engine.rehearsal import kinds, rehearsals
@@ -111,6 +111,7 @@ class Runner:
         if rehearses:
             self.rehearse()
         self.static.capture()
+        release(self.device)
         self.watch.enabled = is_enabled
 
     def _choice(self, blocks: int) -> Choice:
