@@ -135,9 +135,15 @@ def test_a_file_that_cannot_be_written_after_all_is_named(tmp_path):
     assert result.stderr.startswith(f"{taken}")
 
 
+def test_a_full_disk_is_no_internal_error():
+    result = run("cluster", "dgx-h100", "--out", "/dev/full")
+    assert (result.exit_code, result.stderr) == (cli.FAILURE, "/dev/full: No space left on device\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("validate", "--plot", "picture"),
         ("serve", NOVELS, "--port", "99999"),
         ("serve", NOVELS, "--log-level", "loud"),
         ("bench", "compare", NOVELS, "--layout", "ep1", "--runs", "0"),

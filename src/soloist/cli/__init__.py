@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from soloist.cli.serve import serve, top
 from soloist.errors import ConfigurationError, RequestError, SoloistError
 
 USER_ERROR, FAILURE = 2, 1  # exit codes
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # writing fails, and Python does not say where
 EXTRAS = {  # what a plain installation, which plans and simulates, does not have
     "run": ("torch", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "zmq"),
     "serve": ("fastapi", "uvicorn", "httptools", "prometheus_client"),
@@ -37,10 +39,10 @@ class Commands(TyperGroup):
             _print_error(error, str(error), ctx.params["verbose"])
             raise typer.Exit(USER_ERROR if isinstance(error, ConfigurationError | RequestError) else FAILURE) from error
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and error.errno not in DISK:
                 raise
-            _print_error(error, f"{error.filename}: {error.strerror}", ctx.params["verbose"])
-            raise typer.Exit(USER_ERROR) from error
+            _print_error(error, f"{error.filename or 'a file'}: {error.strerror}", ctx.params["verbose"])
+            raise typer.Exit(FAILURE if error.errno in DISK else USER_ERROR) from error
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)

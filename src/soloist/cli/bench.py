@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from soloist.cli import bench_gpus
 from soloist.cli.options import (
@@ -24,7 +23,16 @@ from soloist.cli.options import (
 )
 from soloist.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 app = typer.Typer(help="Measure: layouts, the exchange, the expert layer, a server.", no_args_is_help=True)
+
+
+def _console() -> Console:
+    from soloist.planner.commands import console
+
+    return console()
 
 
 @app.command()
@@ -64,7 +72,7 @@ def compare(
     options = engine_options(device, dtype, transport, kv_tokens, random_weights, settings)
     prompts = bench.prompts_for(model, options, requests, prompt_tokens, prompt_file, seed)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
-    console = Console()
+    console = _console()
     series = bench.compare(model, [Layout.parse(text) for text in layouts], prompts, params, options, runs, console)
     console.print(comparison(series, f"{len(prompts)} requests of {max_tokens} tokens; medians of {runs} run(s)"))
     if check_greedy:
@@ -143,7 +151,7 @@ def serve_(
     path = "/v1/chat/completions" if chat else "/v1/completions"
     outcomes = run(bench.send(Client(url, api_key, timeout), planned, path))
     summary = bench.summarise(outcomes, wanted, dataset)
-    console = Console()
+    console = _console()
     console.print(bench.table(summary))
     for path in bench.write(outcomes, summary, out):
         console.print(f"wrote {path}", style="dim", highlight=False)
@@ -217,7 +225,7 @@ def offline(
     written = bench.records(Found.find(model, random_weights is not None).spec, load, starts, options, machine)
     if routing:
         written.append(bench.routing(model, chosen[0], load, options, seed))
-    Console(width=160).print(table(written))
+    _console().print(table(written))
     bench.write(written, lines)
 
 
@@ -272,5 +280,5 @@ def memory(
 
     options = engine_options(device, dtype, "auto", kv_tokens, random_weights, settings)
     found = list(bench.check(model, Layout.parse(layout), options, step_tokens, kv_tokens))
-    Console().print(bench.table(found))
+    _console().print(bench.table(found))
     typer.echo(dumps({"what": "memory", "model": model, "layout": layout, "parts": [asdict(part) for part in found]}))

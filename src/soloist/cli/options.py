@@ -54,6 +54,16 @@ def to_write(param: typer.CallbackParam, path: Path | None) -> Path | None:
     raise ConfigurationError.of(param.opts[0], str(path), remedy)
 
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".webp")
+
+
+def to_draw(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """The file of a picture, as `to_write`; its ending is the format."""
+    if to_write(param, path) and path and path.suffix.lower() not in PICTURES:
+        raise ConfigurationError.of(param.opts[0], str(path), f"give it one of the endings {', '.join(PICTURES)}")
+    return path
+
+
 def to_fill(param: typer.CallbackParam, folder: Path) -> Path:
     """The folder of an option that is made and filled at the end, as `to_write`."""
     found = next(path for path in (folder, *folder.absolute().parents) if path.exists())

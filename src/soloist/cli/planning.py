@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from soloist.cli.options import only_with, to_write
+from soloist.cli.options import only_with, to_draw, to_write
 from soloist.errors import ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def simulate(
     mixed_graphs: Annotated[str, typer.Option(help="As of `soloist plan`; by default what the plan says.")] = "",
     as_json: JsonOption = False,
     perfetto: Annotated[Path | None, typer.Option(callback=to_write, help="Write a trace for ui.perfetto.dev.")] = None,
-    plot: Annotated[Path | None, typer.Option(callback=to_write, help="Write a picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=to_draw, help="Write a picture.")] = None,
     out: Annotated[Path | None, typer.Option(callback=to_write, help="Write the result as JSON.")] = None,
     calibration: CalibrationOption = None,
 ) -> None:
@@ -145,7 +145,7 @@ def validate(
     data: Annotated[Path | None, typer.Option(help="Folder of CSV files instead of the published tables.")] = None,
     as_json: JsonOption = False,
     cross: Annotated[bool, typer.Option("--cross", help="Also leave each fitted row out in turn.")] = False,
-    plot: Annotated[Path | None, typer.Option(callback=to_write, help="Write a picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=to_draw, help="Write a picture.")] = None,
     calibration: CalibrationOption = None,
 ) -> None:
     """Predictions against published measurements: the error of every row and table."""

@@ -11,6 +11,7 @@ from soloist.launchers.kubernetes import PLAN_FILE, manifest
 from soloist.launchers.scripts import WRITERS
 from soloist.launchers.start import start_of
 from soloist.planner.plan import Plan
+from soloist.specs.files import write_file
 
 
 def run_launch(plan_file: Path, target: str, model: str | None, arguments: Sequence[str], out: Path | None) -> int:
@@ -26,9 +27,6 @@ def run_launch(plan_file: Path, target: str, model: str | None, arguments: Seque
     if out is None:
         sys.stdout.write(text)
         return 0
-    try:
-        out.write_text(text)
-        print(f"Written to {out}", file=sys.stderr)
-    except OSError as error:
-        raise ConfigurationError.of("--out", str(out), f"cannot be written: {error.strerror}") from error
+    write_file(out, text)
+    print(f"Written to {out}", file=sys.stderr)
     return 0

@@ -23,6 +23,7 @@ from soloist.errors import ConfigurationError
 from soloist.placement.archive import Array, read_arrays
 from soloist.placement.eplb import EplbMaps, physical_map
 from soloist.placement.placement import LayerSlots, Placement
+from soloist.specs.files import write_file
 from soloist.specs.layout import Layout
 from soloist.specs.model import ModelSpec
 
@@ -70,7 +71,7 @@ def _export_sglang(physical_LR: Array, placement: Placement, spec: ModelSpec, pa
     slots = physical_LR.shape[1]
     rows = np.tile(np.arange(slots) % spec.experts, (spec.layers, 1))
     rows[list(spec.moe_layers)] = physical_LR
-    path.write_bytes(msgspec.json.encode({"physical_to_logical_map": rows.tolist()}))
+    write_file(path, msgspec.json.encode({"physical_to_logical_map": rows.tolist()}))
     flags = f"--init-expert-location {path} --ep-size {placement.groups}"
     if slots > spec.experts:
         flags += f" --ep-num-redundant-experts {slots - spec.experts}"
@@ -87,7 +88,7 @@ def _export_tensorrt(physical_LR: Array, placement: Placement, spec: ModelSpec, 
         "num_slots": physical_LR.shape[1],
         "layer_updates_per_iter": 0,
     }
-    path.write_text(yaml.safe_dump(content, default_flow_style=None, width=1 << 20, sort_keys=False))
+    write_file(path, yaml.safe_dump(content, default_flow_style=None, width=1 << 20, sort_keys=False))
     return [
         f"name it as load_balancer in moe_config, with --ep_size {placement.groups}",
         "layer_updates_per_iter is 0: the placement stays as it is; more lets TensorRT-LLM rebalance while it runs",

@@ -18,6 +18,7 @@ import numpy as np
 
 from soloist.errors import ConfigurationError
 from soloist.placement.archive import Array, read_arrays
+from soloist.specs.files import write_file
 from soloist.specs.model import ModelSpec, Spec
 
 FORMAT = "soloist-trace/1"
@@ -140,7 +141,7 @@ class RoutingTrace:
         packed = {name: _narrow(array) for name, array in arrays.items()}
         content = io.BytesIO()
         np.savez_compressed(content, header=np.frombuffer(msgspec.json.encode(header), np.uint8), **packed)  # pyright: ignore
-        Path(path).write_bytes(content.getvalue())
+        write_file(path, content.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:

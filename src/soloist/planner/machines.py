@@ -15,7 +15,7 @@ from rich.table import Table
 
 from soloist.planner.domains import COLLECTIVE_SPELLINGS
 from soloist.specs.cluster import ClusterSpec, preset_clusters, preset_gpus
-from soloist.specs.files import read_text
+from soloist.specs.files import read_text, write_file
 from soloist.specs.nccl_tests import parse_nccl_tests
 
 SHOWN = 16  # GPUs of a matrix
@@ -66,7 +66,7 @@ def save_cluster(spec: ClusterSpec, path: str | Path) -> None:
     is_preset = preset_gpus().get(spec.gpu.name) == spec.gpu
     tables = {} if is_preset else {"gpus": {spec.gpu.name: {k: v for k, v in gpu.items() if k != "name" and v}}}
     tables["clusters"] = {name: {"gpu": spec.gpu.name, **fields}}
-    Path(path).write_text(yaml.safe_dump(tables, sort_keys=False, default_flow_style=None, width=120))
+    write_file(path, yaml.safe_dump(tables, sort_keys=False, default_flow_style=None, width=120))
 
 
 def calibration_of_logs(logs: Sequence[Path], spec: ClusterSpec, out: Path) -> list[str]:
@@ -83,7 +83,7 @@ def calibration_of_logs(logs: Sequence[Path], spec: ClusterSpec, out: Path) -> l
         kinds = {str(row["collective"]) for row in rows}
         notes += [f"{log}: {kind} is not modelled and was left out" for kind in sorted(kinds - MODELLED)]
         lines += [_measurement(row) for row in rows if row["collective"] in MODELLED]
-    out.write_bytes(b"\n".join(lines) + b"\n")
+    write_file(out, b"\n".join(lines) + b"\n")
     return notes
 
 

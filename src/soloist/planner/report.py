@@ -10,6 +10,7 @@ from soloist.planner.claims import Finding
 from soloist.planner.plots import pyplot
 from soloist.planner.scenarios import Case, Scenario
 from soloist.planner.sweep import SweepPoint
+from soloist.specs.files import write_file
 
 COLOURS = {"impossible": "#d1495b", "weak": "#c77d0a", "plausible": "#2e7d5b", "beaten": "#2f6db5"}
 STYLE = """
@@ -87,7 +88,7 @@ def write_html(
     for name, points in sweeps.items():
         parts.append(f"<h2>EP from 16 to 1024: {escape(name)}</h2><figure>{sweep_svg(points)}</figure>")
         parts.append(_table(SweepPoint._fields, [[number(float(value)) for value in point] for point in points]))
-    Path(path).write_text("\n".join(parts) + "</html>\n")
+    write_file(path, "\n".join(parts) + "</html>\n")
 
 
 def sweep_svg(points: list[SweepPoint]) -> str:

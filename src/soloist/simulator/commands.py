@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec.structs import replace
-from rich.console import Console
 from rich.table import Table
 
 from soloist.errors import ConfigurationError
+from soloist.planner.commands import console
 from soloist.planner.refit import load_calibration
 from soloist.simulator.deployment import Setup, simulate
 from soloist.simulator.losses import Loss
@@ -89,15 +89,15 @@ def drift_of(text: str, skew: float) -> Drift:
 
 def show(result: Result) -> None:
     """Print a result for people."""
-    console = Console()
+    shown = console()
     table = Table(title=f"{result.layout} on {result.gpus} GPUs", title_justify="left")
     for name in ("", "mean", "p50", "p90", "p95", "p99", "max"):
         table.add_column(name, justify="right" if name else "left")
     for name, spread_ in (("TTFT, ms", result.ttft_s), ("TPOT, ms", result.tpot_s), ("latency, ms", result.latency_s)):
         table.add_row(name, *_cells(spread_))
-    console.print(table)
+    shown.print(table)
     for line in _sentences(result):
-        console.print(line, highlight=False)
+        shown.print(line, highlight=False)
 
 
 def _cells(values: Spread | None) -> list[str]:

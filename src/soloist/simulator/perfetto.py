@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from soloist.simulator.replica import Launched
+from soloist.specs.files import write_file
 from soloist.specs.layout import Layout
 
 MOST_STEPS = 2000
@@ -45,7 +46,7 @@ class Tracer:
         ]
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(msgspec.json.encode({"traceEvents": self.events, "displayTimeUnit": "ms"}))
+        write_file(path, msgspec.json.encode({"traceEvents": self.events, "displayTimeUnit": "ms"}))
 
     def _process(self, replica: int, stage: int) -> int:
         return replica * self.layout.pp + stage

@@ -36,6 +36,14 @@ def read_record(path: str | Path, kind: type[R], key: str) -> R:
         raise ConfigurationError.of(key, str(path), f"is not a {key} file: {error}") from error
 
 
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a file. Raises OSError with the file's name, also where only the writing fails, as on a full disk."""
+    try:
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_record(path: str | Path, record: msgspec.Struct) -> None:
     """Write a record as indented JSON, as `read_record` reads it."""
-    Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    write_file(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
