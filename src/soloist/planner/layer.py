@@ -81,7 +81,7 @@ class Batch(NamedTuple):
     @property
     def half(self) -> Batch:
         """Of two equal parts."""
-        return self._replace(tokens=self.tokens / 2, padded=self.padded / 2)
+        return Batch(self.phase, self.tokens / 2, self.context, self.padded / 2)
 
 
 def dense_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:

@@ -14,6 +14,8 @@ ones follow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import count, takewhile
 from math import ceil, expm1
 from typing import NamedTuple
@@ -64,9 +66,14 @@ class Score(NamedTuple):
     request_rate: Estimate  # requests/s
     output_rate: Estimate
     input_rate: Estimate
-    memory: dict[str, float]
     decode: StepCost
     prefill: StepCost
+    memory_of: Callable[[], dict[str, float]]  # most scores are never asked
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes by part on the fullest GPU."""
+        return self.memory_of()
 
     @property
     def gpus(self) -> int:
@@ -103,12 +110,12 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores deployments on one cluster. Step models and prefill steps are kept, since many candidates share them."""
+    """Scores deployments on one cluster. Step models, which know their steps, and prompts are kept for candidates that
+    share them."""
 
     def __init__(self, kernels: Kernels, runtime: Runtime, load: Load) -> None:
         self.kernels, self.runtime, self.load = kernels, runtime, load
         self._models: dict[object, StepModel] = {}
-        self._steps: dict[object, StepCost] = {}
         self._prompts: dict[object, Estimate] = {}
 
     def most_sequences(self, deployment: Deployment, options: Options) -> float:
@@ -145,9 +152,9 @@ class Scorer:
             request_rate=output_rate.times(1 / self.load.output),
             output_rate=output_rate,
             input_rate=prefill.seconds.inverse(options.chunk_tokens * groups),
-            memory=self._memory(deployment, options, batch, self._held_halves(deployment, options, batch)),
             decode=decode,
             prefill=prefill,
+            memory_of=partial(self.memory, deployment, options, batch),
         )
 
     def _of_prompts(self, deployment: Deployment, options: Options, batch: float) -> Score:
@@ -166,9 +173,9 @@ class Scorer:
             request_rate=request_rate,
             output_rate=request_rate.times(self.load.output),
             input_rate=request_rate.times(self.load.fresh),
-            memory=self._memory(deployment, options, batch, self._held_halves(deployment, options, batch)),
             decode=StepCost(ZERO, {}, False),
             prefill=step,
+            memory_of=partial(self.memory, deployment, options, batch),
         )
 
     def halves(self, score: Score) -> Halves:
@@ -221,13 +228,10 @@ class Scorer:
         self, phase: str, deployment: Deployment, options: Options, tokens: float, micro_batches: int = 0
     ) -> StepCost:
         """A step of one of the `dp` equal replicas. `micro_batches` 0: as the options say."""
-        key = (self._key(deployment, options), phase, tokens, micro_batches)
-        if key not in self._steps:
-            context = self.load.context if phase == "decode" else self.load.prompt / 2
-            model = self.step_model(deployment, options)
-            step = model.decode if phase == "decode" else model.prefill
-            self._steps[key] = step(tokens, context, micro_batches or options.micro_batches)
-        return self._steps[key]
+        context = self.load.context if phase == "decode" else self.load.prompt / 2
+        model = self.step_model(deployment, options)
+        step = model.decode if phase == "decode" else model.prefill
+        return step(tokens, context, micro_batches or options.micro_batches)
 
     def step_model(self, deployment: Deployment, options: Options) -> StepModel:
         """What its steps take, one by one. Graphs of prefill steps are our own engine's, on GPUs."""
@@ -251,6 +255,10 @@ class Scorer:
         """Of the exchange whose buffers stay: Soloist's own inside a node."""
         inside = layout.stages_fit(self.kernels.cluster.gpus_per_node)
         return "pushed" if self.runtime.name == OWN_LIBRARY and inside else "normal"
+
+    def memory(self, deployment: Deployment, options: Options, batch: float) -> dict[str, float]:
+        """Bytes by part on the fullest GPU with `batch` sequences in every attention group."""
+        return self._memory(deployment, options, batch, self._held_halves(deployment, options, batch))
 
     def _held_halves(self, deployment: Deployment, options: Options, batch: float) -> Halves:
         """Those that need windows of their own: of the pushed exchange."""

@@ -149,7 +149,7 @@ def _scored(deployment: Deployment, options: Options, scorer: Scorer, load: Load
     """Scores at every batch up to the first that is too slow, or why there are none."""
     most = scorer.most_sequences(deployment, options)
     if most < 1:
-        memory = scorer.score(deployment, options, 1).memory
+        memory = scorer.memory(deployment, options, 1)
         part = max(memory, key=lambda name: memory[name])
         size = sum(memory.values()) / 1e9
         return f"{size:.0f} GB a GPU for one sequence, {part} {memory[part] / 1e9:.0f} GB of it"

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 from soloist.planner import host
-from soloist.planner.estimate import ZERO, Estimate, total
+from soloist.planner.estimate import Estimate, total
 from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.layer import COMMUNICATION, Batch, Deployment, dense_parts, moe_parts, way_of
 from soloist.planner.runtime import Runtime
@@ -57,7 +57,7 @@ class StepModel:
         """
         self.deployment, self.kernels, self.runtime, self.overlap = deployment, kernels, runtime, overlap
         self.mixed_graphs = tuple(tokens for tokens in mixed_graphs if not self._crosses(tokens))
-        self._known: dict[Batch, Parts] = {}  # a half batch is another batch's whole
+        self._known: dict[tuple[Batch, float], StepCost] = {}
 
     def decode(self, sequences: float, context: float, micro_batches: int = 0) -> StepCost:
         """One token for each of `sequences` sequences of every attention group, `context` tokens each on average.
@@ -84,15 +84,21 @@ class StepModel:
 
     def _step(self, batch: Batch, factor: float) -> StepCost:
         """A stage's cost `factor` times, and what a step costs once, in the form that is faster."""
+        if (batch, factor) not in self._known:
+            self._known[batch, factor] = self._fastest_step(batch, factor)
+        return self._known[batch, factor]
+
+    def _fastest_step(self, batch: Batch, factor: float) -> StepCost:
+        stages = self._stages(batch)
+        if batch.is_captured or not self._launches:  # the same is added to every form
+            return self._with_step(self._fastest(stages), factor, batch.tokens)
 
         def cost(stage: StepCost) -> StepCost:
-            found = self._with_step(stage, factor, batch.tokens)
-            if batch.is_captured:
-                return found
             started = self._launching(batch).times(2.0 if stage.is_overlapped else 1.0)
+            found = self._with_step(stage, factor, batch.tokens)
             return _slowed(found, started, stage.seconds.value, factor)
 
-        return self._fastest([cost(stage) for stage in self._stages(batch)])
+        return self._fastest([cost(stage) for stage in stages])
 
     @property
     def _launches(self) -> bool:
@@ -106,8 +112,6 @@ class StepModel:
     def _launching(self, batch: Batch) -> Estimate:
         """Of a stage's kernels on the slowest host."""
         model, layout = self.deployment.model, self.deployment.layout
-        if not self._launches:
-            return ZERO
         each = total((self.kernels.launch, Estimate(1e-6 * self.runtime["python_us"], 0.3, "interpolated")))
         ranks = layout.size // layout.dp
         a_layer = host.launches(model, layout, self._crosses(batch.tokens))
@@ -127,13 +131,13 @@ class StepModel:
     def _stages(self, batch: Batch) -> list[StepCost]:
         """The slowest stage in each form that may be taken: the first, which has the most layers, with the output head
         as if it were the last. Whole, and as two halves."""
+        head = self._head(batch)
         found, can_overlap = list[StepCost](), self._travels(batch.tokens)
         if self.overlap != "on" or not can_overlap:
-            plain = self._layers(batch)
-            found.append(StepCost(total(plain.values()), plain, False))
+            found.append(_stage(self._layers(batch), head, is_overlapped=False))
         if self.overlap != "off" and can_overlap:
-            found.append(self._overlapped(batch))
-        return [self._with_head(cost, batch) for cost in found]
+            found.append(_stage(self._overlapped(batch), head, is_overlapped=True))
+        return found
 
     def _travels(self, tokens: float) -> bool:
         """Whether halves could overlap; our own engine cuts no step whose tokens all ranks of a group have."""
@@ -146,11 +150,8 @@ class StepModel:
         worth = WORTH if self.kernels.library == OWN_LIBRARY else 0.0
         return costs[-1] if costs[-1].seconds.value < (1 - worth) * costs[0].seconds.value else costs[0]
 
-    def _with_head(self, cost: StepCost, batch: Batch) -> StepCost:
-        parts = {**cost.parts, "output head": self._head(batch)}
-        return StepCost(total(parts.values()), parts, cost.is_overlapped)
-
-    def _overlapped(self, batch: Batch) -> StepCost:
+    def _overlapped(self, batch: Batch) -> Parts:
+        """Of two half batches, with what is not hidden of their exchange."""
         half = self._layers(batch.half)
         parts = {name: part.times(2.0) for name, part in half.items()}
         travelling = [name for name in self._beside if name in parts]
@@ -159,7 +160,7 @@ class StepModel:
         hidden = self.runtime[f"overlap_{batch.phase}"] * min(exchange, compute)
         if exchange > 0:
             parts |= {name: parts[name].times(1 - hidden / exchange) for name in travelling}
-        return StepCost(total(parts.values()), parts, True)
+        return parts
 
     @property
     def _beside(self) -> tuple[str, ...]:
@@ -169,13 +170,27 @@ class StepModel:
         return ("dispatch",) if inside and self.kernels.library == OWN_LIBRARY else ("dispatch", "combine")
 
     def _layers(self, batch: Batch) -> Parts:
-        if batch not in self._known:
-            self._known[batch] = self._sum_of_layers(batch)
-        return self._known[batch]
+        """Of the stage with the most layers, taken to be a mixture like the whole model's. Pipelines of any depth, and
+        the halves of larger batches, share what all layers take."""
+        parts = self.kernels.once((self._shared, batch), lambda: self._all_layers(batch))
+        return {name: part.times(self._share) for name, part in parts.items()}
 
-    def _sum_of_layers(self, batch: Batch) -> Parts:
+    @cached_property
+    def _shared(self) -> object:
+        """What the layers' times depend on beside the batch: neither on `pp` nor on `dp`."""
+        d, layout = self.deployment, self.deployment.layout
+        stage = layout.ep, layout.tp, layout.attention_ranks, layout.stages_fit(self.kernels.cluster.gpus_per_node)
+        routing = d.slots, d.skew, d.mode, d.node_copies, d.rank_copies
+        return ("layers", d.model.name, d.precision, stage, routing, self.runtime.name)
+
+    @cached_property
+    def _share(self) -> float:
+        layers = self.deployment.model.layers
+        return -(-layers // self.deployment.layout.pp) / layers
+
+    def _all_layers(self, batch: Batch) -> Parts:
         parts: dict[str, list[Estimate]] = {}
-        for (is_dense, window), count in _kinds(self.deployment.model, self.deployment.layout.pp).items():
+        for (is_dense, window), count in _kinds(self.deployment.model).items():
             make = dense_parts if is_dense else moe_parts
             for name, part in make(self.deployment, batch, self.kernels, self.runtime, window).items():
                 parts.setdefault(name, []).append(part.times(count))
@@ -191,6 +206,11 @@ class StepModel:
         logits = rows * d.model.vocab
         gathered, read = kernels.gather(ranks, 2 * logits / ranks), kernels.stream(2 * logits)
         return total((product.times(self.runtime["kernels"]), gathered, read))
+
+
+def _stage(layers: Parts, head: Estimate, is_overlapped: bool) -> StepCost:
+    parts = {**layers, "output head": head}
+    return StepCost(total(parts.values()), parts, is_overlapped)
 
 
 def _waiting(cost: StepCost, seconds: float) -> StepCost:
@@ -210,8 +230,6 @@ def _slowed(cost: StepCost, taken: Estimate, hidden: float, factor: float) -> St
 
 
 @lru_cache(maxsize=1024)
-def _kinds(model: ModelSpec, pp: int) -> dict[tuple[bool, int | None], float]:
-    """Layers of one stage by kind, the whole model's mixture scaled to the stage with the most layers."""
-    counts = Counter((layer in model.dense_layers, model.window(layer)) for layer in range(model.layers))
-    share = -(-model.layers // pp) / model.layers
-    return {kind: count * share for kind, count in counts.items()}
+def _kinds(model: ModelSpec) -> dict[tuple[bool, int | None], int]:
+    """Layers by kind: whether dense, and the attention's window."""
+    return Counter((layer in model.dense_layers, model.window(layer)) for layer in range(model.layers))

@@ -116,7 +116,7 @@ def _current(command: Command, spec: ModelSpec, precision: Precision, scorer: Sc
     deployment = Deployment(model=spec, layout=layout, precision=precision, slots=slots, skew=scorer.load.skew)
     options = Options(overlap="on" if command.is_overlapped else "off")
     if scorer.most_sequences(deployment, options) < 1:
-        size = sum(scorer.score(deployment, options, 1).memory.values()) / 1e9
+        size = sum(scorer.memory(deployment, options, 1).values()) / 1e9
         most = scorer.kernels.cluster.gpu.memory_GB
         remedy = (
             f"{spec.name} takes {size:.0f} GB of each GPU's {most:g} with one sequence; use more GPUs or fewer bits"

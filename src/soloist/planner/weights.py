@@ -40,8 +40,8 @@ class LayerWeights(NamedTuple):
 def layer_weights(spec: ModelSpec) -> tuple[LayerWeights, ...]:
     """Elements of every layer."""
     sums = [dict.fromkeys(LayerWeights._fields, 0.0) for _ in range(spec.layers)]
-    for param, shape in parameters(spec):
-        if param.layer >= 0 and param.expert <= 0:
+    for param, shape in parameters(spec, experts=1):
+        if param.layer >= 0:
             sums[param.layer][_cut(param.name, param.expert, spec)] += prod(shape)
     return tuple(LayerWeights(**layer) for layer in sums)
 

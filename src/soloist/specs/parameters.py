@@ -28,14 +28,14 @@ class Param(NamedTuple):
 Shape = tuple[int, ...]
 
 
-def parameters(spec: ModelSpec) -> Iterator[tuple[Param, Shape]]:
-    """All weights of the model, in reading order."""
+def parameters(spec: ModelSpec, experts: int | None = None) -> Iterator[tuple[Param, Shape]]:
+    """All weights of the model, in reading order; of every layer's experts, which are alike, the first `experts`."""
     yield Param("embed"), (spec.vocab, spec.d_model)
     for layer in range(spec.layers):
         for name, shape in _attention(spec):
             yield Param(name, layer), shape
         yield Param("mlp_norm", layer), (spec.d_model,)
-        yield from _dense(spec, layer) if layer in spec.dense_layers else _moe(spec, layer)
+        yield from _dense(spec, layer) if layer in spec.dense_layers else _moe(spec, layer, experts)
     yield Param("final_norm"), (spec.d_model,)
     if not spec.tied:
         yield Param("lm_head"), (spec.vocab, spec.d_model)
@@ -82,7 +82,7 @@ def _dense(spec: ModelSpec, layer: int) -> Iterator[tuple[Param, Shape]]:
         yield Param(f"dense_{name}", layer), shape
 
 
-def _moe(spec: ModelSpec, layer: int) -> Iterator[tuple[Param, Shape]]:
+def _moe(spec: ModelSpec, layer: int, experts: int | None) -> Iterator[tuple[Param, Shape]]:
     d, e, f = spec.d_model, spec.experts, spec.expert.width
     yield Param("router", layer), (e, d)
     if spec.router.bias:
@@ -95,7 +95,7 @@ def _moe(spec: ModelSpec, layer: int) -> Iterator[tuple[Param, Shape]]:
         if spec.shared_gate:
             yield Param("shared_expert_gate", layer), (1, d)
     gated = spec.expert.kind != "mlp"
-    for expert in range(e):
+    for expert in range(e if experts is None else experts):
         for name, shape in _feed_forward(f, d, gated):
             yield Param(name, layer, expert), shape
         if spec.expert.bias:
