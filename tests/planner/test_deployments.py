@@ -27,7 +27,7 @@ def changed(**fields: object) -> DeploymentRow:
         ("ep32 dp32", 32, "ep32", 0), ("ep144 dp144 (2 routed + 1 shared a GPU)", 144, "ep144", 2),
         ("tp8", 8, "tp8", 0),
         ("tp8", 16, "dp2tp8", 0), ("tp2+ep", 2, "attn2ep2", 0), ("tp8 ep8", 8, "attn8ep8", 0), ("pp2", 2, "pp2", 0),
-        ("tp8 ep8 dp8", 8, "ep8", 0), ("tp8pp2", 16, "tp8pp2", 0),
+        ("TP8 EP8 dp8", 8, "ep8", 0), ("tp8pp2", 16, "tp8pp2", 0),
     ],
 )  # fmt: skip
 def test_layouts_as_tables_write_them(text: str, gpus: int, layout: str, slots: int) -> None:

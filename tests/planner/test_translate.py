@@ -11,7 +11,7 @@ from soloist.planner.engines import launch_flags
 from soloist.planner.environment import recommended, review
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
-from soloist.planner.translate import advise, model_of
+from soloist.planner.translate import advise
 from soloist.specs.cluster import cluster
 from soloist.specs.layout import Layout
 from soloist.specs.presets import preset
@@ -219,13 +219,6 @@ def test_advice_compares_like_with_like() -> None:
     assert advice.best is not None
     assert advice.best.sequences == 512
     assert any("sequences only" in note for note in advice.notes)
-
-
-def test_models_by_hub_id() -> None:
-    assert model_of("Qwen/Qwen3-30B-A3B-Instruct-2507").name == "qwen3-30b-a3b"
-    assert model_of("deepseek-ai/DeepSeek-R1-0528").name == "deepseek-v3"
-    with pytest.raises(ConfigurationError, match="config.json"):
-        model_of("someone/unheard-of")
 
 
 def test_environment_explains_and_names_obsolete_variables() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -119,6 +120,31 @@ def test_a_folder_without_tables_and_a_broken_row(tmp_path: Path) -> None:
     (tmp_path / "collectives.csv").write_text(f"{header}\nfit,me,nccl,8xH100,eight,all_reduce,1,1\n")
     with pytest.raises(ConfigurationError, match="line 2"):
         validate(tmp_path)
+
+
+def test_files_that_are_no_table(tmp_path: Path) -> None:
+    (tmp_path / "collectives.csv").touch()
+    with pytest.raises(ConfigurationError, match=r"collectives.csv': is empty"):
+        validate(tmp_path)
+    with pytest.raises(ConfigurationError, match="give the folder"):
+        validate(PUBLISHED / "collectives.csv")
+
+
+def test_words_of_deployments_in_either_case(tmp_path: Path) -> None:
+    text = (PUBLISHED / "end_to_end.csv").read_text()
+    for word in ("fp8", "bf16", "decode", "prefill", "throughput", "tpot", "tok/s", "dp32", "tp8", "pp2"):
+        text = text.replace(word, word.upper())
+    text = text.replace("Qwen3-30B-A3B", "Qwen3-30B-A3B-Instruct-2507").replace("DeepSeek-V3", "DeepSeek-R1-0528")
+    (tmp_path / "end_to_end.csv").write_text(text)
+    found, usual = validate(tmp_path), validate()
+    assert not found.skipped
+    assert found.mape("end_to_end", "check") == usual.mape("end_to_end", "check")
+
+
+def test_trays_of_a_rack_are_joined_by_nvlink(tmp_path: Path) -> None:
+    text = (PUBLISHED / "all_to_all.csv").read_text()
+    (tmp_path / "all_to_all.csv").write_text(re.sub(r"(GB200-NVL72,\d+),72,", r"\1,4,", text))
+    assert validate(tmp_path).mape("all_to_all", "check") == validate().mape("all_to_all", "check")
 
 
 def test_plot(report: Report, tmp_path: Path) -> None:

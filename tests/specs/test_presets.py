@@ -9,7 +9,7 @@ import pytest
 from soloist.errors import ConfigurationError
 from soloist.specs.model import ModelSpec
 from soloist.specs.parameters import parameters
-from soloist.specs.presets import checkpoint_of, names, preset
+from soloist.specs.presets import checkpoint_of, names, preset, released
 
 
 def billions(spec: ModelSpec, experts_only: bool = False) -> float:
@@ -54,6 +54,13 @@ def test_where_checkpoints_are() -> None:
     assert checkpoint_of("my-model") == "my-model"  # a folder's name
     assert [name for name in names() if checkpoint_of(name) is None] == ["ref-16l", "ref-4l", "ref-61l"]
     assert checkpoint_of("ref-16l-mlp@1") is checkpoint_of("deepseek-v3@4") is None
+
+
+def test_releases_by_hub_id() -> None:
+    assert released("Qwen/Qwen3-30B-A3B-Instruct-2507").name == "qwen3-30b-a3b"
+    assert released("deepseek-ai/DeepSeek-R1-0528").name == "deepseek-v3"
+    with pytest.raises(ConfigurationError, match="config.json"):
+        released("someone/unheard-of")
 
 
 def test_variants() -> None:

@@ -23,13 +23,13 @@ from soloist.planner.step import StepModel
 from soloist.planner.tables import DeploymentRow, RunRow
 from soloist.specs.cluster import ClusterSpec, preset_clusters
 from soloist.specs.layout import Layout
-from soloist.specs.presets import preset
+from soloist.specs.presets import preset, released
 
 CHUNK_TOKENS = 8192  # of a prefill step where a row does not say
 TYPICAL_TPOT_S = 1 / 21  # of a served deployment whose batch is not published: 20-22 tokens/s and user
 PHASES = ("prefill", "decode")
 TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
-ALIASES = {"deepseek-r1": "deepseek-v3", "deepseek-v3-0324": "deepseek-v3"}
+METRICS = {"itl": "tpot", "inter-token latency": "tpot"}
 
 
 class Setting(NamedTuple):
@@ -44,16 +44,17 @@ class Setting(NamedTuple):
 def setting(row: DeploymentRow) -> Setting:
     """Raises ConfigurationError where the row's model, GPU or layout is unknown."""
     name = re.sub(r"\s*\(.*\)", "", row.model).lower()
+    model = preset(name) if name.startswith("ref-") else released(name)
     layout, slots = _layout(row.layout, row.gpus)
     precision = Precision.named(row.precision)
-    deployment = Deployment(model=preset(ALIASES.get(name, name)), layout=layout, precision=precision, slots=slots)
+    deployment = Deployment(model=model, layout=layout, precision=precision, slots=slots)
     return Setting(deployment, _cluster(row.gpu, row.gpus), layout.dp * layout.attention_groups)
 
 
 def _layout(text: str, gpus: int) -> tuple[Layout, int]:
     """`ep32 dp32`, `tp8`, `tp8 ep8`, `tp2+ep`, `pp2` and expert slots of a GPU; with EP, dp counts attention groups."""
-    degrees = {kind: int(size) for kind, size in re.findall(r"(?<![a-z])(ep|tp|pp|dp)(\d+)", text)}
-    if re.search(r"\bep\b", text):
+    degrees = {kind: int(size) for kind, size in re.findall(r"(?<![a-z])(ep|tp|pp|dp)(\d+)", text.lower())}
+    if re.search(r"\bep\b", text.lower()):
         degrees["ep"] = degrees.get("tp", 1)
     slots = re.search(r"\((\d+) routed", text)
     pp, ep, tp = degrees.get("pp", 1), degrees.get("ep", 1), degrees.get("tp", 1)
@@ -82,12 +83,13 @@ def predict(row: DeploymentRow, calibration: Calibration, runtime: Runtime) -> f
     model = StepModel(found.deployment, kernels, runtime)
     if row.phase not in PHASES:
         raise ConfigurationError.of("phase", row.phase, f"unknown; known are {', '.join(PHASES)}")
-    if row.metric == "tpot" and row.unit in TIME_UNITS:
-        return TIME_UNITS[row.unit] * _tpot(row, found, model)
-    shares = {"tok/s": 1.0, "tok/s/GPU": row.gpus, "tok/s/node": row.gpus / found.cluster.gpus_per_node}
-    if row.metric.endswith("throughput") and row.unit in shares:
+    unit = row.unit.lower()
+    if METRICS.get(row.metric, row.metric) == "tpot" and unit in TIME_UNITS:
+        return TIME_UNITS[unit] * _tpot(row, found, model)
+    shares = {"tok/s": 1.0, "tok/s/gpu": row.gpus, "tok/s/node": row.gpus / found.cluster.gpus_per_node}
+    if row.metric.endswith("throughput") and unit in shares:
         rate = _input_rate(row, found, model) if row.phase == "prefill" else _output_rate(row, found, model)
-        return rate / shares[row.unit]
+        return rate / shares[unit]
     raise ConfigurationError.of("metric", f"{row.metric} in {row.unit}", "is not modelled")
 
 

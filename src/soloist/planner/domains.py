@@ -89,7 +89,7 @@ def exchange_coordinates(shape: exchange.ExchangeShape) -> dict[str, float]:
 
 def _exchange(phase: str, known: Hardware) -> Domain:
     def predict(constants: Constants, row: ExchangeRow) -> float:
-        fabric = known.fabric(row.fabric, row.gpus_per_node)
+        fabric = known.fabric(row.fabric, row.joined)
         return 1e6 * exchange.exchange_seconds(exchange.shape_of(row, phase), fabric, constants)
 
     return Domain(

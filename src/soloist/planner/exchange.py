@@ -171,7 +171,7 @@ def shape_of(row: ExchangeRow, phase: str) -> ExchangeShape:
     if row.library.startswith("pplx"):
         mode = "low_latency"
     return ExchangeShape(
-        mode=mode, ranks=row.ep * row.tp, ranks_per_node=min(row.ep * row.tp, row.gpus_per_node), tokens=row.tokens,
+        mode=mode, ranks=row.ep * row.tp, ranks_per_node=min(row.ep * row.tp, row.joined), tokens=row.tokens,
         row_bytes=row_bytes(row.hidden, dtype), top_k=row.top_k, experts=row.experts, tp=row.tp,
         laid_out=mode != "local" or lays_out(phase, row.tokens, row.top_k, row.experts),
     )  # fmt: skip

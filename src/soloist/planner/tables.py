@@ -20,6 +20,7 @@ from soloist.errors import ConfigurationError
 from soloist.specs.files import read_text
 
 PUBLISHED = Path(__file__).parent / "data"
+WORDS = ("mode", "dispatch_dtype", "combine_dtype", "dtype", "precision", "phase", "metric", "collective")
 MAY_BE_ZERO = ("columns", "output_tokens")  # of the numbers in a row
 
 
@@ -57,6 +58,11 @@ class ExchangeRow(Row, frozen=True, kw_only=True):
     tp: int = 1
     dispatch_us: float | None = None
     combine_us: float | None = None
+
+    @property
+    def joined(self) -> int:
+        """GPUs that NVLink joins: of a rack of 72 all of them, whatever a tray holds."""
+        return max(self.gpus_per_node, 72) if "NVL72" in self.fabric else self.gpus_per_node
 
 
 class CollectiveRow(Row, frozen=True, kw_only=True):
@@ -212,15 +218,17 @@ def read_table(name: str, folder: str | Path | None = None) -> list[Row]:
         return []
     try:
         reader = csv.DictReader(read_text(path, "data").splitlines())
+        if reader.fieldnames is None:
+            raise ConfigurationError.of("data", str(path), "is empty; its first line names the columns")
         _check_columns(TABLES[name], reader.fieldnames, path)
         return [_row(TABLES[name], line, f"{path} line {reader.line_num}") for line in reader if any(line.values())]
     except csv.Error as error:
         raise ConfigurationError.of("data", str(path), f"cannot be read as CSV: {error}") from error
 
 
-def _check_columns(kind: type[Row], found: Sequence[str] | None, path: Path) -> None:
+def _check_columns(kind: type[Row], found: Sequence[str], path: Path) -> None:
     needed = {field.name for field in msgspec.structs.fields(kind) if field.required}
-    if found is not None and (absent := sorted(needed - set(found))):
+    if absent := sorted(needed - set(found)):
         known = ", ".join(kind.__struct_fields__)
         raise ConfigurationError(f"{path} line 1: no column {', '.join(absent)}; the columns are {known}")
 
@@ -232,6 +240,8 @@ def read_measurements(path: str | Path) -> dict[str, list[Row]]:
     Records of other kinds are left alone. Raises ConfigurationError, naming file and line.
     """
     tables: dict[str, list[Row]] = {name: [] for name in TABLES}
+    if str(path).endswith(".csv"):
+        raise ConfigurationError.of("data", str(path), "give the folder of CSV files, not one of them")
     for number, line in enumerate(read_text(path, "measurements").splitlines(), 1):
         if not line.strip():
             continue
@@ -308,7 +318,9 @@ def published(kind: type[R]) -> tuple[R, ...]:
 
 
 def _row(kind: type[Row], line: dict[str, str | None], where: str) -> Row:
-    filled = {key: value for key, value in line.items() if key is not None and value not in ("", None)}
+    """Columns that hold words of ours (`WORDS`) in either case."""
+    given = {key: value for key, value in line.items() if key is not None and value not in ("", None)}
+    filled = {key: value.lower() if value and key in WORDS else value for key, value in given.items()}
     try:
         return msgspec.convert(filled, kind, strict=False)
     except msgspec.ValidationError as error:

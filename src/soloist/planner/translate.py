@@ -26,7 +26,7 @@ from soloist.planner.score import Options, Score, Scorer
 from soloist.planner.search import at_best, search
 from soloist.specs.cluster import ClusterSpec
 from soloist.specs.model import ModelSpec
-from soloist.specs.presets import names, preset
+from soloist.specs.presets import released
 from soloist.specs.workload import Load
 
 
@@ -55,7 +55,7 @@ def advise(
         load = msgspec.structs.replace(load, prefix=1 - 1 / load.prompt)
     if command.phase == "prefill":  # the first token of an answer is made here
         load = msgspec.structs.replace(load, output=1, tpot_s=0.0)
-    spec = model or model_of(command.model)
+    spec = model or released(command.model)
     precision = _precision(command, spec)
     scorer = Scorer(Kernels(cluster, calibration), Runtime.named(command.engine, calibration), load)
     current, notes = _current(command, spec, precision, scorer), [*command.notes]
@@ -82,18 +82,6 @@ def advise(
     if command.is_overlapped and not best.decode.is_overlapped:
         notes.append(f"Leave out {OVERLAP_FLAGS[command.engine]}.")
     return Advice(command, current, best, flags, gain, [*notes, why(best, current)])
-
-
-def model_of(name: str) -> ModelSpec:
-    """A preset by the last part of a hub id. Raises ConfigurationError, naming the presets."""
-    short = name.rstrip("/").rsplit("/", 1)[-1].lower()
-    known = [preset_name for preset_name in names() if short.startswith(preset_name)]
-    if short.startswith("deepseek-r1"):
-        known = ["deepseek-v3"]
-    if not known:
-        remedy = f"is no preset ({', '.join(names())}); give its config.json's folder as MODEL"
-        raise ConfigurationError.of("model", name, remedy)
-    return preset(max(known, key=len))
 
 
 def _precision(command: Command, spec: ModelSpec) -> Precision:

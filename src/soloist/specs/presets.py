@@ -158,6 +158,19 @@ def checkpoint_of(name: str) -> str | None:
     return _REPOSITORIES.get(name) if is_shape else name
 
 
+def released(name: str) -> ModelSpec:
+    """The preset of a release, by the last part of its hub id: `Qwen/Qwen3-30B-A3B-Instruct-2507`.
+
+    Raises ConfigurationError, naming the presets.
+    """
+    short = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    short = re.sub("^deepseek-r1", "deepseek-v3", short)
+    if known := [preset_name for preset_name in names() if short.startswith(preset_name)]:
+        return preset(max(known, key=len))
+    remedy = f"is no preset ({', '.join(names())}); give its config.json's folder as MODEL"
+    raise ConfigurationError.of("model", name, remedy)
+
+
 def preset(name: str) -> ModelSpec:
     """The model of this name. Raises ConfigurationError for an unknown one, naming those that are near."""
     parts = _NAME.fullmatch(name)
