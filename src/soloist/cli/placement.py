@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from soloist.cli.options import DeviceOption, DtypeOption, TransportOption, to_write
+from soloist.cli.options import DeviceOption, DtypeOption, Model, TransportOption, to_write
 
-Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, hub id, or name of a preset.")]
 Form = Annotated[str, typer.Option("--format", help="sglang, tensorrt or eplb.")]
 Output = Annotated[Path, typer.Option("--output", "-o", callback=to_write, help="File to write.")]
 GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs of a node.")]
