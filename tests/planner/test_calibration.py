@@ -189,3 +189,13 @@ def test_lines_of_the_offline_benchmark_are_validated(tmp_path: Path) -> None:
     skipped = validate(path)
     assert not skipped.rows
     assert "names no machine" in skipped.skipped[0]
+
+
+@pytest.mark.parametrize(("name", "same_gpu"), [("hgx-h200", True), ("hgx-h20", False), ("hgx-h100", False)])
+def test_an_exchange_is_measured_on_the_gpu_of_that_name_only(name: str, same_gpu: bool) -> None:
+    """`H20` stands in `2xH200`, and is another GPU."""
+    kernels = Kernels(cluster(name), load_calibration("2xh200"), "soloist")
+    shape = ExchangeShape(
+        mode="ragged", ranks=2, ranks_per_node=2, tokens=4096, row_bytes=4096, top_k=8, experts=128
+    )  # fmt: skip
+    assert (kernels.exchange(shape, "dispatch").origin != "extrapolated") == same_gpu

@@ -105,7 +105,7 @@ class Calibration(Spec, frozen=True, kw_only=True, dict=True):
         return (self.machine.gpu.name,) if self.machine else ()
 
     def find(self, domain: str, *path: str) -> Found:
-        """The narrowest fitted level on the way to `domain/path…`; None fitted: the caller's priors apply."""
+        """The narrowest fitted level on the way to `domain/path…`. Raises ConfigurationError where none is."""
         if (domain, path) not in self._cache:
             self._cache[domain, path] = self._find(domain, path)
         return self._cache[domain, path]
@@ -256,7 +256,7 @@ def fit_calibration(name: str, domains: Iterable[Domain], rows: Sequence[Row]) -
         mine = [row for row in rows if isinstance(row, domain.rows) and row.role == "fit"]
         errors = {id(row): abs(log(us / _value(domain, row))) for row, us in left_out(domain, mine)}
         for key, constants in fit_domain(domain, mine).items():
-            level = [row for row in mine if id(row) in errors and key.startswith(_key(domain, row, key))]
+            level = [row for row in mine if id(row) in errors and key == _key(domain, row, key)]
             fitted[key] = _fitted(domain, constants, level, [errors[id(row)] for row in level])
     return Calibration(name=name, fitted=fitted)
 

@@ -177,12 +177,16 @@ def shape_of(row: ExchangeRow, phase: str) -> ExchangeShape:
     )  # fmt: skip
 
 
+def gpu_in(name: str) -> str:
+    """The preset GPU that a fabric is named after, nothing if none: H200 of `8xH200-NVSwitch`, not H20."""
+    longest_first = sorted(preset_gpus(), key=len, reverse=True)
+    return next((gpu for gpu in longest_first if gpu.split("-")[0] in name), "")
+
+
 @lru_cache(maxsize=256)
 def fabric(name: str, gpus_per_node: int) -> ClusterSpec:
     """A cluster from how tables name it: `H800+CX7-400G`, `GB200-NVL72`, `8xH100-NVSwitch`. H100 and 400 Gb/s else."""
-    gpus = sorted(preset_gpus(), key=len, reverse=True)
-    short = {gpu: gpu.split("-")[0] for gpu in gpus}
-    found = next((gpu for gpu in gpus if short[gpu] in name), "H100-80GB")
+    found = gpu_in(name) or "H100-80GB"
     rate = re.search(r"(\d+)G\b", name)
     base = next(c for c in preset_clusters().values() if c.gpu.name == found)
     changes = {"nic_GBps": float(rate[1]) / 8 if rate else base.nic_GBps, "gpus_per_node": gpus_per_node}

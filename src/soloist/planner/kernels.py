@@ -195,9 +195,9 @@ class Kernels:
         """Constants for this mode, of this library and GPU if there are any."""
         if (phase, mode) not in self._constants:
             fitted = self.calibration.fitted
-            short = self.cluster.gpu.name.split("-")[0]
+            gpu = self.cluster.gpu.name
             names = (key.split("/")[-1] for key in fitted if key.startswith(f"{phase}/{mode}/{self.library}/"))
-            fabric = next((name for name in names if short in name), "")
+            fabric = next((n for n in names if gpu.split("-")[0] in n and exchange.gpu_in(n) in ("", gpu)), "")
             known = f"{phase}/{mode}" in fitted
             self._constants[phase, mode] = self.calibration.find(phase, mode, self.library, fabric) if known else None
         return self._constants[phase, mode]
