@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soloist.errors import CapacityError, ConfigurationError
+from soloist.placement.trace import RoutingTrace, Sample, TraceModel
 from soloist.planner.calibration import Calibration
 from soloist.planner.commands import run_plan
 from soloist.planner.explain import headline, one_expert_per_gpu, ties, why
@@ -160,6 +163,25 @@ def test_command_prints_front_baseline_and_writes_the_plan(tmp_path: Path, capsy
     ):
         assert words in text
     assert Plan.load_file(path).load.sequences == 128
+
+
+def test_a_baseline_has_the_copies_of_the_recorded_routing_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, recorded = preset("qwen3-30b-a3b"), tmp_path / "routing.trace"
+    shape = (len(model.moe_layers), 64, model.router.top_k)
+    index_T, none_T = np.arange(64), np.zeros(64, np.int64)
+    ids_LTK = np.broadcast_to(np.arange(model.router.top_k), shape)  # which lie on one node, even on one GPU
+    sample = Sample(ids_LTK, none_T, index_T, none_T, none_T, index_T)
+    RoutingTrace.of_sample(TraceModel.of(model), sample).save(recorded)
+
+    def baseline(routing: Path | None) -> float:
+        run_plan(model, "h100-ib", 16, "prompt=2000,sequences=4096", routing=routing, baseline="ep16")
+        line = re.search(r"Baseline ep16: ([\d,]+) output tok/s", capsys.readouterr().out)
+        assert line
+        return float(line[1].replace(",", ""))
+
+    assert baseline(recorded) > 1.02 * baseline(None)
 
 
 def test_a_baseline_that_does_not_fill_the_gpus() -> None:

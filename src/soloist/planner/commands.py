@@ -14,9 +14,8 @@ from soloist.placement.trace import RoutingTrace
 from soloist.planner import crossovers
 from soloist.planner.calibration import Calibration
 from soloist.planner.claims import Finding, findings
-from soloist.planner.explain import exchange_lines, headline, name_of, one_expert_per_gpu, ties, why
+from soloist.planner.explain import exchange_lines, headline, one_expert_per_gpu, ties, why
 from soloist.planner.kernels import Kernels, library_of
-from soloist.planner.layer import Deployment
 from soloist.planner.plan import plan_of
 from soloist.planner.plots import plot_validation
 from soloist.planner.precision import Precision
@@ -25,7 +24,7 @@ from soloist.planner.report import CASE_COLUMNS, CLAIM_COLUMNS, case_row, claim_
 from soloist.planner.runtime import Runtime, systems
 from soloist.planner.scenarios import Case, Scenario, cases, load_scenarios
 from soloist.planner.score import Options, Score, Scorer
-from soloist.planner.search import Found, at_best, search
+from soloist.planner.search import Found, at_best, deployed, search
 from soloist.planner.sweep import SweepPoint, sweep
 from soloist.planner.tables import PUBLISHED
 from soloist.planner.traced import TracedCopies
@@ -60,10 +59,11 @@ def run_plan(
     kernels = Kernels(spec, used, library_of(system, used), options.nvlink_sums)
     scorer = Scorer(kernels, Runtime.named(system, used), wanted)
     other = _baseline_layout(baseline, gpus) if baseline else None
-    found = search(model, spec, gpus, wanted, scorer, dtypes, options, _copies(routing, model))
+    copies = _copies(routing, model)
+    found = search(model, spec, gpus, wanted, scorer, dtypes, options, copies)
     show = console()
     _print_front(found, show)
-    for line in _conclusions(found, _baseline(other, found.best, scorer), wanted):
+    for line in _conclusions(found, _baseline(other, found.best, scorer, copies), wanted):
         show.print(line, highlight=False)
     for line in exchange_lines(found.best, spec) if explain else []:
         show.print(line, highlight=False)
@@ -111,12 +111,12 @@ def _baseline_layout(text: str, gpus: int) -> Layout:
     return msgspec.structs.replace(layout, dp=times)
 
 
-def _baseline(layout: Layout | None, best: Score, scorer: Scorer) -> Score | None:
+def _baseline(layout: Layout | None, best: Score, scorer: Scorer, copies: TracedCopies | None) -> Score | None:
     """That layout at its best batch."""
     if layout is None:
         return None
     d = best.deployment
-    other = Deployment(model=d.model, layout=layout, precision=d.precision, skew=d.skew)
+    other = deployed(d.model, scorer.kernels.cluster, layout, d.precision, d.skew, copies)
     if scorer.most_sequences(other, best.options) < 1:
         raise ConfigurationError.of("baseline", str(layout), "does not fit into memory")
     return at_best(other, best.options, scorer)
@@ -167,7 +167,7 @@ def _print_front(found: Found, show: Console) -> None:
         band = f" ± {score.latency.band:.0%}"
         times = (tpot + band, ttft) if score.decodes else ("–", ttft + band)
         table.add_row(
-            name_of(score.deployment), f"{score.batch:g}", *times, f"{score.rate.value:,.0f}",
+            score.deployment.name, f"{score.batch:g}", *times, f"{score.rate.value:,.0f}",
             f"{score.rate_per_gpu:,.1f}", f"{sum(score.memory.values()) / 1e9:.1f}",
             _overlapped(score), score.work.bottleneck, score.latency.origin,
         )  # fmt: skip

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from soloist.planner.batching import Traffic, choose, links_of
 from soloist.planner.exchange import row_bytes
-from soloist.planner.layer import Deployment
 from soloist.planner.score import Score
 from soloist.planner.winners import TIE, tied
 from soloist.specs.cluster import ClusterSpec
@@ -15,15 +14,10 @@ from soloist.specs.workload import Load
 MOST_TIES = 4  # that are named
 
 
-def name_of(deployment: Deployment) -> str:
-    """The layout, with its slots where they are more than the least."""
-    return str(deployment.layout) + (f" x {deployment.slots} slots" if deployment.slots else "")
-
-
 def why(best: Score, other: Score) -> str:
     """What decides between two scores: the parts of a token's time that differ most, per sequence and step."""
     ratio = best.rate_per_gpu / other.rate_per_gpu
-    names = [name_of(score.deployment) for score in (best, other)]
+    names = [score.deployment.name for score in (best, other)]
     if names[0] == names[1]:
         names[1] += f" with overlap {'on' if other.decode.is_overlapped else 'off'}"
     heads = f"{names[0]} gives {ratio:.2f} x the tokens per GPU of {names[1]}"
@@ -68,7 +62,7 @@ def one_expert_per_gpu(best: Score, single: Score | None) -> str:
     verdict = f"gives {abs(change):.0%} {'more' if change > 0 else 'less'} per GPU than the best"
     slower = single.latency.value / best.latency.value - 1
     what = "TPOT" if best.decodes else "TTFT"
-    return f"One expert per GPU ({name_of(single.deployment)}) {verdict}, its {what} is {slower:+.0%}."
+    return f"One expert per GPU ({single.deployment.name}) {verdict}, its {what} is {slower:+.0%}."
 
 
 def ties(scores: Sequence[Score], load: Load) -> list[str]:
@@ -77,7 +71,7 @@ def ties(scores: Sequence[Score], load: Load) -> list[str]:
     near = range(1, tied(worth))
     if not near:
         return []
-    names = ", ".join(f"{name_of(scores[i].deployment)} ({worth[i] / worth[0] - 1:+.1%})" for i in near[:MOST_TIES])
+    names = ", ".join(f"{scores[i].deployment.name} ({worth[i] / worth[0] - 1:+.1%})" for i in near[:MOST_TIES])
     more = f" and {len(near) - MOST_TIES} more" if len(near) > MOST_TIES else ""
     return [f"A tie: {names}{more} within {TIE:.0%} of the best, which predictions do not tell apart."]
 
@@ -87,7 +81,7 @@ def headline(score: Score) -> str:
     tokens, sequences, what = ("output", "sequences", "TPOT") if score.decodes else ("prompt", "prompts", "TTFT")
     latency = score.latency
     return (
-        f"{name_of(score.deployment)}: {score.rate.value:,.0f} {tokens} tok/s ({score.rate_per_gpu:,.0f} a GPU) "
+        f"{score.deployment.name}: {score.rate.value:,.0f} {tokens} tok/s ({score.rate_per_gpu:,.0f} a GPU) "
         f"with {score.sequences:,.0f} {sequences}, {what} {1e3 * latency.value:.1f} ms ± {latency.band:.0%} "
         f"({latency.origin}), bottleneck {score.work.bottleneck}"
     )

@@ -43,6 +43,11 @@ class Deployment(Spec, frozen=True, kw_only=True):
     rank_copies: float | None = None
 
     @property
+    def name(self) -> str:
+        """The layout, with its slots where they are more than the least."""
+        return str(self.layout) + (f" x {self.slots} slots" if self.slots else "")
+
+    @property
     def held(self) -> int:
         """Slots of the fullest group."""
         return max(self.slots, -(-self.model.experts // self.layout.ep))

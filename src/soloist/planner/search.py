@@ -99,7 +99,7 @@ def search(
         found = _scored(deployment, options, scorer, load)
         served = found if isinstance(found, str) else _served(found, load)
         if isinstance(served, str):
-            rejections.append(Rejection(_name(deployment), served))
+            rejections.append(Rejection(deployment.name, served))
         else:
             scores.extend(served)
         tried.extend(() if isinstance(found, str) else found)
@@ -109,18 +109,25 @@ def search(
         if reason := illegal(model, cluster, layout):
             rejections.append(Rejection(str(layout), reason))
         else:
-            nodes, groups = (copies and copies.of(layout, cluster.gpus_per_node)) or (None, None)
-            consider(
-                Deployment(
-                    model=model, layout=layout, precision=precision, skew=load.skew,
-                    node_copies=nodes, rank_copies=groups,
-                )
-            )  # fmt: skip
+            consider(deployed(model, cluster, layout, precision, load.skew, copies))
     for deployment in replicated(tried, load):
         consider(deployment)
     if not scores:
         raise CapacityError(_nothing_left(model, cluster, gpus, rejections))
     return _outcome(scores, rejections, len(every), load)
+
+
+def deployed(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    layout: Layout,
+    precision: Precision,
+    skew: float,
+    copies: TracedCopies | None,
+) -> Deployment:
+    """The layout with every expert once, and a token's copies as they were recorded, where that says anything."""
+    nodes, groups = (copies and copies.of(layout, cluster.gpus_per_node)) or (None, None)
+    return Deployment(model=model, layout=layout, precision=precision, skew=skew, node_copies=nodes, rank_copies=groups)
 
 
 def replicated(scores: list[Score], load: Load) -> list[Deployment]:
@@ -206,7 +213,7 @@ def _outcome(scores: list[Score], rejections: list[Rejection], considered: int, 
     singles = [s for s in ranked if is_single(s.deployment)]
     best_of: dict[str, Score] = {}
     for score in ranked:
-        best_of.setdefault(_name(score.deployment), score)
+        best_of.setdefault(score.deployment.name, score)
     return Found(
         best=ranked[0],
         front=front(scores),
@@ -229,10 +236,6 @@ def front(scores: list[Score]) -> list[Score]:
 def is_single(deployment: Deployment) -> bool:
     """One whole expert on each GPU."""
     return deployment.held == 1 and deployment.layout.tp == 1
-
-
-def _name(deployment: Deployment) -> str:
-    return str(deployment.layout) + (f" x {deployment.slots} slots" if deployment.slots else "")
 
 
 def _nothing_left(model: ModelSpec, cluster: ClusterSpec, gpus: int, rejections: list[Rejection]) -> str:

@@ -17,7 +17,7 @@ from soloist.planner.engines import (
     cuts_heads,
     launch_flags,
 )
-from soloist.planner.explain import name_of, why
+from soloist.planner.explain import why
 from soloist.planner.kernels import Kernels
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
@@ -66,9 +66,7 @@ def advise(
     found = search(spec, cluster, command.layout.size, load, scorer, precision)
     able = [s for s in found.scores if launch_flags(command.engine, s.deployment, s.decode.is_overlapped)]
     if found.best not in able:
-        notes.append(
-            f"The best of all, {name_of(found.best.deployment)}: {cannot(command.engine, found.best.deployment)}."
-        )
+        notes.append(f"The best of all, {found.best.deployment.name}: {cannot(command.engine, found.best.deployment)}.")
     best = able[0] if able and able[0].rate_per_gpu > current.rate_per_gpu else None
     if best is None:
         return Advice(command, current, None, "", 0.0, notes)
