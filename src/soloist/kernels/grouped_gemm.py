@@ -19,6 +19,7 @@ from soloist.kernels.follow import release_next
 from soloist.kernels.language import TensorDescriptor, next_power, tl, triton
 
 BLOCK = 128  # side of the blocks of weights that share a scale
+OFTEN_PARTIAL = tl.constexpr(64)  # rows: tiles up to here are chosen for slots that do not fill them
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def grouped_gemm_kernel(
     tile -= programs
     slot, first, end, n = 0, 0, 0, 0
     width = tl.full((), D, tl.int64)
-    row_M = tl.zeros((BM,), tl.int64)
+    row_M, inside_M = tl.zeros((BM,), tl.int64), tl.zeros((BM,), tl.int1)
     if BLOCKED:
         low, high, scale_low, scale_high = 0, 0, 0.0, 0.0
         from_M, scale_M = tl.zeros((BM,), tl.int64), tl.zeros((BM,), tl.float32)
@@ -166,7 +167,8 @@ def grouped_gemm_kernel(
             slot, first, end, n = _locate(tile, ends_S, counts_S, tiles_S, upto_S, index_S, BM)
             if GATHER:
                 at_M = first + tl.arange(0, BM)
-                row_M = tl.load(row_X + at_M, mask=at_M < end, other=0)
+                inside_M = at_M < end
+                row_M = tl.load(row_X + at_M, mask=inside_M, other=0)
             if BLOCKED:
                 # Rows behind the slot's end take the scales of its last one; what becomes of them is not stored.
                 from_M = row_M if GATHER else tl.minimum(first + tl.arange(0, BM), end - 1).to(tl.int64)
@@ -175,7 +177,9 @@ def grouped_gemm_kernel(
                 scale_M = tl.load(scale_R + from_M * (D // BK))
                 scale_low, scale_high = tl.load(scale_SN + low), tl.load(scale_SN + high)
         if GATHER:
-            a = tl.load(x + (row_M * width)[:, None] + (ki * BK + tl.arange(0, BK))[None, :])
+            x_MK = x + (row_M * width)[:, None] + (ki * BK + tl.arange(0, BK))[None, :]
+            # Rows that are not there would come out of the L2 all the same, as many bytes as half of the weights.
+            a = tl.load(x_MK, mask=inside_M[:, None], other=0.0) if BM <= OFTEN_PARTIAL else tl.load(x_MK)
         else:
             a = x.load([first, ki * BK])
         if GATED:
