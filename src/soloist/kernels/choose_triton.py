@@ -45,25 +45,29 @@ def choose_kernel(
     inside = tl.arange(0, BLOCK)
 
     top = float("-inf")
-    broken = 0
+    # Of ids that lie BLOCK apart first: one reduction at the end instead of one in each turn.
+    best_B = tl.full((BLOCK,), float("-inf"), tl.float32)
     if temperature > 0:
+        top_B = best_B
         for start in range(0, vocab, BLOCK):
             logit = tl.load(logits + start + inside, start + inside < vocab, other=float("-inf")).to(tl.float32)
-            top = tl.maximum(top, tl.max(logit, 0))
+            top_B = tl.maximum(top_B, logit)
+        top = tl.max(top_B, 0)
 
-    best, runner_up, winner = float("-inf"), float("-inf"), 0
+    runner_up_B, winner_B, broken_B = best_B, inside, tl.zeros((BLOCK,), tl.int32)
     for start in range(0, vocab, BLOCK):
         ids = start + inside
         score = tl.load(logits + ids, ids < vocab, other=float("-inf")).to(tl.float32)
-        broken = tl.maximum(broken, tl.max((score != score).to(tl.int32), 0))
+        broken_B |= (score != score).to(tl.int32)
         if temperature > 0:
             score = (score - top) / tl.maximum(temperature, COLDEST)
             score = tl.where(ids < vocab, score + _gumbel(ids, first, second), float("-inf"))
-        here, at = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
-        other = tl.max(tl.where(inside == at, float("-inf"), score), 0)
-        runner_up = tl.maximum(tl.maximum(runner_up, other), tl.minimum(best, here))
-        winner = tl.where(here > best, start + at, winner)
-        best = tl.maximum(best, here)
+        runner_up_B = tl.maximum(runner_up_B, tl.minimum(best_B, score))
+        winner_B = tl.where(score > best_B, ids, winner_B)
+        best_B = tl.maximum(best_B, score)
+    best, broken = tl.max(best_B, 0), tl.max(broken_B, 0)
+    winner = tl.min(tl.where(best_B == best, winner_B, vocab), 0)
+    runner_up = tl.max(tl.where(winner_B == winner, runner_up_B, best_B), 0)
     is_good = (broken == 0) & (tl.abs(best) < float("inf"))
     tl.store(tokens + row, tl.minimum(winner, vocab - 1).to(tl.int64))
     tl.store(margins + row, tl.where(is_good, best - runner_up, float("nan")))
