@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import soloist
 from soloist import cli
+from soloist.errors import CheckpointError
 from tests.mpirun import free_port, mpirun, needs_mpirun
 
 NOVELS = str(Path(__file__).parents[1] / "models" / "novels-moe-11m")
@@ -135,6 +136,16 @@ def test_a_file_that_cannot_be_written_after_all_is_named(tmp_path):
     assert result.stderr.startswith(f"{taken}")
 
 
+def test_without_a_network_the_preset_of_a_release_is_named(monkeypatch):
+    def unreachable(name, weights):
+        raise CheckpointError(f"{name}: cannot be downloaded")
+
+    monkeypatch.setattr("soloist.specs.named.locate", unreachable)
+    result = run("plan", "Qwen/Qwen3-30B-A3B-Instruct-2507")
+    assert result.exit_code == cli.FAILURE
+    assert "the preset qwen3-30b-a3b has its shape, too" in result.stderr
+
+
 def test_a_full_disk_is_no_internal_error():
     result = run("cluster", "dgx-h100", "--out", "/dev/full")
     assert (result.exit_code, result.stderr) == (cli.FAILURE, "/dev/full: No space left on device\n")
@@ -144,6 +155,7 @@ def test_a_full_disk_is_no_internal_error():
     "arguments",
     [
         ("validate", "--plot", "picture"),
+        ("simulate", "plan.json", "--seed", "-1"),
         ("serve", NOVELS, "--port", "99999"),
         ("serve", NOVELS, "--log-level", "loud"),
         ("bench", "compare", NOVELS, "--layout", "ep1", "--runs", "0"),

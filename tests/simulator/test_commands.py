@@ -149,6 +149,11 @@ def test_nonsense_is_named(options: dict[str, Any], names: str) -> None:
         run_simulate(**options)
 
 
+def test_a_load_of_which_nothing_can_be_served() -> None:
+    with pytest.raises(CapacityError, match="none of 3 requests can be served: prompt of 1000000 tokens"):
+        simulate(setup(), Load(prompt=1_000_000, output=20, rate=1), requests=3)
+
+
 def test_a_model_that_does_not_fit() -> None:
     given = Setup.of(preset("deepseek-v3"), cluster("hgx-h100"), "ep2")
     with pytest.raises(CapacityError, match="layout = ep2: deepseek-v3"):

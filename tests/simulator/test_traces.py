@@ -42,6 +42,16 @@ def test_a_rate_stretches_the_pattern(tmp_path: Path) -> None:
     assert times[1] / times[2] == pytest.approx(1.555479 / 4.314579, rel=1e-5)
 
 
+def test_json_lines_and_mooncake_s_names(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(
+        '{"timestamp": 1500, "input_length": 70, "output_length": 5, "hash_ids": [1]}\n\n'
+        '{"prompt": 30, "output": 2, "time": 1.0}\n'
+    )
+    found = read_trace(path, Load.parse(""))
+    assert (found.prompts.tolist(), found.outputs.tolist(), found.times_s.tolist()) == ([30, 70], [2, 5], [0.0, 0.5])
+
+
 def test_lengths_without_times_arrive_as_the_load_says(tmp_path: Path) -> None:
     path = tmp_path / "lengths.json"
     path.write_text('[{"prompt": 3, "output": 4}, {"conversations": [{"value": "12345678"}, {"value": "1234"}]}]')
@@ -70,6 +80,8 @@ def test_lengths_without_times_arrive_as_the_load_says(tmp_path: Path) -> None:
         ("a.json", '[{"prompt": 1, "output": 2, "time": "now"}]', r"a.json\[0\].time = 'now'"),
         ("a.json", '[{"prompt": 1, "output": 2, "time": 1}, {"prompt": 1, "output": 2}]', "some have none"),
         ("a.json", '[{"conversations": [{"value": "alone"}]}]', "must hold two turns"),
+        ("a.jsonl", '{"prompt": 1, "output": 2}\n{"prompt": 1', r"a.jsonl:2': must be a JSON object"),
+        ("a.jsonl", '{"input_length": 9, "output_length": 2, "timestamp": "late"}', r"a.jsonl:1.time = 'late'"),
     ],
 )
 def test_a_broken_trace_is_refused_by_line(tmp_path: Path, name: str, text: str, names: str) -> None:

@@ -52,7 +52,7 @@ def compare(
     out: Annotated[Path, typer.Option(callback=to_fill, help="Folder for compare.jsonl and compare.png.")] = Path(
         "out/compare"
     ),
-    seed: Annotated[int, typer.Option(help="Of the random prompts and of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random prompts and of sampling.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     transport: TransportOption = "auto",
@@ -131,7 +131,7 @@ def serve_(
     out: Annotated[
         Path, typer.Option(callback=to_fill, help="Folder for requests.jsonl, serve.jsonl, serve.png.")
     ] = Path("out/serve"),
-    seed: Annotated[int, typer.Option(help="Of lengths, arrivals and prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of lengths, arrivals and prompts.")] = 0,
 ) -> None:
     """Send requests to a server when they are due, whatever it answers, and measure what users would see."""
     import json
@@ -195,7 +195,7 @@ def offline(
     lines: Annotated[
         Path | None, typer.Option(callback=to_write, help="Append a JSON line for each point to this file.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random prompts.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     transport: TransportOption = "auto",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from soloist.cli.options import only_with, to_draw, to_write
-from soloist.errors import ClusterError, ConfigurationError
+from soloist.errors import CheckpointError, ClusterError, ConfigurationError
 
 if TYPE_CHECKING:
     from soloist.specs.model import ModelSpec
@@ -87,10 +87,12 @@ def simulate(
         ),
     ] = "",
     requests: Annotated[int, typer.Option(help="How many.")] = 1000,
-    trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths: Azure CSV, ShareGPT JSON.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Arrivals and lengths: Azure CSV, ShareGPT JSON, JSON lines.")
+    ] = None,
     lose: Annotated[list[str] | None, typer.Option(help="A loss: gpu=3,at=60s,recovery=5s or node=1,at=120s.")] = None,
     drift: Annotated[str, typer.Option(help="Of the hot experts: drift=60,rebalance=120,move=0.05")] = "",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same run.")] = 0,
     precision: Annotated[str, typer.Option(help="bf16, fp16, fp32, fp8 or fp4; by default the model's own.")] = "",
     mixed_graphs: Annotated[str, typer.Option(help="As of `soloist plan`; by default what the plan says.")] = "",
     as_json: JsonOption = False,
@@ -244,5 +246,15 @@ def calibrate(
 def _spec(name: str) -> ModelSpec:
     """Of a folder, a hub id or a preset."""
     from soloist.specs.named import shape_of
+    from soloist.specs.presets import released
 
-    return shape_of(name)
+    try:
+        return shape_of(name)
+    except CheckpointError as error:
+        if Path(name).is_dir():
+            raise
+        try:
+            preset = released(name).name
+        except ConfigurationError:
+            raise error from None
+        raise CheckpointError(f"{error}; the preset {preset} has its shape, too") from error

@@ -117,6 +117,6 @@ def _sentences(result: Result) -> list[str]:
     ]
     if result.met_slo is not None:
         lines.append(f"{result.met_slo:.1%} of the requests within the SLO.")
-    if result.band is not None:
+    if result.band is not None and origins:
         lines.append(f"Step times are predicted within ± {result.band:.0%} ({origins}).")
     return [*lines, *(f"{count} refused: {reason}" for reason, count in result.refusals.items())]

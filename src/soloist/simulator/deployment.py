@@ -89,7 +89,8 @@ def simulate(
 ) -> tuple[Result, Simulation]:
     """Run a load through a deployment. With `trace`, its requests (all of them for `requests` = 0) are used instead.
 
-    Raises ConfigurationError for what cannot be meant, CapacityError where not one sequence fits into a GPU's memory.
+    Raises ConfigurationError for what cannot be meant, CapacityError where not one sequence fits into a GPU's memory or
+    every request is refused.
     """
     wanted = read_trace(trace, load, requests, seed) if trace else arrivals(load, requests, seed)
     deployment, layout = setup.deployment, setup.deployment.layout
@@ -104,6 +105,9 @@ def simulate(
         routing=routing_of(setup, drift or Drift(skew=load.skew), seed),
         observe=observe,
     ).run()
+    if not len(run.steps):
+        why = next(iter(run.ledger.refused.values()), "")
+        raise CapacityError(f"load: none of {len(wanted)} requests can be served: {why}")
     result = result_of(run, load.ttft_s, load.tpot_s)
     return replace(result, band=cost.band, origins=dict(cost.origins)), run
 

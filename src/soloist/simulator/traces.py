@@ -2,8 +2,9 @@
 
 `.csv`: the Azure LLM inference traces' columns `TIMESTAMP,ContextTokens,GeneratedTokens`, times as dates or seconds.
 `.json`: a list of `{"prompt": tokens, "output": tokens, "time": seconds}`, `time` being optional, or of ShareGPT's
-`{"conversations": [{"value": text}, …]}`, of which the first two turns count, at four characters a token. Requests
-without times arrive as the load says. Requests that got no token (Azure's have such rows) count with their prompts.
+`{"conversations": [{"value": text}, …]}`, of which the first two turns count, at four characters a token.
+`.jsonl`: one of these a line, or of Mooncake's `{"timestamp": ms, "input_length": tokens, "output_length": tokens}`.
+Requests without times arrive as the load says. Those that got no token (Azure's have such) count with their prompts.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def read_trace(path: str | Path, load: Load, requests: int = 0, seed: int = 0) -
 
 def _read(path: Path) -> list[Entry]:
     text = read_text(path, "trace")
-    entries = _json(path, text) if path.suffix == ".json" else _csv(path, text)
+    read = {".json": _json, ".jsonl": _lines}.get(path.suffix.lower(), _csv)
+    entries = read(path, text)
     timed = [entry for entry in entries if entry.time_s is not None]
     if timed and len(timed) < len(entries):
         raise ConfigurationError.of("trace", str(path), "some requests have a time and some have none")
@@ -105,9 +107,25 @@ def _json(path: Path, text: str) -> list[Entry]:
     return [_item(f"{path}[{index}]", item) for index, item in enumerate(items)]
 
 
+def _lines(path: Path, text: str) -> list[Entry]:
+    entries: list[Entry] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                item = msgspec.json.decode(line, type=dict[str, Any])
+            except msgspec.DecodeError as error:
+                raise ConfigurationError.of("trace", f"{path}:{number}", f"must be a JSON object: {error}") from error
+            entries.append(_item(f"{path}:{number}", item))
+    return entries
+
+
 def _item(where: str, item: dict[str, Any]) -> Entry:
     if "conversations" in item:
         return _conversation(where, item["conversations"])
+    if "input_length" in item:
+        time_ms = item.get("timestamp")
+        seconds = time_ms / 1e3 if isinstance(time_ms, int | float) else time_ms
+        item = {"prompt": item["input_length"], "output": item.get("output_length"), "time": seconds}
     if unknown := sorted(item.keys() - {"prompt", "output", "time"}):
         raise ConfigurationError.of(where, unknown, "known are prompt, output and time")
     time_s = item.get("time")
