@@ -71,3 +71,16 @@ def test_rows_are_read_where_they_are_as_long_as_our_kernels_do() -> None:
         )
         assert few.gather
         assert not more.gather
+
+
+@pytest.mark.parametrize("mode", ["ragged", "pushed"])
+def test_of_one_sender_s_rows_every_rank_lays_out_its_part(mode: str) -> None:
+    """What the sender's links and memory take does not change; rows behind them are spread over all ranks."""
+    all_send, constants = shape(mode, 8, 4096), GUESS[mode] | {"local_us": 0.0}
+    one, nobody = (msgspec.structs.replace(all_send, share=share) for share in (1 / 8, 0.0))
+    whole, spread, sent = (exchange_seconds(each, H100, constants) for each in (all_send, one, nobody))
+    assert spread - sent == pytest.approx((whole - sent) / 8)
+    assert sent == pytest.approx(
+        4096 * 7392 * copies(all_send).endpoint / (constants["endpoint"] * H100.gpu.bandwidth)
+        + 4096 * 7392 * copies(all_send).nvlink / (constants["nvlink"] * H100.nvlink)
+    )

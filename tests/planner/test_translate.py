@@ -82,7 +82,7 @@ def test_what_a_change_leaves_out_is_said() -> None:
     notes = "; ".join(advise(text, cluster("hgx-h100"), load, used).notes)
     assert "Leave out --enable-dbo" in notes
     assert "of ep8 with overlap on" in notes
-    notes = "; ".join(advise("trtllm-serve Qwen/Qwen3-30B-A3B --tp_size 4", cluster("hgx-h100"), load, used).notes)
+    notes = "; ".join(advise("trtllm-serve Qwen/Qwen3-30B-A3B --tp_size 8", cluster("hgx-h100"), load, used).notes)
     assert "enable_attention_dp: true" in notes
 
 

@@ -11,14 +11,12 @@ import msgspec
 from soloist.errors import ConfigurationError
 from soloist.planner.calibration import Calibration
 from soloist.planner.domains import Domain, Hardware
-from soloist.planner.estimate import total
 from soloist.planner.fitting import Constants
 from soloist.planner.host import buckets_of
 from soloist.planner.kernels import Kernels, library_of
 from soloist.planner.layer import Deployment
 from soloist.planner.precision import Precision
 from soloist.planner.runtime import OWN, SYSTEM, Runtime
-from soloist.planner.score import SPREAD
 from soloist.planner.step import StepModel
 from soloist.planner.tables import DeploymentRow, RunRow
 from soloist.specs.cluster import ClusterSpec, preset_clusters
@@ -160,11 +158,10 @@ def predict_run(row: RunRow, calibration: Calibration, runtime: Runtime) -> floa
     each = row.sequences / (layout.dp * layout.attention_groups)
     if row.phase == "decode":
         return model.decode(each, row.tokens).seconds.value
-    busy = min(1.0, each)  # share of the groups that have prompts; of a group's work only the experts' is spread
+    busy = min(1.0, each)  # share of the groups that have prompts
     left = each / busy * row.tokens
     steps, whole = max(layout.pp, -(-left // CHUNK_TOKENS)), min(CHUNK_TOKENS, left)
-    own, shared = (model.prefill(tokens, row.tokens / 2, int(steps)).parts for tokens in (whole, whole * busy))
-    cost = total(shared[name] if name in SPREAD else part for name, part in own.items()).value
+    cost = model.prefill(whole, row.tokens / 2, int(steps), busy).seconds.value
     return cost * left / whole + 1e-6 * runtime["first_us"]
 
 

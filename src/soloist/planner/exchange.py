@@ -73,6 +73,7 @@ class ExchangeShape(msgspec.Struct, frozen=True, kw_only=True):
     """What is exchanged. `tokens` of each rank; `row_bytes` of one copy; `ranks_per_node` of this group.
 
     `laid_out`: rows are copied to where experts want them, or summed up from there; few rows are read where they are.
+    `share`: tokens of a rank on average over `tokens`, those of the one with most; they are laid out where they arrive.
     `tp` neighbouring ranks have shares of the same experts, so a token goes to all of them.
     `kept_groups` of `groups` router groups may be used by a token. `node_copies` and `rank_copies`, where given, are
     the distinct nodes and ranks of a token measured on a routing trace; they take the place of the formulas.
@@ -89,6 +90,7 @@ class ExchangeShape(msgspec.Struct, frozen=True, kw_only=True):
     kept_groups: int = 1
     tp: int = 1
     laid_out: bool = True
+    share: float = 1.0
     node_copies: float | None = None
     rank_copies: float | None = None
 
@@ -98,11 +100,13 @@ class ExchangeShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Copies(msgspec.Struct, frozen=True):
-    """Copies of one token: over the sender's NIC, over NVLink, and through memory at either end."""
+    """Copies of one token: over the sender's NIC, over NVLink, and through memory at either end; and through memory
+    where it arrives, for the experts."""
 
     nic: float
     nvlink: float
     endpoint: float
+    laid_out: float = 0.0
 
 
 @lru_cache(maxsize=65536)
@@ -115,9 +119,9 @@ def copies(shape: ExchangeShape) -> Copies:
     groups = shape.ranks // shape.tp
     ranks = shape.tp * (shape.rank_copies or distinct(groups, max(shape.experts, groups), shape.top_k))
     if shape.mode == "local":
-        return Copies(0.0, 0.0, 1 + shape.top_k if shape.laid_out else 0.0)
+        return Copies(0.0, 0.0, 1.0, shape.top_k) if shape.laid_out else Copies(0.0, 0.0, 0.0)
     if shape.mode in OURS:  # rows are laid out for the experts, and summed up, in the same two halves
-        return Copies(ranks * off_node, ranks / nodes * off_rank, ranks + shape.tp * shape.top_k)
+        return Copies(ranks * off_node, ranks / nodes * off_rank, ranks, shape.tp * shape.top_k)
     if shape.mode == "two_sided":
         return Copies(ranks * off_node, ranks / nodes * off_rank, shape.top_k)
     reached = shape.node_copies or limited_distinct(
@@ -131,7 +135,7 @@ def exchange_seconds(shape: ExchangeShape, cluster: ClusterSpec, constants: Cons
     c, sent = copies(shape), shape.tokens * shape.row_bytes * skew
     nic = sent * c.nic / (constants["nic"] * cluster.nic) if c.nic else 0.0
     nvlink = sent * c.nvlink / (constants["nvlink"] * cluster.nvlink) if c.nvlink and cluster.nvlink else 0.0
-    endpoint = sent * c.endpoint / (constants["endpoint"] * cluster.gpu.bandwidth)
+    endpoint = sent * (c.endpoint + shape.share * c.laid_out) / (constants["endpoint"] * cluster.gpu.bandwidth)
     return latency_seconds(shape.nodes, cluster, constants) + hypot(nic, endpoint + nvlink)
 
 

@@ -63,12 +63,14 @@ class Batch(NamedTuple):
 
     padded: tokens of the graph that holds the step, 0 if none does; experts and exchange see those of the step alone.
     Decoding steps have graphs of so many sizes that theirs counts as just as large as they are.
+    share: tokens of a group on average over `tokens`, where groups differ and this is the one with most.
     """
 
     phase: str
     tokens: float
     context: float
     padded: float = 0.0
+    share: float = 1.0
 
     @property
     def is_decode(self) -> bool:
@@ -86,7 +88,7 @@ class Batch(NamedTuple):
     @property
     def half(self) -> Batch:
         """Of two equal parts."""
-        return Batch(self.phase, self.tokens / 2, self.context, self.padded / 2)
+        return Batch(self.phase, self.tokens / 2, self.context, self.padded / 2, self.share)
 
 
 def dense_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
@@ -136,7 +138,7 @@ class ExpertLoad(NamedTuple):
 def expert_load(d: Deployment, batch: Batch) -> ExpertLoad:
     """Expected load under uniform or power-law routing."""
     model, ep = d.model, d.layout.ep
-    tokens = batch.tokens * d.layout.attention_groups
+    tokens = batch.tokens * batch.share * d.layout.attention_groups
     pairs = tokens * model.router.top_k / ep
     reached = d.rank_copies or distinct(ep, max(model.experts, ep), model.router.top_k)
     replicas = max(0, d.held * ep - model.experts)
@@ -150,7 +152,8 @@ def expert_load(d: Deployment, batch: Batch) -> ExpertLoad:
 
 def _attention_parts(d: Deployment, batch: Batch, kernels: Kernels, runtime: Runtime, window: int | None) -> Parts:
     """The attention half of a layer. It depends on the attention group alone, so layouts share it."""
-    key = (d.model.name, d.precision, d.layout.attention_ranks, batch, window, runtime.name)
+    step = batch.phase, batch.tokens, batch.context, batch.padded
+    key = (d.model.name, d.precision, d.layout.attention_ranks, step, window, runtime.name)
     return kernels.once(key, lambda: _attention_half(d, batch, kernels, runtime, window))
 
 
@@ -303,6 +306,7 @@ def exchange_shape(d: Deployment, batch: Batch, kernels: Kernels, mode: Mode, dt
         ranks=d.layout.ep,
         ranks_per_node=max(1, min(d.layout.ep, cluster.gpus_per_node // d.layout.tp)),
         tokens=batch.tokens / d.layout.attention_ranks,
+        share=batch.share,
         row_bytes=row_bytes(d.model.d_model, dtype),
         top_k=router.top_k,
         experts=d.model.experts,

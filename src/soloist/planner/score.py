@@ -5,8 +5,7 @@ of the prompts that arrive meanwhile, so TPOT = step + prefill of `prompt / outp
 
 Attention groups meet at every layer's exchange, so all wait for the one that prefills; of its work only the experts' is
 spread over all. If a group prefills in a share q of the steps and G groups do so independently of each
-other, a step waits in a share 1 - (1 - q)^G: the parts that each group does by itself cost (1 - (1 - q)^G) / q times
-what they would cost if all prefilled in the same steps.
+other, a step waits in a share 1 - (1 - q)^G of them, and q / (1 - (1 - q)^G) of the groups prefill in it on average.
 
 Where nothing is decoded there are only steps of prompts: the batch's go together, in all groups at once, and the next
 ones follow.
@@ -17,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import count, takewhile
-from math import ceil, expm1
+from math import ceil, expm1, floor, log2
 from typing import NamedTuple
 
 from soloist.planner import host
@@ -34,7 +33,6 @@ from soloist.specs.model import Spec
 from soloist.specs.workload import Load
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # sequences of an attention group that are tried
-SPREAD = ("experts",)  # parts of a step to which all attention groups contribute alike
 USABLE = 0.92  # share of a GPU's memory that is planned for
 
 
@@ -110,13 +108,11 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Scores deployments on one cluster. Step models, which know their steps, and prompts are kept for candidates that
-    share them."""
+    """Scores deployments on one cluster. Candidates share step models, which know their steps."""
 
     def __init__(self, kernels: Kernels, runtime: Runtime, load: Load) -> None:
         self.kernels, self.runtime, self.load = kernels, runtime, load
         self._models: dict[object, StepModel] = {}
-        self._prompts: dict[object, Estimate] = {}
 
     def most_sequences(self, deployment: Deployment, options: Options) -> float:
         """Sequences of an attention group whose KV cache fits; below 1 where not even one does.
@@ -140,7 +136,7 @@ class Scorer:
         layout = deployment.layout
         decode = self._step("decode", deployment, options, batch)
         prefill = self._step("prefill", deployment, options, options.chunk_tokens)
-        tpot = total((decode.seconds, self._arriving(prefill, layout.attention_groups, options, batch)))
+        tpot = total((decode.seconds, self._arriving(deployment, options, batch)))
         groups = layout.dp * layout.attention_groups
         output_rate = tpot.inverse(batch * groups)
         return Score(
@@ -194,35 +190,39 @@ class Scorer:
         pays = takewhile(lambda n: self._step(phase, deployment, options, n, micro_batches=1).is_overlapped, sizes)
         return min(pays, default=None)
 
-    def _arriving(self, prefill: StepCost, groups: int, options: Options, batch: float) -> Estimate:
+    def _arriving(self, deployment: Deployment, options: Options, batch: float) -> Estimate:
         """Prefill, for each decode step, of the prompts that take the place of those that end."""
+        groups = deployment.layout.attention_groups
         prompts, new = batch / self.load.output, self.load.fresh  # of a group in a step
         chunk = options.chunk_tokens
         busy = -expm1(-prompts * max(1.0, new / chunk))  # share of the steps in which a group prefills
-        alone = (1 - (1 - busy) ** groups) / busy
-        parts = [part.times(1.0 if name in SPREAD else alone) for name, part in prefill.parts.items()]
-        return total(parts).times(prompts * new / chunk)
+        some = 1 - (1 - busy) ** groups  # the same of steps in which any does
+        step = self._uneven(deployment, options, min(1.0, busy / some))
+        return step.times(some / busy * prompts * new / chunk)
+
+    def _uneven(self, deployment: Deployment, options: Options, share: float) -> Estimate:
+        """Prefill of the largest step while this share of the groups has one: between powers of two, which candidates
+        have in common."""
+        below, model = 2.0 ** floor(log2(share)), self.step_model(deployment, options)
+        at = partial(model.prefill, options.chunk_tokens, self.load.prompt / 2, options.micro_batches)
+        if share == below:
+            return at(share).seconds
+        nearer = share / below - 1
+        return total((at(below).seconds.times(1 - nearer), at(2 * below).seconds.times(nearer)))
 
     def _first_token(self, deployment: Deployment, options: Options, decode: StepCost) -> Estimate:
         """Prefill of one prompt behind the decode step that is running; queueing is the simulator's matter."""
-        key = self._key(deployment, options)
-        if key not in self._prompts:
-            self._prompts[key] = self._prompt(deployment, options)
-        return total((self._prompts[key], decode.seconds))
+        return total((self._prompt(deployment, options), decode.seconds))
 
     def _prompt(self, deployment: Deployment, options: Options) -> Estimate:
-        """Prefill of one prompt while no other group prefills: the experts of all groups share its rows.
+        """Prefill of one prompt while no other group prefills: all groups share its rows.
 
         In as few equal chunks as the largest step allows, one after the other through all stages, since a sequence is
         in one batch at a time.
         """
-        new = self.load.fresh
-        chunks = ceil(new / options.chunk_tokens)
-        own, shared = (
-            self._step("prefill", deployment, options, new / chunks / groups, micro_batches=1).parts
-            for groups in (1, deployment.layout.attention_groups)
-        )
-        return total(shared[name] if name in SPREAD else part for name, part in own.items()).times(chunks)
+        chunks = ceil(self.load.fresh / options.chunk_tokens)
+        model, share = self.step_model(deployment, options), 1 / deployment.layout.attention_groups
+        return model.prefill(self.load.fresh / chunks, self.load.prompt / 2, 1, share).seconds.times(chunks)
 
     def _step(
         self, phase: str, deployment: Deployment, options: Options, tokens: float, micro_batches: int = 0

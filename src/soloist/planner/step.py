@@ -71,16 +71,17 @@ class StepModel:
         cost = self._step(batch, max(flights, pp))
         return _waiting(cost, 1e-6 * self.runtime["sequence_us"] * tokens if pp > 1 else 0.0)
 
-    def prefill(self, tokens: float, context: float, micro_batches: int = 0) -> StepCost:
+    def prefill(self, tokens: float, context: float, micro_batches: int = 0, share: float = 1.0) -> StepCost:
         """A chunk of `tokens` new tokens of every attention group, each seeing `context` tokens on average.
 
+        `share`: of them that a group has on average, where some have none.
         The time is that after which the next chunk ends, the pipeline being kept full by `micro_batches` chunks.
         """
         pp = self.deployment.layout.pp
         bucket = host.bucket_of(self.mixed_graphs, tokens) if 2 * context <= host.SHORT_CONTEXT else None
         flights = max(1, micro_batches or 8 * pp)
         bubble = (flights + pp - 1) / flights / (self.runtime["pipeline"] if pp > 1 else 1.0)
-        return self._step(Batch("prefill", tokens, context, float(bucket or 0)), bubble)
+        return self._step(Batch("prefill", tokens, context, float(bucket or 0), share), bubble)
 
     def _step(self, batch: Batch, factor: float) -> StepCost:
         """A stage's cost `factor` times, and what a step costs once, in the form that is faster."""

@@ -9,6 +9,7 @@ step of the planner's whose groups do what decides this part:
     experts                                        rows of the fullest expert group: mean · imbalance
 
 Tokens and contexts are rounded to a grid of 2.2 % and the planner's answers are kept, since steps resemble each other.
+Where one group prefills and others do less, the planner is told: what hides the exchange is then less, too.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class PlannedCost:
         assert not model.deployment.skew
         self.model = model
         self.stages = model.deployment.layout.pp
-        self._known: dict[tuple[Phase, float, float], Parts] = {}
+        self._known: dict[tuple[Phase, float, float, float], Parts] = {}
         self._seconds: defaultdict[Origin, float] = defaultdict(float)  # predicted so far
         self._width_s = 0.0
 
@@ -67,16 +68,17 @@ class PlannedCost:
         tokens = work.tokens
         peak, mean = float(tokens.max()), float(tokens.sum()) / work.alive
         fullest = mean * work.imbalance
-        group = int(tokens.argmax())
+        context = _mean(work, int(tokens.argmax()))
         phase = "prefill" if work.prefills.any() else "decode"
-        local = self._of(phase, peak, _mean(work, group))
-        exchange = self._of(phase, max(peak, fullest), _mean(work, group))
-        parts = {name: part for name, part in local.items() if name not in EXCHANGES and name != "experts"}
-        parts |= {name: part for name, part in exchange.items() if name in EXCHANGES}
-        if "experts" in local:
-            parts["experts"] = self._of(phase, fullest, _mean(work, group))["experts"]
-        parts["attention"] = self._attention(work)
-        return parts
+        if phase == "prefill" and fullest < peak:
+            parts = self._of(phase, peak, context, 1 / _rounded(peak / fullest))
+        else:
+            parts = self._of(phase, peak, context)
+            exchange = self._of(phase, max(peak, fullest), context)
+            parts = parts | {name: part for name, part in exchange.items() if name in EXCHANGES}
+            if "experts" in parts:
+                parts["experts"] = self._of(phase, fullest, context)["experts"]
+        return parts | {"attention": self._attention(work)}
 
     def _attention(self, work: StepWork) -> Estimate:
         """Of the slowest group: the one with the longest contexts to read, or the one with the most to prefill."""
@@ -95,12 +97,16 @@ class PlannedCost:
         value = sum(part.value for part in found)
         return max(found, key=lambda part: part.value)._replace(value=value)
 
-    def _of(self, phase: Phase, tokens: float, context: float) -> Parts:
-        """The planner's parts of one stage (and `step`) when every group does the same."""
-        key = (phase, _rounded(max(tokens, 1.0)), _rounded(max(context, 1.0)))
+    def _of(self, phase: Phase, tokens: float, context: float, share: float = 1.0) -> Parts:
+        """The planner's parts of one stage (and `step`) when every group does the same; of prefill also when groups
+        have this share of the `tokens` on average."""
+        key = (phase, _rounded(max(tokens, 1.0)), _rounded(max(context, 1.0)), share)
         if key not in self._known:
-            ask = self.model.decode if phase == "decode" else self.model.prefill
-            parts = ask(*key[1:], micro_batches=1).parts
+            _, tokens, context, _ = key
+            if phase == "decode":
+                parts = self.model.decode(tokens, context, micro_batches=1).parts
+            else:
+                parts = self.model.prefill(tokens, context, 1, share).parts
             self._known[key] = {
                 name: part if name == ONCE else part.times(1 / self.stages) for name, part in parts.items()
             }
