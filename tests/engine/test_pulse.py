@@ -74,3 +74,23 @@ def test_when_the_store_falls_silent_its_rank_is_named():
     wait_until(lambda: heard)
     end.set()
     assert heard == {1: (0, f"its store has not answered for {DEADLINE_S:g} s")}
+
+
+def test_a_loss_that_many_notice_at_once_is_told_once(monkeypatch):
+    heard: list[int] = []
+    pulse = Pulse(store(), 0, 1, 100.0, lambda rank, reason: heard.append(rank))
+    is_set = pulse._stop.is_set
+
+    def and_others_come() -> bool:
+        found = is_set()
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr(pulse._stop, "is_set", and_others_come)
+    threads = [threading.Thread(target=pulse._lose, args=(rank, "is lost")) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    pulse.close()
+    assert len(heard) == 1

@@ -35,7 +35,7 @@ class Pulse:
     ) -> None:
         self._store = store.clone()  # a connection of its own: others may block on the first
         self._rank, self._size, self._deadline_s, self._on_loss = rank, size, deadline_s, on_loss
-        self._stop = threading.Event()
+        self._stop, self._losing = threading.Event(), threading.Lock()
         self._unanswered = 0  # beats since the store last answered
         self._seen: dict[int, tuple[int, int]] = {}  # count, and looks since it last changed
         self._beating = threading.Thread(target=self._beat, name="pulse", daemon=True)
@@ -98,9 +98,11 @@ class Pulse:
                 self._lose(0, f"its store has not answered for {self._deadline_s:g} s")
 
     def _lose(self, rank: int, reason: str) -> None:
-        if not self._stop.is_set():
+        with self._losing:  # both threads, and whoever calls `tell`, may come to it together
+            if self._stop.is_set():
+                return
             self._stop.set()
-            self._on_loss(rank, reason)
+        self._on_loss(rank, reason)
 
 
 def _ended(rank: int) -> str:

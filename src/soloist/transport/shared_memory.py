@@ -69,6 +69,9 @@ class SharedMemoryTransport(ExchangeTransport):
         self._segment = segment
         try:
             self.wait_for(segment.pid_N, 1, self.members, "connecting")
+        except CommunicationError:
+            self._watch.close()
+            raise
         finally:
             if fd is not None:
                 os.close(fd)

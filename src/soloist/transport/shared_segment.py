@@ -189,12 +189,12 @@ class Watch:
         pid = int(self.segment.pid_N[peer])  # 0 until the peer has joined
         if pid and peer not in self._ended:
             try:
-                self._ended[peer] = select.poll()
-                self._pidfds.append(os.pidfd_open(pid))
+                fd = os.pidfd_open(pid)
             except ProcessLookupError:
-                del self._ended[peer]
                 return True
-            self._ended[peer].register(self._pidfds[-1], select.POLLIN)
+            self._pidfds.append(fd)
+            self._ended[peer] = select.poll()
+            self._ended[peer].register(fd, select.POLLIN)
         return bool(pid and self._ended[peer].poll(0))
 
     def close(self) -> None:
