@@ -35,9 +35,8 @@ LONE_ROWS = ExpertTiles(Tile(16, 64, 128, 4, 4), Tile(16, 64, 256, 4, 4), gather
 LONE_ROWS_NARROW = ExpertTiles(LONE_ROWS.gate_up, Tile(16, 64, 128, 4, 4, 2), gather=True)
 # A few rows in most slots: the same product, and results in wider pieces (docs/exchange.md).
 LOW_ROWS = ExpertTiles(LONE_ROWS.gate_up, Tile(16, 128, 128, 4, 4), gather=True)
-# Measured on H100 (docs/exchange.md): the best of seven shapes each.
-FEW_ROWS = ExpertTiles(Tile(32, 64, 128, 4, 4, 2), Tile(64, 128, 128, 4, 4), gather=True)
-SOME_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
+# Measured on H200 (docs/exchange.md), under uniform and skewed routing.
+FEW_ROWS = ExpertTiles(Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), gather=True)
 MANY_ROWS = ExpertTiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), gather=False)
 # Where the inner dimension of down is short, storing results beside the next product pays.
 MANY_ROWS_NARROW = ExpertTiles(MANY_ROWS.gate_up, Tile(128, 256, 64, 8, 3, hopper=True), gather=False)
@@ -60,10 +59,8 @@ def choose_tiles(rows_per_slot: float, width: int, dtype: torch.dtype = torch.bf
         return LONE_ROWS_NARROW if width % LONE_ROWS.down.bk else LONE_ROWS
     if rows_per_slot <= 8:
         return LOW_ROWS
-    if rows_per_slot <= 24:
-        return FEW_ROWS
     if rows_per_slot <= 96:
-        return SOME_ROWS
+        return FEW_ROWS
     return MANY_ROWS_NARROW if width <= NARROW else MANY_ROWS
 
 

@@ -19,7 +19,6 @@ from soloist.kernels.follow import release_next
 from soloist.kernels.language import TensorDescriptor, next_power, tl, triton
 
 BLOCK = 128  # side of the blocks of weights that share a scale
-OFTEN_PARTIAL = tl.constexpr(64)  # rows: tiles up to here are chosen for slots that do not fill them
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def grouped_gemm_kernel(
         if GATHER:
             x_MK = x + (row_M * width)[:, None] + (ki * BK + tl.arange(0, BK))[None, :]
             # Rows that are not there would come out of the L2 all the same, as many bytes as half of the weights.
-            a = tl.load(x_MK, mask=inside_M[:, None], other=0.0) if BM <= OFTEN_PARTIAL else tl.load(x_MK)
+            a = tl.load(x_MK, mask=inside_M[:, None], other=0.0)
         else:
             a = x.load([first, ki * BK])
         if GATED:
