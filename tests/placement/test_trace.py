@@ -54,6 +54,7 @@ def test_trace_of_another_model_is_refused() -> None:
             trace.check(other)
         assert str(trace.model) in str(error.value)
         assert str(TraceModel.of(other)) in str(error.value)
+        assert ("call that tiny again" in str(error.value)) == (other.name == "tinier")
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tokenizers import Tokenizer
 
 from soloist.bench.figures import Run, Series, Timing
 from soloist.bench.plot import plot_compare
@@ -66,7 +65,7 @@ def prompts_for(
         return [[draw.randrange(found.spec.vocab) for _ in range(tokens)] for _ in range(requests)]
     if found.tokenizer is None:
         raise ConfigurationError.of("--prompt-file", str(file), "this model has no tokenizer; use --prompt-tokens")
-    encode = Tokenizer.from_file(str(found.tokenizer)).encode
+    encode = found.read_tokenizer().encode
     lines = [encode(str(text)).ids for text in read_prompts([], file, token_ids=False)]
     return [lines[i % len(lines)] for i in range(requests)]
 

@@ -127,7 +127,7 @@ def serve_(
     ] = 1,
     vocab: Annotated[int, typer.Option(min=1, help="Random token ids are drawn below this.")] = 1000,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key to send.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for an answer.")] = 600.0,
     out: Annotated[
         Path, typer.Option(callback=to_fill, help="Folder for requests.jsonl, serve.jsonl, serve.png.")
     ] = Path("out/serve"),

@@ -71,7 +71,7 @@ class LLM:
         self.layout = Layout.parse(layout) if isinstance(layout, str) else layout
         self.layout.check(self.spec)
         self.placement = placement_from(placement, self.spec, self.layout)
-        self.tokenizer = _tokenizer(found.tokenizer)
+        self.tokenizer = found.read_tokenizer()
         self.template = ChatTemplate.load(found.folder, chat_template)
         job = Job(self.spec, self.layout, self.placement, self.options, found.folder, found.tokenizer)
         self._lock = threading.RLock()
@@ -228,14 +228,6 @@ def placement_from(given: Placement | str | Path | None, spec: ModelSpec, layout
     placement = given if isinstance(given, Placement) else Placement.load(given)
     placement.check(spec, layout)
     return placement
-
-
-def _tokenizer(file: Path | None) -> Any:
-    if file is None:
-        return None
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(file))
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt]]:

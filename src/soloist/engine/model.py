@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from soloist.errors import ConfigurationError
+from soloist.errors import CheckpointError, ConfigurationError
 from soloist.specs.hf import read_config
 from soloist.specs.hub import locate
 from soloist.specs.model import ModelSpec
@@ -44,3 +45,14 @@ class Model:
         """The tokenizer's file, None if there is none."""
         file = self.folder / "tokenizer.json" if self.folder else None
         return file if file and file.exists() else None
+
+    def read_tokenizer(self) -> Any:
+        """The tokenizer, None if there is none. Raises CheckpointError for a file that holds something else."""
+        if self.tokenizer is None:
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(self.tokenizer))
+        except Exception as error:  # the library has no other kind
+            raise CheckpointError(f"{self.tokenizer}: is no tokenizer ({error}); download it again") from error

@@ -118,6 +118,9 @@ class RoutingTrace:
         wanted = TraceModel.of(spec)
         if not self.model.is_same(wanted):
             remedy = f"was recorded from another model than {wanted}; record one with soloist record"
+            if _nameless(self.model) == _nameless(wanted):
+                own = self.model.name.rsplit("/", 1)[-1]
+                remedy += f", or, if only its folder has another name, call that {own} again"
             raise ConfigurationError.of("trace", str(self.model), remedy)
 
     @property
