@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
 
     def times(self, factor: float) -> Estimate:
         """The same number `factor` times, with the same relative band."""
-        return Estimate(self.value * factor, self.band, self.origin)
+        return self if factor == 1.0 else Estimate(self.value * factor, self.band, self.origin)
 
     def inverse(self, numerator: float) -> Estimate:
         """A rate: `numerator` over this time."""

@@ -153,8 +153,7 @@ class StepModel:
 
     def _overlapped(self, batch: Batch) -> Parts:
         """Of two half batches, with what is not hidden of their exchange."""
-        half = self._layers(batch.half)
-        parts = {name: part.times(2.0) for name, part in half.items()}
+        parts = self._layers(batch.half, 2.0)
         travelling = [name for name in self._beside if name in parts]
         exchange = sum(parts[name].value for name in travelling)
         compute = sum(part.value for name, part in parts.items() if name not in COMMUNICATION)
@@ -170,11 +169,11 @@ class StepModel:
         inside = self.deployment.layout.stages_fit(self.kernels.cluster.gpus_per_node)
         return ("dispatch",) if inside and self.kernels.library == OWN_LIBRARY else ("dispatch", "combine")
 
-    def _layers(self, batch: Batch) -> Parts:
+    def _layers(self, batch: Batch, times: float = 1.0) -> Parts:
         """Of the stage with the most layers, taken to be a mixture like the whole model's. Pipelines of any depth, and
         the halves of larger batches, share what all layers take."""
-        parts = self.kernels.once((self._shared, batch), lambda: self._all_layers(batch))
-        return {name: part.times(self._share) for name, part in parts.items()}
+        parts, factor = self.kernels.once((self._shared, batch), lambda: self._all_layers(batch)), times * self._share
+        return {name: part.times(factor) for name, part in parts.items()}
 
     @cached_property
     def _shared(self) -> object:
