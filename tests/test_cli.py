@@ -203,7 +203,7 @@ def test_a_plain_installation_says_what_to_install(monkeypatch, module, extra):
     def missing(as_json):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
-    monkeypatch.setattr("soloist.planner.commands.run_crossovers", missing)
+    monkeypatch.setattr("soloist.planner.checks.run_crossovers", missing)
     result = run("crossovers")
     assert result.exit_code == cli.USER_ERROR
     assert f"needs {module.partition('.')[0]}; in a checkout: pip install '.[{extra}]'" in result.stderr

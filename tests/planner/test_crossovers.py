@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from soloist.planner.commands import run_crossovers
+from soloist.planner.checks import run_crossovers
 from soloist.planner.crossovers import CROSSINGS, POINTS, Crossing, Point, deepseek, in_waves, overlap_gain
 
 

@@ -8,8 +8,8 @@ import pytest
 from soloist.errors import ConfigurationError
 from soloist.planner import bounds
 from soloist.planner.calibration import Calibration
+from soloist.planner.checks import run_scenarios
 from soloist.planner.claims import Finding, findings, judge
-from soloist.planner.commands import run_scenarios
 from soloist.planner.measures import MEASURES, Measure
 from soloist.planner.precision import Precision
 from soloist.planner.scenarios import Case, cases, load_scenarios

@@ -138,7 +138,7 @@ def scenarios(
     calibration: CalibrationOption = None,
 ) -> None:
     """The reference deployments: claim, physical bound and prediction side by side, with a verdict."""
-    from soloist.planner.commands import run_scenarios
+    from soloist.planner.checks import run_scenarios
 
     raise typer.Exit(run_scenarios(html, as_json, file, calibration))
 
@@ -151,7 +151,7 @@ def validate(
     calibration: CalibrationOption = None,
 ) -> None:
     """Predictions against published measurements: the error of every row and table."""
-    from soloist.planner.commands import run_validate
+    from soloist.planner.checks import run_validate
 
     raise typer.Exit(run_validate(data, as_json, cross, plot, calibration))
 
@@ -173,7 +173,7 @@ def export(
 
 def crossovers(as_json: JsonOption = False) -> None:
     """Where one layout or setting overtakes another: measured by others, with sources, and predicted."""
-    from soloist.planner.commands import run_crossovers
+    from soloist.planner.checks import run_crossovers
 
     raise typer.Exit(run_crossovers(as_json))
 
@@ -223,7 +223,7 @@ def calibrate(
     cluster: Annotated[str, typer.Option(help="Whose links the logs are of.")] = "",
 ) -> None:
     """Measure this machine in about a minute, for `--calibration` and `--cluster` of the other commands."""
-    from soloist.planner.commands import run_fit
+    from soloist.planner.checks import run_fit
 
     used = {"out", "logs", "cluster"} if logs else {"out", "ranks", "cpu", "only"}
     only_with(context, "--nccl-tests" if logs else "measuring this machine", used)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from soloist.errors import SoloistError
-from soloist.planner.commands import run_refit, run_validate
+from soloist.planner.checks import run_refit, run_validate
 
 
 def main(arguments: list[str]) -> int:
