@@ -88,7 +88,7 @@ def compare(shape: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     assert nodes * each == RANKS, f"{shape}: one expert a rank takes {RANKS} ranks"
     trace = part_of_trace()
     node_of_rank = [rank // each for rank in range(RANKS)]
-    found = solve(RoutingTrace.load(MODEL / "routing.trace"), Target.of(RANKS, node_of_rank), bound=False)
+    found = solve(RoutingTrace.load(MODEL / "routing.trace"), Target.of(RANKS, node_of_rank))
     placements = {"linear": found.baselines["linear"][0], "solved": found.placement}
     rows, texts, mbit = [], set(), given.mbit
     with Network(nodes, mbit, given.delay_ms) as network, Agents(network, each) as agents:
