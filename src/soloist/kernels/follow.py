@@ -6,8 +6,8 @@ with the options of `early` may start once all programs of the one ahead have ca
 decode does not pay for the start of each of its many small kernels.
 
 Kernels whose programs are cut to fill the SMs evenly (grouped GEMM, attention) do not come early: their programs could
-go where the one ahead leaves room first, two to an SM beside an empty one. That is a supposition: calibrations of
-different runs read them slower when they came early. They release the next one all the same.
+go where the one ahead leaves room first, two to an SM beside an empty one. That is a supposition; with grouped GEMMs
+that came early layers were up to a third slower (docs/exchange.md). They release the next one all the same.
 
 A kernel that waits for peers releases the next one only after that: programs that wait could otherwise take the place
 that another stream needs to send what the peers wait for.
