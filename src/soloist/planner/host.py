@@ -28,7 +28,9 @@ from soloist.specs.model import ModelSpec
 
 KERNELS = 13  # norms 2, projections 2, heads, attention, router's product and choice, index, rows, experts 2, sum
 TRAVELLING = 10  # flags, counts, pushes and copies between GPUs
-CROSSING = 48  # of dispatch/hierarchical.py: 101 of torch's operations, 6 calls of NCCL, and waiting for counts
+# 101 of torch's operations, 6 calls of NCCL, waiting for counts: between two declared nodes a layer of decode took
+# 3.65 ms where one inside a node took 1.11 ms, 23 launches (docs/planner.md).
+CROSSING = 62
 LATENT, SHARED = 4, 5  # more of MLA's projections and norms; of shared experts: read off the code, not profiled
 COLLECTIVE = 3  # launches that a call of NCCL is worth: 330 µs with torch's bookkeeping, 250 to 420 in the profile
 SPREAD = 0.13  # of hosts: in the profiles one rank waited for the other for 3, 10, 20 and 41 % of a layer

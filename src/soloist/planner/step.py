@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 from soloist.planner import host
+from soloist.planner.calibration import UNMEASURED
 from soloist.planner.estimate import Estimate, total
 from soloist.planner.kernels import OWN_LIBRARY, Kernels, Parts
 from soloist.planner.layer import COMMUNICATION, Batch, Deployment, dense_parts, moe_parts, way_of
@@ -115,8 +116,9 @@ class StepModel:
         model, layout = self.deployment.model, self.deployment.layout
         each = total((self.kernels.launch, Estimate(1e-6 * self.runtime["python_us"], 0.3, "interpolated")))
         ranks = layout.size // layout.dp
-        a_layer = host.launches(model, layout, self._crosses(batch.tokens))
-        return each.times(a_layer * -(-model.layers // layout.pp) * host.slowest(ranks))
+        crosses = self._crosses(batch.tokens)
+        found = each.times(host.launches(model, layout, crosses) * -(-model.layers // layout.pp) * host.slowest(ranks))
+        return Estimate(found.value, max(found.band, UNMEASURED), "extrapolated") if crosses else found
 
     def _with_step(self, stage: StepCost, factor: float, tokens: float) -> StepCost:
         """A stage's cost `factor` times, plus what a step costs once."""
