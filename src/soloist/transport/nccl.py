@@ -158,6 +158,9 @@ class NcclTransport(Transport):
 
     # -- point to point ---------------------------------------------------------------------------------------------
     def send(self, x_N: Tensor, peer: int, where: str = "") -> None:
+        """Nothing goes where there is nothing to send; the receiver knows."""
+        if not x_N.numel():
+            return
         self.traffic.count_message(peer, x_N.nbytes)
         copy_N = x_N.clone(memory_format=torch.contiguous_format)
         self._sent.append((self._run(self._pair_group().send, [copy_N], peer, 0, where=where), copy_N))
@@ -166,6 +169,8 @@ class NcclTransport(Transport):
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, peer: int, where: str = "") -> Tensor:
         message_N = torch.empty(*shape, dtype=dtype, device=self.device)
+        if not message_N.numel():
+            return message_N
         self._run(self._pair_group().recv, [message_N], peer, 0, where=where).wait()
         return message_N
 
