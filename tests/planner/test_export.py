@@ -75,6 +75,18 @@ def test_placement_and_environment(tmp_path: Path) -> None:
     assert any("NCCL_LL_THRESHOLD" in line for line in found)
 
 
+def test_one_group_needs_no_placement(tmp_path: Path) -> None:
+    for engine in ("sglang", "tensorrt", "eplb"):
+        assert "no placement: one group of GPUs holds all experts" in lines("tp2", engine, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_spaces_is_quoted_in_flags(tmp_path: Path) -> None:
+    folder = tmp_path / "my plans"
+    folder.mkdir()
+    assert any(f"--init-expert-location '{folder}/placement.json'" in line for line in lines("ep8", "sglang", folder))
+
+
 def test_an_unknown_engine(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="choose one of"):
         lines("ep8", "nonsense", tmp_path)

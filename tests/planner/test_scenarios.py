@@ -124,9 +124,15 @@ def test_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nonsense_in_a_scenario_file(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text("scenarios: [{name: x}]")
-    with pytest.raises(ConfigurationError, match="scenarios"):
-        load_scenarios(path)
+    for text, said in (
+        ("scenarios: [{name: x}]", "missing required field `about`"), ("", "missing required field `scenarios`"),
+        ("clusters: {}", "a list of entries with name, about"), ("scenarios: [1\n", "is not YAML: line 2: "),
+        ("a\x00", "is not YAML: "),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ConfigurationError, match=said) as caught:
+            load_scenarios(path)
+        assert "\n" not in str(caught.value)
     path.write_text(
         "scenarios: [{name: x, about: y, models: [ref-16l], cluster: h100-ib, layouts: [ep16], load: 'sequences=16', "
         "claims: {joy: 1}}]"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import msgspec
@@ -72,7 +73,7 @@ def _export_sglang(physical_LR: Array, placement: Placement, spec: ModelSpec, pa
     rows = np.tile(np.arange(slots) % spec.experts, (spec.layers, 1))
     rows[list(spec.moe_layers)] = physical_LR
     write_file(path, msgspec.json.encode({"physical_to_logical_map": rows.tolist()}))
-    flags = f"--init-expert-location {path} --ep-size {placement.groups}"
+    flags = f"--init-expert-location {quote(str(path))} --ep-size {placement.groups}"
     if slots > spec.experts:
         flags += f" --ep-num-redundant-experts {slots - spec.experts}"
     notices = [f"start SGLang with {flags}"]

@@ -15,10 +15,8 @@ import re
 import shlex
 from typing import Any, Literal, NamedTuple, cast
 
-import yaml
-
 from soloist.errors import ConfigurationError
-from soloist.specs.files import read_text
+from soloist.specs.files import read_yaml
 from soloist.specs.layout import Layout
 
 Engine = Literal["vllm", "sglang", "tensorrt"]
@@ -251,8 +249,8 @@ def _tensorrt(positional: list[str], flags: Flags) -> Command:
 def _options(file: str, notes: list[str]) -> Flags:
     """The options of a YAML file as flags, where it is at hand; a note where it is not."""
     try:
-        found: Any = yaml.safe_load(read_text(file, "--config"))
-    except (ConfigurationError, yaml.YAMLError):
+        found = read_yaml(file, "--config")
+    except ConfigurationError:
         found = None
     if not isinstance(found, dict):
         notes.append(f"{file} cannot be read here, so its options are missing: counted without enable_attention_dp")

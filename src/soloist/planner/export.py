@@ -88,6 +88,8 @@ def _placement(plan: Plan, engine: str, folder: Path) -> Iterator[str]:
     names = {"sglang": "placement.json", "tensorrt": "placement.yaml", "eplb": "placement.npz"}
     if engine == "vllm":
         yield "no placement: vLLM 0.33 has no released form of one; it starts linear and balances by itself"
+    elif plan.layout.ep == 1 and engine != "soloist":
+        yield "no placement: one group of GPUs holds all experts"
     elif engine == "soloist":
         plan.placement.save(folder / "placement.json")
         yield f"placement: {folder / 'placement.json'}, for --placement"

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import msgspec
-import yaml
 
 from soloist.errors import ConfigurationError
 from soloist.planner import bounds
@@ -22,7 +21,7 @@ from soloist.planner.runtime import Runtime
 from soloist.planner.score import USABLE, Options, Score, Scorer
 from soloist.planner.tables import PUBLISHED
 from soloist.specs.cluster import ClusterSpec, cluster
-from soloist.specs.files import read_text
+from soloist.specs.files import read_yaml
 from soloist.specs.layout import Layout
 from soloist.specs.model import Spec
 from soloist.specs.presets import preset
@@ -44,6 +43,10 @@ class Scenario(Spec, frozen=True, kw_only=True):
     claims: dict[str, float]
     baseline: str = ""
     tokens_per_forward: int = 0
+
+
+class _Document(Spec, frozen=True):
+    scenarios: list[Scenario]
 
 
 class Case:
@@ -119,10 +122,10 @@ def load_scenarios(path: str | Path | None = None) -> list[Scenario]:
     """The reference scenarios, or a file of the same form. Raises ConfigurationError, naming file and key."""
     path = Path(path or PUBLISHED / "scenarios.yaml")
     try:
-        document = yaml.safe_load(read_text(path, "scenarios")) or {}
-        return msgspec.convert(document["scenarios"], list[Scenario])
-    except (yaml.YAMLError, msgspec.ValidationError, KeyError, TypeError) as error:
-        raise ConfigurationError.of("scenarios", str(path), f"is no file of scenarios: {error}") from error
+        return msgspec.convert(read_yaml(path, "scenarios"), _Document).scenarios
+    except msgspec.ValidationError as error:
+        form = f"write scenarios: a list of entries with {', '.join(Scenario.__struct_fields__)}"
+        raise ConfigurationError.of("scenarios", str(path), f"is no file of scenarios ({error}); {form}") from error
 
 
 def cases(scenarios: list[Scenario], calibration: Calibration) -> Iterator[Case]:

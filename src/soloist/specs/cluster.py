@@ -14,10 +14,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import yaml
 
 from soloist.errors import ConfigurationError
-from soloist.specs.files import read_text
+from soloist.specs.files import read_text, read_yaml
 from soloist.specs.model import Spec
 
 Tables = dict[str, dict[str, Any]]
@@ -252,10 +251,7 @@ def _presets() -> Tables:
 
 
 def _read(path: Path) -> Tables:
-    try:
-        entries: object = yaml.safe_load(read_text(path, "cluster file")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigurationError.of("cluster file", str(path), f"is not YAML: {error}") from error
+    entries = read_yaml(path, "cluster file")
     tables: Tables = _convert(dict[str, dict[str, Any] | None], entries, str(path))
     if unknown := sorted(set(tables) - {"gpus", "clusters"}):
         raise ConfigurationError.of("cluster file", unknown, f"{path} may hold the tables gpus and clusters")

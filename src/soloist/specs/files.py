@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import yaml
 
 from soloist.errors import ConfigurationError
 
@@ -26,6 +27,17 @@ def read_text(path: str | Path, key: str) -> str:
         raise ConfigurationError.of(key, str(path), f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError.of(key, str(path), f"cannot be read: it is no text in UTF-8 ({error})") from error
+
+
+def read_yaml(path: str | Path, key: str) -> object:
+    """What a YAML file holds, {} where that is nothing. Raises ConfigurationError in one line, as `read_text`."""
+    try:
+        return yaml.safe_load(read_text(path, key)) or {}
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigurationError.of(key, str(path), f"is not YAML: {line}{error.problem}") from error
+    except yaml.YAMLError as error:  # characters that YAML does not know
+        raise ConfigurationError.of(key, str(path), f"is not YAML: {' '.join(str(error).split())}") from error
 
 
 def read_record(path: str | Path, kind: type[R], key: str) -> R:
