@@ -137,5 +137,9 @@ def test_nonsense_in_a_scenario_file(tmp_path: Path) -> None:
         "scenarios: [{name: x, about: y, models: [ref-16l], cluster: h100-ib, layouts: [ep16], load: 'sequences=16', "
         "claims: {joy: 1}}]"
     )
+    path.write_text(path.read_text().replace("sequences=16", "output=1"))
+    with pytest.raises(ConfigurationError, match="x.load.output = 1"):
+        list(cases(load_scenarios(path), Calibration.published()))
+    path.write_text(path.read_text().replace("output=1", "sequences=16"))
     with pytest.raises(ConfigurationError, match="joy"):
         run_scenarios(scenarios=path)

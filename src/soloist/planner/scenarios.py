@@ -58,6 +58,10 @@ class Case:
         spec = preset(model)
         self.deployment = Deployment(model=spec, layout=Layout.parse(layout), precision=Precision.of(spec))
         self.load = Load.parse(scenario.load)
+        if not self.load.decodes:
+            raise ConfigurationError.of(
+                f"{scenario.name}.load.output", self.load.output, "claims are of decoding: from 2"
+            )
         self.cluster: ClusterSpec = cluster(scenario.cluster)
         self.kernels = Kernels(self.cluster, calibration)
         self.runtime = Runtime.named("soloist", calibration)
