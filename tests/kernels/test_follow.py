@@ -1,4 +1,5 @@
-"""Kernels that are launched early wait for those ahead before they do anything, and for peers before they release."""
+"""Kernels that are launched early wait for those ahead before they touch anything but weights; and for peers before
+they release."""
 
 import ast
 from functools import cache
@@ -12,6 +13,7 @@ from soloist.kernels.follow import early
 FILES = (path.read_text() for path in Path(soloist.__file__).parent.rglob("*.py"))
 SOURCES = [ast.parse(text) for text in FILES if "_kernel" in text]
 OF_PEERS = ("await_all", "_hear")
+WEIGHTS = ("weight_D", "q_norm_Q", "k_norm_Q")  # written by no kernel
 
 
 @cache
@@ -27,8 +29,8 @@ def launched_early() -> set[str]:
     }  # fmt: skip
 
 
-def steps(kernel: str) -> list[str]:
-    """Names of the functions that a kernel calls, in the order of its lines."""
+def calls_of(kernel: str) -> list[ast.Call]:
+    """What a kernel calls, in the order of its lines."""
     definition = next(
         node for tree in SOURCES for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == kernel
     )
@@ -36,7 +38,25 @@ def steps(kernel: str) -> list[str]:
         statement for statement in definition.body if not isinstance(statement, ast.Expr) or not _is_text(statement)
     ]
     calls = (node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Call))
-    return [ast.unparse(call.func) for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset))]
+    return sorted(calls, key=lambda call: (call.lineno, call.col_offset))
+
+
+def steps(kernel: str) -> list[str]:
+    """The names of what it calls."""
+    return [ast.unparse(call.func) for call in calls_of(kernel)]
+
+
+def touched_before_it_waits(kernel: str) -> list[str]:
+    """What it does with memory before it waits, of weights apart."""
+    names = steps(kernel)
+    waits = min(names.index(wait) for wait in ("follow", "await_previous") if wait in names)
+    before = calls_of(kernel)[:waits]
+    harmless = ("release_next", "tl.program_id", "tl.num_programs", "tl.arange", "tl.where", "tl.program_id(0).to")
+    return [ast.unparse(call) for call in before if ast.unparse(call.func) not in harmless and not _reads_weights(call)]
+
+
+def _reads_weights(call: ast.Call) -> bool:
+    return ast.unparse(call.func) == "tl.load" and ast.unparse(call.args[0]).split()[0] in WEIGHTS
 
 
 def _is_text(statement: ast.Expr) -> bool:
@@ -46,9 +66,7 @@ def _is_text(statement: ast.Expr) -> bool:
 def test_whoever_is_launched_early_waits_first() -> None:
     kernels = launched_early()
     assert {"norm_kernel", "index_kernel", "part_index_kernel", "all_reduce_kernel"} <= kernels
-    assert {
-        kernel: steps(kernel)[0] for kernel in kernels if steps(kernel)[0] not in ("follow", "await_previous")
-    } == {}
+    assert {kernel: found for kernel in kernels if (found := touched_before_it_waits(kernel))} == {}
 
 
 def test_whoever_waits_for_peers_releases_after_that() -> None:

@@ -2,8 +2,9 @@
 
 On Hopper and later (CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"). A kernel launched
 with the options of `early` may start once all programs of the one ahead have called `release_next` or ended, and calls
-`await_previous` before it touches anything that an earlier kernel reads or writes. So the stream's order holds, and
-decode does not pay for the start of each of its many small kernels.
+`await_previous` before it touches anything that an earlier kernel reads or writes. The weights of a norm, which no
+kernel writes, are read before. So the stream's order holds, and decode does not pay for the start of each of its many
+small kernels.
 
 Kernels whose programs are cut to fill the SMs evenly (grouped GEMM, attention) do not come early: their programs could
 go where the one ahead leaves room first, two to an SM beside an empty one. That is a supposition; with grouped GEMMs

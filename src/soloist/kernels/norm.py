@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from soloist.kernels.follow import early, follow
+from soloist.kernels.follow import await_previous, early, release_next
 from soloist.kernels.language import next_power, tl, triton
 
 HEADS = 8  # that a program of `heads_kernel` takes
@@ -43,10 +43,12 @@ def norm_kernel(
     D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """A program a token. The sum is rounded before it is squared, as everybody who reads it back would have it."""
-    follow()
+    release_next()
     t = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DP)
     inside = column < D
+    weight = tl.load(weight_D + column, mask=inside, other=0.0)
+    await_previous()
     x = tl.load(x_TD + t * x_stride + column, mask=inside, other=0.0)
     dtype = x.dtype
     if ADD:
@@ -55,7 +57,6 @@ def norm_kernel(
         tl.store(sum_TD + t * D + column, x, mask=inside)
     x32 = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x32 * x32, 0) / D + eps)
-    weight = tl.load(weight_D + column, mask=inside, other=0.0)
     tl.store(normed_TD + t * D + column, ((x32 * scale).to(dtype) * weight).to(dtype), mask=inside)
 
 
@@ -97,7 +98,7 @@ def heads_kernel(
     NORM: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, parts of the heads). The other element of a rotated pair is read a second time."""
-    follow()
+    release_next()
     t = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, QP)[None, :]
@@ -112,10 +113,7 @@ def heads_kernel(
         other = tl.where(is_first, column + W // 2, column - W // 2)
         angle = tl.where(is_first, column, column - W // 2)
     turns = (is_query | is_key) & (column < W)
-    x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(row + other, mask=inside & turns, other=0.0).to(tl.float32)
     if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / Q + eps)[:, None]
         here, there = column < Q, column < W
         of_x = tl.where(
             is_query, tl.load(q_norm_Q + column, mask=here, other=0.0), tl.load(k_norm_Q + column, mask=here, other=0.0)
@@ -123,6 +121,11 @@ def heads_kernel(
         of_y = tl.where(
             is_query, tl.load(q_norm_Q + other, mask=there, other=0.0), tl.load(k_norm_Q + other, mask=there, other=0.0)
         )
+    await_previous()
+    x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(row + other, mask=inside & turns, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / Q + eps)[:, None]
         x = tl.where(is_query | is_key, ((x * scale).to(dtype) * of_x).to(tl.float32), x)
         y = ((y * scale).to(dtype) * of_y).to(tl.float32)
     cos = tl.load(cos_TW + t * (W // 2) + angle, mask=column < W, other=1.0).to(tl.float32)
