@@ -156,6 +156,8 @@ def test_a_full_disk_is_no_internal_error():
     [
         ("validate", "--plot", "picture"),
         ("simulate", "plan.json", "--seed", "-1"),
+        ("calibrate", "--ranks", "100000"),
+        ("bench", "serve", "http://127.0.0.1:9", "--model", "x", "--timeout", "-1"),
         ("serve", NOVELS, "--port", "99999"),
         ("serve", NOVELS, "--log-level", "loud"),
         ("bench", "compare", NOVELS, "--layout", "ep1", "--runs", "0"),

@@ -50,14 +50,17 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 def calibrate(out: Path, ranks: int = 0, cpu: bool = False, only: Only = "") -> int:
     """Start the ranks and wait for them; the worst exit code. `ranks` 0: one for each GPU, or as the CPU has cores.
 
-    Raises ConfigurationError where `out` cannot be written.
+    Raises ConfigurationError where `out` cannot be written, and for more ranks than a machine can measure with.
     """
+    gpus, cores = 0 if cpu else torch.cuda.device_count(), os.cpu_count() or 1
+    if ranks > (most := gpus or RANKS_OF_A_CPU * cores):
+        has = f"{gpus} GPUs" if gpus else f"{cores} cores"
+        raise ConfigurationError.of("--ranks", ranks, f"this machine has {has}; give at most {most}")
     try:
         out.touch()
     except OSError as error:
         raise ConfigurationError.of("out", str(out), f"cannot be written: {error.strerror}") from error
-    gpus = 0 if cpu else torch.cuda.device_count()
-    size = ranks or gpus or max(1, min(RANKS_OF_A_CPU, os.cpu_count() or 1))
+    size = ranks or gpus or min(RANKS_OF_A_CPU, cores)
     options = ["--out", str(out), "--only", only, *(["--cpu"] if not gpus else [])]
     return start_ranks("soloist.probes.calibrate", options, size)
 
