@@ -131,7 +131,7 @@ def test_a_file_that_cannot_be_written_after_all_is_named(tmp_path):
     plan, taken = tmp_path / "plan.json", tmp_path / "taken"
     assert run("plan", "qwen3-30b-a3b", "--gpus", "2", "--out", str(plan)).exit_code == 0
     taken.touch()
-    result = run("export", str(plan), "--for", "sglang", "--folder", str(taken))
+    result = run("export", str(plan), "--for", "soloist", "--folder", str(taken))
     assert result.exit_code == cli.USER_ERROR
     assert result.stderr.startswith(f"{taken}")
 
